@@ -1,0 +1,401 @@
+"""Anything a user brings -> Model: an ``nn.Module``, a Python file, a ``.pt2`` program."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import inspect
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim
+
+from paredown.graph import mode, structure
+from paredown.graph.model import Input, Model, keep_state
+from paredown.types import Task, UserError
+
+Example = tuple[Any, ...] | dict[str, Any]
+
+HINTS = {
+    "data-dependent": "replace the branch on a tensor's value by torch.where or torch.cond, or "
+    "decide it from a shape",
+    "Could not guard": "replace the branch on a tensor's value by torch.where or torch.cond",
+    "Could not extract specialized integer": "keep sizes in shapes instead of .item() or .tolist()",
+    "Cannot branch": "replace the branch on a tensor's value by torch.where or torch.cond",
+    "Tensor-likes are not close": "make the model's output depend on its inputs alone",
+    "shape": "check that the example inputs have the shapes the model expects",
+    "size": "check that the example inputs have the shapes the model expects",
+    "expected scalar type": "check the dtypes of the example inputs",
+    "argument": "check that the example has one value for each input of forward()",
+}
+
+
+def capture(
+    module: nn.Module | Model | str | Path,
+    example: Example | None = None,
+    dynamic: tuple[Any, ...] | dict[str, Any] | None = None,
+) -> Model:
+    """Capture a model once, as a graph that runs, trains and exports.
+
+    Args:
+        module: an ``nn.Module``, a Python file that defines ``model()`` and ``task()``, or a
+            ``.pt2`` file. Both files are code: name only those you trust.
+        example: inputs as deployed, batch dimension first; a tuple, or a dict of keyword inputs.
+            Comes from the task where ``module`` is a Python file, from the program for a ``.pt2``.
+        dynamic: dimensions besides the batch that vary: for each input ``{dim: "name"}`` or None.
+
+    Raises:
+        UserError: the model cannot be captured; says why, at which line of its code, and what
+            usually helps.
+
+    Example:
+        >>> capture(nn.Linear(4, 2), (torch.zeros(1, 4),)).inputs[0].name
+        'input'
+    """
+    if isinstance(module, Model):
+        return module
+    if isinstance(module, (str, Path)):
+        return _capture_file(Path(module), example, dynamic)
+    if not isinstance(module, nn.Module):
+        raise UserError(f"model: expected an nn.Module, got {type(module).__name__}.")
+    if example is None:
+        raise UserError("example: capture(module, example) needs the inputs as deployed.")
+    _check_parameters(module)
+    return _capture_module(module, example, dynamic)
+
+
+def load_file(path: str | Path) -> tuple[Callable[[], Any], Callable[[], Task]]:
+    """The ``model`` and ``task`` functions of a user's Python file, which is executed.
+
+    Raises:
+        UserError: no such file, an error in it, or one of the functions is missing.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file.")
+    if path.suffix != ".py":
+        raise UserError(f"{path}: expected a Python file that defines model() and task().")
+    name = f"paredown_user_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    loaded = importlib.util.module_from_spec(spec)
+    sys.modules[name] = loaded
+    sys.path.insert(0, str(path.parent.resolve()))
+    try:
+        spec.loader.exec_module(loaded)
+    except Exception as error:
+        raise UserError(f"{path}: {_where(error)}{type(error).__name__}: {error}") from error
+    finally:
+        sys.path.pop(0)
+    for function in ("model", "task"):
+        if not callable(getattr(loaded, function, None)):
+            raise UserError(f"{path}: defines no function {function}(); it needs model() and task().")
+    return loaded.model, loaded.task
+
+
+def call_user(function: Callable[[], Any], path: Path) -> Any:
+    """The user's ``model()`` or ``task()``, with an error that points at their line."""
+    try:
+        return function()
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"{path}: {function.__name__}() failed: {_where(error)}{type(error).__name__}: {error}"
+        ) from error
+
+
+def _capture_file(path: Path, example: Example | None, dynamic: Any) -> Model:
+    if path.suffix == ".pt2":
+        return _capture_program(path, example, dynamic)
+    if path.suffix == ".safetensors":
+        return Model.load(path)
+    model, task = load_file(path)
+    made: Task = call_user(task, path)
+    return capture(call_user(model, path), example or made.example, dynamic or made.dynamic)
+
+
+def _capture_program(path: Path, example: Example | None, dynamic: Any) -> Model:
+    if not path.is_file():
+        raise UserError(f"{path}: no such file.")
+    try:
+        program = torch.export.load(path)
+    except Exception as error:
+        raise UserError(f"{path}: not a readable .pt2 program: {error}") from error
+    module = program.module(check_guards=False)
+    if example is None and program.example_inputs is not None:
+        args, kwargs = program.example_inputs
+        example = kwargs if kwargs and not args else args
+        if args and kwargs:
+            raise UserError(f"{path}: mixes positional and keyword inputs; pass an example.")
+    if example is None:
+        raise UserError(f"{path}: holds no example inputs; pass an example.")
+    model = _capture_module(module, example, dynamic or _dynamic_of(program, example))
+    note = f"{path.name} was exported already: training behaves as it did at its export."
+    return replace(model, notes=(*model.notes, note))
+
+
+def _dynamic_of(program: Any, example: Example) -> Example:
+    """The dynamic dimensions that a program was exported with, in the shape of its example."""
+    kinds = {s.arg.name for s in program.graph_signature.input_specs if s.kind.name == "USER_INPUT"}
+    values = [n.meta.get("val") for n in program.graph.nodes if n.op == "placeholder" and n.name in kinds]
+    tensors = iter([value for value in values if isinstance(value, Tensor)])
+
+    def spec(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return None
+        sizes = next(tensors).shape
+        return {d: f"dim_{s}" for d, s in enumerate(sizes) if d and not isinstance(s, int)} or None
+
+    if isinstance(example, dict):
+        return {name: spec(value) for name, value in example.items()}
+    return tuple(spec(value) for value in example)
+
+
+def _check_parameters(module: nn.Module) -> None:
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        if tensor.device.type == "meta":
+            raise UserError(f"{name}: is on the meta device; load the weights before capture.")
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            bad = int((~torch.isfinite(tensor)).sum())
+            raise UserError(f"{name}: {bad} of {tensor.numel()} weights are NaN or infinite.")
+
+
+def _capture_module(module: nn.Module, example: Example, dynamic: Any) -> Model:
+    args, kwargs = ((), dict(example)) if isinstance(example, dict) else (tuple(example), {})
+    leaves, arguments = structure.flatten((args, kwargs))
+    if not leaves:
+        raise UserError("example: holds no tensor; give the inputs as deployed.")
+    names = _input_names(module, args, kwargs)
+    wide = _at_least_two(leaves)
+    specs = _dynamic_leaves(args, kwargs, dynamic)
+    shapes = [{d: Dim.AUTO for d in {0, *spec} if d < x.dim()} for x, spec in zip(wide, specs, strict=True)]
+    eager, outputs = _run(module, arguments, wide)
+    notes = [
+        f"output {where!r} is a {kind}, not a tensor, and is left out"
+        for where, kind in structure.opaque(outputs).items()
+    ]
+    graph = _export(module, arguments, outputs, wide, shapes, training=True)
+    if graph is None or not _agrees(graph, wide, eager):
+        graph = _export(module, arguments, outputs, wide, shapes, training=False)
+        notes.append(
+            "the model computes something else in training than in evaluation; it was captured "
+            "in evaluation, so fine-tuning runs without its dropout and drop-path"
+        )
+        if graph is None or not _agrees(graph, wide, eager):
+            raise UserError(
+                "model: its output differs from one call to the next on the same input in "
+                "evaluation mode; make it depend on its inputs alone."
+            )
+    inputs = _inputs(graph, names, leaves, specs)
+    notes += _fixed_notes(inputs, specs)
+    return Model(graph, inputs, arguments, outputs, notes=tuple(notes))
+
+
+def _input_names(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
+    """A name for each tensor input, from the parameters of ``forward``."""
+    try:
+        bound = inspect.signature(module.forward).bind(*args, **kwargs).arguments
+    except TypeError as error:
+        raise UserError(
+            f"example: does not fit {type(module).__name__}.forward(): {error}; "
+            "check that the example has one value for each input."
+        ) from error
+    flat: dict[str, Any] = {}
+    for name, value in bound.items():
+        kind = inspect.signature(module.forward).parameters[name].kind
+        if kind is inspect.Parameter.VAR_KEYWORD:
+            flat |= value
+        elif kind is inspect.Parameter.VAR_POSITIONAL:
+            flat |= {f"{name}_{index}": item for index, item in enumerate(value)}
+        else:
+            flat[name] = value
+    ordered = [*list(flat)[: len(args)], *kwargs]  # keywords keep the order of the call
+    return structure.names(structure.flatten({name: flat[name] for name in ordered})[1])
+
+
+def _at_least_two(leaves: list[Tensor]) -> list[Tensor]:
+    """The example with a batch of 2 where it is 1: a size of 1 would be captured as fixed."""
+    if all(leaf.dim() > 0 and leaf.shape[0] == 1 for leaf in leaves):
+        return [torch.cat([leaf, leaf]) for leaf in leaves]
+    return leaves
+
+
+def _dynamic_leaves(
+    args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: Any
+) -> list[dict[int, str]]:
+    """For each tensor input, its dynamic dimensions besides the batch."""
+    if dynamic is None:
+        return [{} for _ in structure.flatten((args, kwargs))[0]]
+    pairs = (
+        [(value, dynamic.get(name)) for name, value in kwargs.items()]
+        if kwargs
+        else list(zip(args, dynamic, strict=False))
+    )
+    found: list[dict[int, str]] = []
+    for value, spec in pairs:
+        for leaf in structure.flatten(value)[0]:
+            wrong = [dim for dim in spec or {} if not 0 <= dim < leaf.dim()]
+            if wrong:
+                raise UserError(f"dynamic: dimension {wrong[0]} is not one of {tuple(leaf.shape)}.")
+            found.append(dict(spec or {}))
+    return found
+
+
+def _run(
+    module: nn.Module, arguments: structure.Structure, leaves: list[Tensor]
+) -> tuple[list[Tensor], structure.Structure]:
+    """The eager output in evaluation mode, before anything is captured."""
+    runner = copy.deepcopy(module)
+    _set_module_mode(runner, training=False)
+    args, kwargs = structure.unflatten([leaf.clone() for leaf in leaves], arguments)
+    try:
+        with torch.no_grad():
+            outputs, nesting = structure.flatten(runner(*args, **kwargs))
+    except Exception as error:
+        raise UserError(_explain("the model fails on its example inputs", error)) from error
+    if not outputs:
+        raise UserError("model: its output holds no tensor.")
+    return outputs, nesting
+
+
+def _set_module_mode(module: nn.Module, training: bool) -> None:
+    if not isinstance(module, fx.GraphModule) or not hasattr(module, "_guards_fn"):
+        try:
+            module.train(training)
+            return
+        except NotImplementedError:  # an exported program's module: its graph is switched instead
+            pass
+    assert isinstance(module, fx.GraphModule)
+    mode.set_training(module, training)
+
+
+def _export(
+    module: nn.Module,
+    arguments: structure.Structure,
+    outputs: structure.Structure,
+    leaves: list[Tensor],
+    shapes: list[dict[int, Any]],
+    training: bool,
+) -> fx.GraphModule | None:
+    """The captured graph in evaluation mode; None where only this mode's output is another."""
+    copied = copy.deepcopy(module)
+    _set_module_mode(copied, training)
+    inner = copied.forward
+    nesting: list[structure.Structure] = []
+
+    def flat(*tensors: Tensor) -> tuple[Tensor, ...]:
+        args, kwargs = structure.unflatten(list(tensors), arguments)
+        found, nested = structure.flatten(inner(*args, **kwargs))
+        nesting.append(nested)
+        return tuple(found)
+
+    copied.forward = flat
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = torch.export.export(
+                copied,
+                tuple(leaf.clone() for leaf in leaves),
+                dynamic_shapes={"tensors": tuple(shapes)},
+                strict=False,
+            )
+            graph = program.module(check_guards=False)
+    except Exception as error:
+        if training:
+            return None
+        raise UserError(_explain("the model cannot be captured", error)) from error
+    if nesting[-1] != outputs:
+        return None
+    return _tidy(copy.deepcopy(graph), set(module.state_dict()))
+
+
+def _tidy(graph: Any, persistent: set[str]) -> fx.GraphModule:
+    """Plain flat signature, parameters that can be trained, no assertions; evaluation mode."""
+    graph.graph.set_codegen(fx.graph.CodeGen())
+    for node in list(graph.graph.nodes):
+        if "_assert" in str(node.target) and not node.users:
+            graph.graph.erase_node(node)
+        node.meta = {k: node.meta[k] for k in ("val", "nn_module_stack", "stack_trace") if k in node.meta}
+    graph.recompile()
+    mode.set_training(graph, False)
+    plain = fx.GraphModule(graph, graph.graph, class_name="Captured")
+    keep_state(graph, plain, persistent)
+    return plain
+
+
+def _agrees(graph: fx.GraphModule, leaves: list[Tensor], eager: list[Tensor]) -> bool:
+    with torch.no_grad():
+        got = graph(*[leaf.clone() for leaf in leaves])
+    for ours, theirs in zip(got, eager, strict=True):
+        if not theirs.is_floating_point():
+            if not torch.equal(ours, theirs):
+                return False
+            continue
+        tolerance = {torch.float16: 1e-2, torch.bfloat16: 5e-2}.get(theirs.dtype, 1e-4)
+        scale = float(theirs.abs().nan_to_num(0, 0, 0).max()) if theirs.numel() else 0.0
+        if not torch.allclose(ours, theirs, rtol=tolerance, atol=tolerance * max(scale, 1e-6), equal_nan=True):
+            return False
+    return True
+
+
+def _inputs(
+    graph: fx.GraphModule, names: list[str], leaves: list[Tensor], specs: list[dict[int, str]]
+) -> tuple[Input, ...]:
+    """The tensor inputs, with the dimensions that stayed dynamic through the capture."""
+    placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
+    found = []
+    for node, name, leaf, spec in zip(placeholders, names, leaves, specs, strict=True):
+        asked = {0: "batch", **spec}
+        kept = {d: asked[d] for d in sorted(asked) if _varies(node, d)}
+        found.append(Input(name, leaf.detach().clone(), kept))
+    return tuple(found)
+
+
+def _varies(placeholder: fx.Node, dim: int) -> bool:
+    shape = placeholder.meta["val"].shape
+    return dim < len(shape) and not isinstance(shape[dim], int)
+
+
+def _fixed_notes(inputs: tuple[Input, ...], specs: list[dict[int, str]]) -> list[str]:
+    notes = []
+    for item, spec in zip(inputs, specs, strict=True):
+        for dim, name in {0: "batch", **spec}.items():
+            if dim not in item.dynamic and dim < item.example.dim():
+                size = item.example.shape[dim]
+                notes.append(
+                    f"dimension {dim} ({name}) of input {item.name!r} became fixed at {size}: "
+                    "something in the model depends on its exact size"
+                )
+    return notes
+
+
+def _explain(what: str, error: Exception) -> str:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    hint = next((hint for key, hint in HINTS.items() if key.lower() in str(error).lower()), None)
+    if hint is None:
+        hint = "run the module on the same example in eager mode; if that works, report the model"
+    return f"model: {what}: {_where(error)}{type(error).__name__}: {reason} What usually helps: {hint}."
+
+
+def _where(error: BaseException) -> str:
+    """``file.py:12 `code`: `` of the innermost frame that is the user's own code."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = str(Path(__file__).parent.parent)
+    users = [
+        f
+        for f in frames
+        if not f.filename.startswith((own, "<")) and "site-packages" not in f.filename
+        and not f.filename.startswith(sys.base_prefix)
+    ]
+    if not users:
+        return ""
+    last = users[-1]
+    return f"{Path(last.filename).name}:{last.lineno} `{last.line}`: "

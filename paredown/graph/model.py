@@ -1,0 +1,158 @@
+"""A captured model: one ATen graph that runs, trains, is edited, saved and exported."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from paredown.graph import mode, structure
+from paredown.types import UserError
+
+
+@dataclass(frozen=True)
+class Input:
+    """One tensor input: its name, its example as deployed, and which dimensions vary."""
+
+    name: str
+    example: Tensor
+    dynamic: dict[int, str] = field(default_factory=dict)  # dimension -> name
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model captured by `paredown.capture`; call it as you called the module.
+
+    The graph takes the tensors of the inputs in order and returns a tuple of the outputs' tensors;
+    parameters keep the names they had in the module.
+
+    Attributes:
+        graph: the ATen-level graph, in evaluation mode unless `train` was called.
+        inputs: the tensor inputs, in the order the graph takes them.
+        arguments, outputs: the nesting of ``(args, kwargs)`` and of the output.
+        masks: parameter name -> bool tensor of its shape, False where a pruned weight stays zero.
+        notes: what a user should know of the capture, in plain sentences.
+
+    Example:
+        >>> import torch, paredown
+        >>> model = paredown.capture(torch.nn.Linear(4, 2), (torch.zeros(1, 4),))
+        >>> model(torch.zeros(3, 4)).shape, sorted(model.state_dict())
+        (torch.Size([3, 2]), ['bias', 'weight'])
+    """
+
+    graph: fx.GraphModule
+    inputs: tuple[Input, ...]
+    arguments: structure.Structure
+    outputs: structure.Structure
+    masks: dict[str, Tensor] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return structure.unflatten(list(self.graph(*self.bind(args, kwargs))), self.outputs)
+
+    def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+        """The tensors of a call in the graph's order.
+
+        Raises:
+            UserError: the call does not have the inputs that were captured.
+        """
+        expected = self.arguments["tuple"][1]["dict"]
+        ordered = {name: kwargs[name] for name in expected if name in kwargs}
+        ordered |= {name: value for name, value in kwargs.items() if name not in ordered}
+        leaves, found = structure.flatten((args, ordered))
+        if found != self.arguments:
+            names = ", ".join(item.name for item in self.inputs)
+            got = ", ".join(structure.names(found)) or "nothing"
+            raise UserError(f"inputs: the model was captured with ({names}); this call has ({got}).")
+        for item, leaf in zip(self.inputs, leaves, strict=True):
+            _check_shape(item, leaf)
+        return leaves
+
+    def copy(self) -> Model:
+        """A deep copy: nothing done to it reaches this model."""
+        return replace(self, graph=copy.deepcopy(self.graph), masks=dict(self.masks))
+
+    def train(self, training: bool = True) -> Model:
+        """Switch to training mode in place (batch norm, dropout, drop-path); returns itself."""
+        mode.set_training(self.graph, training)
+        return self
+
+    def eval(self) -> Model:
+        """Switch to evaluation mode in place; returns itself."""
+        return self.train(False)
+
+    def to(self, device: torch.device | str) -> Model:
+        """Move parameters and the devices named inside the graph, in place; returns itself."""
+        self.graph.to(device)
+        for node in self.graph.graph.nodes:
+            if "device" in node.kwargs and node.kwargs["device"] is not None:
+                node.update_kwarg("device", torch.device(device))
+        self.graph.recompile()
+        return self
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        return self.graph.parameters()
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return self.graph.named_parameters()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return self.graph.state_dict()
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.graph.load_state_dict(state)
+
+    def save(self, path: str | Path) -> None:
+        """Write the model to one safetensors file, atomically."""
+        from paredown.graph import store
+
+        store.save(self, Path(path))
+
+    @staticmethod
+    def load(path: str | Path) -> Model:
+        """Read what `save` wrote. Nothing in the file is executed.
+
+        Raises:
+            UserError: the file is missing, damaged, or not a paredown model.
+        """
+        from paredown.graph import store
+
+        return store.load(Path(path))
+
+
+def _check_shape(item: Input, tensor: Tensor) -> None:
+    wanted = ["?" if dim in item.dynamic else size for dim, size in enumerate(item.example.shape)]
+    same = len(wanted) == tensor.dim() and all(
+        size in ("?", got) for size, got in zip(wanted, tensor.shape, strict=True)
+    )
+    if not same:
+        shape = ", ".join(map(str, wanted))
+        raise UserError(
+            f"input {item.name!r}: expected shape ({shape}), got {tuple(tensor.shape)}"
+            + (" (? varies)." if "?" in wanted else "; its dimensions were captured as fixed.")
+        )
+
+
+def keep_state(source: nn.Module, target: nn.Module, persistent: set[str]) -> None:
+    """Every parameter and buffer of ``source``, also those that no op uses."""
+    for name, parameter in source.named_parameters(remove_duplicate=False):
+        owner_of(target, name).register_parameter(name.rpartition(".")[2], parameter)
+    constants = dict(target.named_buffers(remove_duplicate=False))  # that the graph alone knows
+    for name, buffer in {**constants, **dict(source.named_buffers(remove_duplicate=False))}.items():
+        owner = owner_of(target, name)
+        owner.register_buffer(name.rpartition(".")[2], buffer, persistent=name in persistent)
+
+
+def owner_of(target: nn.Module, name: str) -> nn.Module:
+    """The submodule that holds the parameter ``name``, made where it does not exist."""
+    owner = target
+    for part in name.split(".")[:-1]:
+        if not hasattr(owner, part):
+            owner.add_module(part, nn.Module())
+        owner = getattr(owner, part)
+    return owner

@@ -1,0 +1,105 @@
+"""Which op uses which weight, in which layout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+aten = torch.ops.aten
+
+# op -> (kind, position of the input, of the weight, of the bias, the weight's output axis)
+_OPS: dict[Any, tuple[str, int, int, int | None, int]] = {
+    **{
+        op: ("conv", 0, 1, 2, 0)
+        for op in (
+            *(aten.conv1d.default, aten.conv1d.padding, aten.conv2d.default, aten.conv2d.padding),
+            *(aten.conv3d.default, aten.conv3d.padding, aten.convolution.default),
+        )
+    },
+    **{
+        op: ("conv_transpose", 0, 1, 2, 1)
+        for op in (
+            *(aten.conv_transpose1d.default, aten.conv_transpose2d.input),
+            aten.conv_transpose3d.input,
+        )
+    },
+    aten.linear.default: ("linear", 0, 1, 2, 0),
+    aten.addmm.default: ("matmul", 1, 2, 0, 1),
+    aten.mm.default: ("matmul", 0, 1, None, 1),
+    aten.matmul.default: ("matmul", 0, 1, None, 1),
+    aten.embedding.default: ("embedding", 1, 0, None, 0),
+}
+_RECURRENT = (aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input)
+
+
+@dataclass(frozen=True)
+class Site:
+    """One use of a weight by an op.
+
+    ``axis`` is the weight's output-channel dimension; ``groups`` is above 1 for grouped
+    convolutions. ``weight`` and ``bias`` are parameter names.
+    """
+
+    node: fx.Node
+    kind: str  # conv, conv_transpose, linear, matmul, embedding, recurrent
+    weight: str
+    bias: str | None
+    axis: int
+
+    @property
+    def input(self) -> fx.Node:
+        position = next((row[1] for op, row in _OPS.items() if op is self.node.target), 0)
+        found: Any = self.node.args[position]
+        assert isinstance(found, fx.Node)
+        return found
+
+
+def sites(graph: fx.GraphModule) -> list[Site]:
+    """Every use of a weight of two or more dimensions, in the order the graph runs them.
+
+    Example:
+        >>> import torch, paredown
+        >>> model = paredown.capture(torch.nn.Linear(4, 2), (torch.zeros(1, 4),))
+        >>> [(site.kind, site.weight, site.axis) for site in sites(model.graph)]
+        [('linear', 'weight', 0)]
+    """
+    return [site for node in graph.graph.nodes for site in _sites_of(node, graph)]
+
+
+def _sites_of(node: fx.Node, graph: fx.GraphModule) -> Iterator[Site]:
+    if node.op != "call_function":
+        return
+    if node.target in _OPS:
+        kind, _, weight, bias, axis = _OPS[node.target]
+        name = _parameter(node, weight)
+        if name is not None and tensor_of(graph, name).dim() >= 2:
+            bias_name = None if bias is None else _parameter(node, bias)
+            yield Site(node, kind, name, bias_name, axis)
+    elif node.target in _RECURRENT:
+        for weight in node.args[2]:  # type: ignore[union-attr]
+            if isinstance(weight, fx.Node) and weight.op == "get_attr":
+                if tensor_of(graph, str(weight.target)).dim() >= 2:
+                    yield Site(node, "recurrent", str(weight.target), None, 0)
+
+
+def _parameter(node: fx.Node, position: int) -> str | None:
+    """The name of the parameter at this place of the op's arguments, through a fake quantizer."""
+    found: Any = node.args[position] if position < len(node.args) else None
+    if isinstance(found, fx.Node) and "fake_quantize" in str(found.target):
+        found = found.args[0]
+    if isinstance(found, fx.Node) and found.op == "get_attr":
+        return str(found.target)
+    return None
+
+
+def tensor_of(graph: fx.GraphModule, name: str) -> Tensor:
+    """The parameter or buffer of that name."""
+    found: Any = graph
+    for part in name.split("."):
+        found = getattr(found, part)
+    assert isinstance(found, Tensor)
+    return found
