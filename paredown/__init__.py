@@ -1,0 +1,56 @@
+"""paredown pares a trained model down to a budget, and proves it."""
+
+from paredown.compress import compress, replay
+from paredown.graph.capture import capture
+from paredown.graph.model import Model
+from paredown.measure import measure
+from paredown.plan import plan
+from paredown.recipe import apply
+from paredown.report import report
+from paredown.runtimes import export, open
+from paredown.scores import accuracy, multilabel_accuracy, squared_error, token_accuracy
+from paredown.steps.cast import Cast
+from paredown.steps.fine_tune import FineTune
+from paredown.steps.prune_weights import PruneWeights
+from paredown.steps.quantize import Quantize
+from paredown.types import (
+    Artifact,
+    Goals,
+    Limit,
+    Measurement,
+    Run,
+    Step,
+    Target,
+    Task,
+    UserError,
+)
+
+__all__ = [
+    "Artifact",
+    "Cast",
+    "FineTune",
+    "Goals",
+    "Limit",
+    "Measurement",
+    "Model",
+    "PruneWeights",
+    "Quantize",
+    "Run",
+    "Step",
+    "Target",
+    "Task",
+    "UserError",
+    "accuracy",
+    "apply",
+    "capture",
+    "compress",
+    "export",
+    "measure",
+    "multilabel_accuracy",
+    "open",
+    "plan",
+    "replay",
+    "report",
+    "squared_error",
+    "token_accuracy",
+]

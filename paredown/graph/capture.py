@@ -23,6 +23,10 @@ from paredown.types import Task, UserError
 
 Example = tuple[Any, ...] | dict[str, Any]
 
+ONLY_EVALUATION = (
+    "the model computes something else in training than in evaluation; it was captured in "
+    "evaluation, so fine-tuning runs without its dropout and drop-path"
+)
 HINTS = {
     "data-dependent": "replace the branch on a tensor's value by torch.where or torch.cond, or "
     "decide it from a shape",
@@ -176,27 +180,51 @@ def _capture_module(module: nn.Module, example: Example, dynamic: Any) -> Model:
     names = _input_names(module, args, kwargs)
     wide = _at_least_two(leaves)
     specs = _dynamic_leaves(args, kwargs, dynamic)
-    shapes = [{d: Dim.AUTO for d in {0, *spec} if d < x.dim()} for x, spec in zip(wide, specs, strict=True)]
     eager, outputs = _run(module, arguments, wide)
     notes = [
         f"output {where!r} is a {kind}, not a tensor, and is left out"
         for where, kind in structure.opaque(outputs).items()
     ]
-    graph = _export(module, arguments, outputs, wide, shapes, training=True)
-    if graph is None or not _agrees(graph, wide, eager):
-        graph = _export(module, arguments, outputs, wide, shapes, training=False)
-        notes.append(
-            "the model computes something else in training than in evaluation; it was captured "
-            "in evaluation, so fine-tuning runs without its dropout and drop-path"
-        )
-        if graph is None or not _agrees(graph, wide, eager):
-            raise UserError(
-                "model: its output differs from one call to the next on the same input in "
-                "evaluation mode; make it depend on its inputs alone."
-            )
+    graph, more = _export_either(module, arguments, outputs, wide, specs, eager)
+    notes += more
     inputs = _inputs(graph, names, leaves, specs)
     notes += _fixed_notes(inputs, specs)
     return Model(graph, inputs, arguments, outputs, notes=tuple(notes))
+
+
+def _export_either(
+    module: nn.Module,
+    arguments: structure.Structure,
+    outputs: structure.Structure,
+    leaves: list[Tensor],
+    specs: list[dict[int, str]],
+    eager: list[Tensor],
+) -> tuple[fx.GraphModule, list[str]]:
+    """Captured in training mode, or in evaluation where training computes something else.
+
+    Dimensions are dynamic where the exporter can: all that were asked, else the batch, else none.
+    """
+    wished = [[{0, *spec} for spec in specs], [{0} for _ in specs], [set[int]() for _ in specs]]
+    failed: UserError | None = None
+    for dims in wished:
+        shapes = [
+            {d: Dim.AUTO for d in chosen if d < leaf.dim()}
+            for leaf, chosen in zip(leaves, dims, strict=True)
+        ]
+        graph = _export(module, arguments, outputs, leaves, shapes, training=True)
+        if graph is not None and _agrees(graph, leaves, eager):
+            return graph, []
+        try:
+            graph = _export(module, arguments, outputs, leaves, shapes, training=False)
+        except UserError as error:
+            failed = failed or error
+            continue
+        if graph is not None and _agrees(graph, leaves, eager):
+            return graph, [ONLY_EVALUATION]
+    raise failed or UserError(
+        "model: its output differs from one call to the next on the same input in evaluation "
+        "mode; make it depend on its inputs alone."
+    )
 
 
 def _input_names(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:

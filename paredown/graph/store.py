@@ -8,9 +8,7 @@ from __future__ import annotations
 import io
 import json
 import operator
-import os
 import tempfile
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +17,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor, fx, nn
 
-from paredown.graph import mode
+from paredown.files import write_atomically
+from paredown.graph import mode, quantized  # noqa: F401  (registers its ops)
 from paredown.graph.model import Input, Model, keep_state, owner_of
 from paredown.types import UserError
 
 FORMAT = 1
-NAMESPACES = ("aten", "prims", "quantized_decomposed")
+NAMESPACES = ("aten", "prims", "paredown")
 _FUNCTIONS = {
     f"{f.__module__}.{f.__name__}": f
     for f in (
@@ -46,43 +45,6 @@ _ENUMS = {
         )
     },
 }
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write, fsync, rename, fsync the folder: the file is whole or not there.
-
-    Raises:
-        UserError: the disk is full or the folder cannot be written.
-    """
-    name = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except OSError as error:
-        if name is not None and os.path.exists(name):
-            os.unlink(name)
-        raise UserError(f"{path}: cannot be written: {error.strerror or error}.") from error
-
-
-_UMASK_LOCK = threading.Lock()
-
-
-def _umask() -> int:
-    with _UMASK_LOCK:
-        mask = os.umask(0)
-        os.umask(mask)
-    return mask
 
 
 def save(model: Model, path: Path) -> None:

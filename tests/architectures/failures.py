@@ -16,8 +16,8 @@ KNOWN_FAILURES: dict[str, str] = {
         'set experts_implementation="batched_mm".'
     ),
     "mixtral_grouped": (
-        "Captures, but ONNX export fails: the grouped matrix product is an operator of transformers' "
-        'own, without a translation; set experts_implementation="batched_mm".'
+        "Captures, but ONNX export fails: the grouped matrix product is an operator that "
+        'transformers defines and torch cannot translate; set experts_implementation="batched_mm".'
     ),
     "hourglass_any_size": (
         "Capture with dynamic height and width fails: the solver for shapes gives up on a map "

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from .entry import TEXT_LENGTH, Architecture, Inputs, padding_mask, series, text, token_ids
 
-SPECIAL = dict(bos_token_id=1, eos_token_id=2, pad_token_id=0)
+SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 ENCODER = dict(  # what BERT-like configurations share
     vocab_size=64,
     hidden_size=32,
@@ -143,7 +143,7 @@ def mistral() -> nn.Module:
 
 
 def mixtral(experts: str = "batched_mm") -> nn.Module:
-    options = dict(num_local_experts=4, num_experts_per_tok=2, experts_implementation=experts)
+    options = {"num_local_experts": 4, "num_experts_per_tok": 2, "experts_implementation": experts}
     return hf.MixtralForCausalLM(hf.MixtralConfig(**DECODER, **options))
 
 
@@ -199,18 +199,18 @@ def mamba() -> nn.Module:
     return hf.MambaForCausalLM(config)
 
 
-T5 = dict(
-    vocab_size=64,
-    d_model=32,
-    d_kv=8,
-    d_ff=96,
-    num_layers=2,
-    num_heads=4,
-    relative_attention_num_buckets=8,
-    relative_attention_max_distance=16,
-    decoder_start_token_id=0,
-    use_cache=False,
-)
+T5 = {
+    "vocab_size": 64,
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 96,
+    "num_layers": 2,
+    "num_heads": 4,
+    "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 16,
+    "decoder_start_token_id": 0,
+    "use_cache": False,
+}
 
 
 def t5() -> nn.Module:
@@ -258,15 +258,15 @@ def clip() -> nn.Module:
         attention_dropout=0.1,
         **SPECIAL,
     )
-    vision_config = dict(
-        hidden_size=48,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        image_size=32,
-        patch_size=8,
-        attention_dropout=0.1,
-    )
+    vision_config = {
+        "hidden_size": 48,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "image_size": 32,
+        "patch_size": 8,
+        "attention_dropout": 0.1,
+    }
     config = hf.CLIPConfig(text_config=text_config, vision_config=vision_config, projection_dim=24)
     return hf.CLIPModel(config)
 

@@ -135,7 +135,7 @@ class Translator(nn.Module):
         self.hint = hint
         self.source_embedding = nn.Embedding(vocabulary, width)
         self.target_embedding = nn.Embedding(vocabulary, width)
-        shape = dict(num_encoder_layers=2, num_decoder_layers=2, dim_feedforward=64)
+        shape = {"num_encoder_layers": 2, "num_decoder_layers": 2, "dim_feedforward": 64}
         self.transformer = nn.Transformer(width, 4, **shape, batch_first=True)
         self.head = nn.Linear(width, vocabulary)
 

@@ -138,7 +138,7 @@ class Siamese(nn.Module):
     def __init__(self):
         super().__init__()
         self.trunk = Trunk()
-        self.project = nn.Linear(32, 16)
+        self.project = nn.Sequential(nn.Linear(32, 16), nn.BatchNorm1d(16))
         self.compare = nn.Linear(16, 1)
 
     def forward(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:

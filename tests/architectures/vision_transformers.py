@@ -142,17 +142,17 @@ class CrossCovariance(nn.Module):
         return x + self.mlp(self.mlp_norm(x))
 
 
-PLAIN = dict(  # what ViT-like configurations share: three blocks of width 32 on 8x8 patches
-    hidden_size=32,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    intermediate_size=96,
-    image_size=32,
-    patch_size=8,
-    hidden_dropout_prob=0.1,
-    attention_probs_dropout_prob=0.1,
-    num_labels=10,
-)
+PLAIN = {  # what ViT-like configurations share: three blocks of width 32 on 8x8 patches
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 96,
+    "image_size": 32,
+    "patch_size": 8,
+    "hidden_dropout_prob": 0.1,
+    "attention_probs_dropout_prob": 0.1,
+    "num_labels": 10,
+}
 
 
 def vit_eager() -> nn.Module:
@@ -181,17 +181,18 @@ def yolos() -> nn.Module:
     return hf.YolosForObjectDetection(hf.YolosConfig(**options, num_detection_tokens=5))
 
 
-WINDOWED = dict(  # what the two Swin generations share: shifted windows on an 8x8 map, then 4x4
-    image_size=32,
-    patch_size=4,
-    embed_dim=16,
-    depths=[2, 2],
-    num_heads=[2, 4],
-    window_size=4,
-    drop_path_rate=0.1,
-    hidden_dropout_prob=0.1,
-    num_labels=10,
-)
+WINDOWED = {  # what the two Swin generations share: shifted windows on an 8x8 map, then 4x4
+    "image_size": 32,
+    "patch_size": 4,
+    "embed_dim": 16,
+    "depths": [2, 2],
+    "num_heads": [2, 4],
+    "window_size": 4,
+    "drop_path_rate": 0.1,
+    "hidden_dropout_prob": 0.1,
+    "attention_probs_dropout_prob": 0.1,
+    "num_labels": 10,
+}
 
 
 def swin() -> nn.Module:

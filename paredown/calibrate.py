@@ -1,0 +1,115 @@
+"""Run batches through a graph and gather statistics of its values, one batch in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from paredown import data, progress
+from paredown.graph.model import Model
+from paredown.types import Task, UserError
+
+BINS = 2048
+SAMPLE = 1 << 16  # values of a tensor and batch that enter its histogram; the range sees them all
+
+
+@dataclass
+class Statistics:
+    """Exact range and a histogram of everything a value took on.
+
+    ``counts`` (BINS,) spans [histogram_low, histogram_high]; it is filled from an evenly strided
+    sample of at most 65,536 values a batch.
+    """
+
+    low: float = float("inf")
+    high: float = float("-inf")
+    counts: Tensor | None = None
+    histogram_low: float = 0.0
+    histogram_high: float = 0.0
+    non_finite: int = 0
+    values: int = 0
+
+    def add(self, tensor: Tensor, histogram: bool) -> None:
+        flat = tensor.detach().reshape(-1)
+        if not flat.numel():
+            return
+        low, high = (float(v) for v in torch.aminmax(flat))
+        if not (low > float("-inf") and high < float("inf")):  # NaN compares false
+            self.non_finite += int((~torch.isfinite(flat)).sum())
+            return
+        self.values += flat.numel()
+        self.low, self.high = min(self.low, low), max(self.high, high)
+        if histogram:
+            self._count(flat[:: max(1, flat.numel() // SAMPLE)].float(), low, high)
+
+    def _count(self, sample: Tensor, low: float, high: float) -> None:
+        if self.counts is None:
+            margin = 0.0 if high > low else max(abs(low), 1e-12) * 1e-3
+            self.histogram_low, self.histogram_high = low - margin, high + margin
+            self.counts = torch.zeros(BINS)
+        elif low < self.histogram_low or high > self.histogram_high:
+            self._widen(min(low, self.histogram_low), max(high, self.histogram_high))
+        self.counts += torch.histc(sample, BINS, self.histogram_low, self.histogram_high)
+
+    def _widen(self, low: float, high: float) -> None:
+        """Move the counts to a wider span; each goes to the bin that holds its centre."""
+        assert self.counts is not None
+        step = (self.histogram_high - self.histogram_low) / BINS
+        centres = self.histogram_low + step * (torch.arange(BINS) + 0.5)
+        target = ((centres - low) / (high - low) * BINS).long().clamp(0, BINS - 1)
+        self.counts = torch.zeros(BINS).index_add_(0, target, self.counts)
+        self.histogram_low, self.histogram_high = low, high
+
+
+def observe(model: Model, task: Task, values: Iterable[fx.Node], histogram: bool) -> dict[str, Statistics]:
+    """Statistics of graph values (node name -> Statistics) over the calibration split.
+
+    Raises:
+        UserError: no calibration data, or a value that becomes NaN or infinite; names it.
+    """
+    statistics = {node.name: Statistics() for node in values}
+
+    def note(name: str, tensor: Tensor) -> None:
+        statistics[name].add(tensor, histogram)
+
+    run(model, task, set(statistics), note)
+    for name, found in statistics.items():
+        if found.non_finite:
+            raise UserError(
+                f"calibration: {found.non_finite} values of {name!r} are NaN or infinite; "
+                "check the calibration data and the model's outputs on it."
+            )
+        if not found.values:
+            raise UserError(f"calibration: {name!r} never ran on the calibration data.")
+    return statistics
+
+
+def run(model: Model, task: Task, names: set[str], note: Callable[[str, Tensor], None]) -> None:
+    """Run the calibration split, calling ``note(name, tensor)`` for each named value."""
+    split = data.split(task, "calibration")
+    graph = model.copy().eval().graph
+    recorder = _Recorder(graph, names, note)
+    size = data.size(split)
+    total = -(-size // task.batch_size)
+    with torch.no_grad():
+        for inputs, _ in progress.track(data.batches(split, task.batch_size), "calibrate", total):
+            args, kwargs = data.arguments(inputs)
+            recorder.run(*model.bind(args, kwargs))
+
+
+class _Recorder(fx.Interpreter):
+    """Runs a graph node by node, freeing each value after its last use."""
+
+    def __init__(self, graph: fx.GraphModule, names: set[str], note: Callable[[str, Tensor], None]):
+        super().__init__(graph)
+        self._names, self._note = names, note
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if n.name in self._names and isinstance(result, Tensor):
+            self._note(n.name, result)
+        return result

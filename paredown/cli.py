@@ -1,0 +1,296 @@
+"""The command line: one function per verb; each parses, calls and prints."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from paredown import check as checks
+from paredown import progress, recipe
+from paredown.compress import compress, load_run, replay
+from paredown.graph.capture import call_user, capture, load_file
+from paredown.graph.model import Model
+from paredown.plan import plan
+from paredown.report import comparison, report
+from paredown.types import Goals, Measurement, Run, Target, Task, UserError, human
+
+FAILED, MISSED, DIFFERS, INTERRUPTED = 1, 3, 4, 130
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="""Pare a trained model down to a budget, and prove it.
+
+Every verb takes a Python file that defines [bold]model()[/] (an nn.Module) and [bold]task()[/]
+(a paredown.Task: example inputs, splits, score, loss). Start with [bold]check[/], then [bold]run[/].
+
+Exit codes: 0 done and every goal met; 1 a problem, told in plain words; 2 wrong usage;
+3 finished, but a goal was missed (the best file is kept); 4 a replay that gave another file;
+130 interrupted (start the same command again to go on).
+""",
+)
+
+File = Annotated[Path, typer.Argument(help="Python file with model() and task().")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, for machines.")]
+Drop = Annotated[str | None, typer.Option(help='Allowed drop of the score: "1%", "0.01".')]
+Size = Annotated[str | None, typer.Option(help='File size: "500KB", "0.3x" of the original.')]
+Latency = Annotated[str | None, typer.Option(help='Median latency: "2ms", "0.7x".')]
+Memory = Annotated[str | None, typer.Option(help='Peak memory: "64MiB", "0.5x".')]
+Throughput = Annotated[str | None, typer.Option(help='At least: "500/s", "2x".')]
+Energy = Annotated[str | None, typer.Option(help='Energy per inference: "5mJ", "0.5x".')]
+Runtime = Annotated[str, typer.Option(help="Runtime of the artifact: onnxruntime, pytorch.")]
+Device = Annotated[str, typer.Option(help="Where to measure: local.")]
+Threads = Annotated[int, typer.Option(help="Threads of the runtime.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Print the result only.")]
+
+
+def main() -> None:
+    """Run the command line; a user's mistake ends in a sentence, never in a traceback."""
+    try:
+        app()
+    except UserError as error:
+        _fail(str(error), FAILED)
+    except KeyboardInterrupt:
+        _fail("Interrupted. What was finished is kept; the same command goes on from there.", INTERRUPTED)
+    except MemoryError:
+        _fail("Out of memory. Use a smaller batch_size in task(), or a machine with more.", FAILED)
+
+
+def _fail(text: str, code: int) -> NoReturn:
+    Console(stderr=True, soft_wrap=True).print(f"[red]error:[/] {escape(text)}", highlight=False)
+    sys.exit(code)
+
+
+def _console(as_json: bool, quiet: bool = False) -> Console:
+    return Console(stderr=as_json, quiet=quiet, soft_wrap=not sys.stdout.isatty())
+
+
+def _load(file: Path) -> tuple[Any, Task]:
+    model, task = load_file(file)
+    made = call_user(task, file)
+    if not isinstance(made, Task):
+        raise UserError(f"{file}: task() returned a {type(made).__name__}, not a paredown.Task.")
+    return call_user(model, file), made
+
+
+def _captured(file: Path) -> tuple[Model, Task]:
+    module, task = _load(file)
+    return capture(module, task.example, task.dynamic), task
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=1, allow_nan=False))
+
+
+@app.command()
+def check(
+    file: File,
+    runtime: Runtime = "onnxruntime",
+    recipe_file: Annotated[
+        Path | None, typer.Option("--recipe", help="Also check that this recipe can run.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Capture, export and dry-run one batch; name every problem at once, change nothing."""
+    steps = recipe.load(recipe_file) if recipe_file else []
+    with progress.shown(_console(as_json)):
+        found = checks.check(*_load(file), Target(runtime=runtime), steps)
+    if as_json:
+        _print_json(dataclasses.asdict(found))
+    else:
+        console = _console(False)
+        for note in found.notes:
+            console.print(f"note: {escape(note)}", highlight=False)
+        for problem in found.problems:
+            console.print(f"[red]problem:[/] {escape(problem)}", highlight=False)
+        for fact in found.facts:
+            console.print(f"[green]ok[/] {escape(fact)}", highlight=False)
+    if found.problems:
+        raise typer.Exit(FAILED)
+
+
+@app.command()
+def baseline(
+    file: File,
+    runtime: Runtime = "onnxruntime",
+    device: Device = "local",
+    threads: Threads = 1,
+    as_json: Json = False,
+) -> None:
+    """Measure the model as it is: the exported file, in a fresh process."""
+    model, task = _captured(file)
+    with progress.shown(_console(as_json)):
+        measurement = checks.baseline(model, task, Target(runtime, device, threads))
+    if as_json:
+        _print_json(dataclasses.asdict(measurement))
+        return
+    table = Table(title=f"{file.name} as it is", title_justify="left")
+    table.add_column("quantity")
+    table.add_column("value", justify="right")
+    for row in _measurement_rows(measurement):
+        table.add_row(*row)
+    _console(False).print(table)
+
+
+def _measurement_rows(m: Measurement) -> list[tuple[str, str]]:
+    score = f"{m.score:.2%}" if m.score_in_points else f"{m.score:.5g}"
+    rows = [("size on disk", human("size", m.size_bytes)), (f"score on {m.split} ({m.examples})", score)]
+    for name, value in (("latency p50", m.latency_ms_p50), ("latency p90", m.latency_ms_p90)):
+        if value is not None:
+            rows.append((name, human("latency", value)))
+    for name in ("throughput", "memory"):
+        value = m.quantity(name)
+        if value is not None:
+            rows.append(("peak memory" if name == "memory" else name, human(name, value)))
+    rows.append(("where", ", ".join(f"{k} {v}" for k, v in m.where.items())))
+    return rows
+
+
+@app.command("plan")
+def plan_verb(
+    file: File,
+    max_drop: Drop = None,
+    size: Size = None,
+    latency: Latency = None,
+    memory: Memory = None,
+    throughput: Throughput = None,
+    energy: Energy = None,
+    runtime: Runtime = "onnxruntime",
+    device: Device = "local",
+    threads: Threads = 1,
+    as_json: Json = False,
+) -> None:
+    """Say which recipes would be tried for these goals, in which order and why."""
+    goals = Goals(max_drop, size, latency, memory, throughput, energy)
+    model, task = _captured(file)
+    with progress.shown(_console(as_json)):
+        measurement = checks.baseline(model, task, Target(runtime, device, threads))
+    recipes = plan(model, task, goals, measurement)
+    if as_json:
+        rows = [
+            {"title": r.title, "reason": r.reason, "recipe": recipe.to_toml(r.steps)} for r in recipes
+        ]
+        _print_json({"baseline": dataclasses.asdict(measurement), "recipes": rows})
+        return
+    console = _console(False)
+    for number, item in enumerate(recipes, 1):
+        console.print(f"[bold]{number}. {item.title}[/]: {item.reason}", highlight=False)
+        for attempt in item.attempts:
+            steps = ", ".join(recipe.line(step) for step in attempt.steps)
+            console.print(f"   - {attempt.title}: {escape(steps)}", highlight=False)
+            console.print(f"     why: {attempt.reason}", highlight=False)
+            console.print(f"     expected: {attempt.expected}", highlight=False)
+
+
+@app.command()
+def run(
+    file: File,
+    max_drop: Drop = None,
+    size: Size = None,
+    latency: Latency = None,
+    memory: Memory = None,
+    throughput: Throughput = None,
+    energy: Energy = None,
+    runtime: Runtime = "onnxruntime",
+    device: Device = "local",
+    threads: Threads = 1,
+    recipe_file: Annotated[
+        Path | None, typer.Option("--recipe", help="A recipe of your own, instead of the plan's.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Run folder; the same command on it goes on where it stopped.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of every random choice.")] = 0,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Compress to the goals, measure the exported file, and write artifact and report."""
+    goals = Goals(max_drop, size, latency, memory, throughput, energy)
+    steps = recipe.load(recipe_file) if recipe_file else None
+    target = Target(runtime, device, threads)
+    with progress.shown(_console(as_json, quiet)):
+        module, task = _load(file)
+        finished = compress(module, task, goals, target, steps, out, seed, _command())
+        report(finished, Path(finished.details["folder"]) / "report.html")
+    if as_json:
+        print(finished.to_json())
+    else:
+        _print_run(finished)
+    if not finished.met:
+        raise typer.Exit(MISSED)
+
+
+def _command() -> str:
+    return shlex.join(["paredown", *sys.argv[1:]])
+
+
+def _print_run(finished: Run) -> None:
+    console = Console()
+    table = Table(title="The exported file beside the original, on the test split", title_justify="left")
+    for name in ("", "original", "compressed", "ratio", "goal", "met?"):
+        table.add_column(name, justify="left" if not name else "right")
+    for row in comparison(finished):
+        met = {True: "[green]yes[/]", False: "[red]no[/]", None: ""}[row["met"]]
+        table.add_row(row["name"], *row["figures"], row["change"], row["goal"], met)
+    console.print(table)
+    if finished.comparison is not None:
+        console.print(f"Score: {finished.comparison.verdict}", highlight=False)
+        console.print(f"Speed: {finished.comparison.speed}", highlight=False)
+    colour = "green" if finished.met else "red"
+    console.print(f"[bold {colour}]{escape(finished.verdict)}[/]", highlight=False)
+    if finished.artifact is not None:
+        folder = Path(finished.details["folder"])
+        console.print(f"Artifact: {folder / finished.artifact.path}", highlight=False, soft_wrap=True)
+        console.print(f"Report:   {folder / 'report.html'}", highlight=False, soft_wrap=True)
+
+
+@app.command("report")
+def report_verb(folder: Annotated[Path, typer.Argument(help="Run folder.")]) -> None:
+    """Write the report page of a run again."""
+    path = report(load_run(folder), folder / "report.html")
+    _console(False).print(f"Report: {path}", highlight=False)
+
+
+@app.command("replay")
+def replay_verb(
+    folder: Annotated[Path, typer.Argument(help="Run folder.")],
+    file: Annotated[
+        Path | None, typer.Option(help="The Python file, where it is not where the run found it.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Make a run's artifact again from its recipe, and compare the two files' SHA-256."""
+    source = file or _file_of(load_run(folder))
+    with progress.shown(_console(as_json)):
+        artifact, digest = replay(folder, *_load(source))
+    same = digest == artifact.sha256
+    if as_json:
+        _print_json({"kept": artifact.sha256, "replayed": digest, "same": same})
+    else:
+        console = _console(False)
+        console.print(f"kept      {artifact.sha256}\nreplayed  {digest}", highlight=False)
+        console.print("[green]the same file[/]" if same else "[red]another file[/]")
+    if not same:
+        raise typer.Exit(DIFFERS)
+
+
+def _file_of(finished: Run) -> Path:
+    """The Python file that the run's command named."""
+    words: list[str] = shlex.split(finished.command)
+    is_file: Callable[[str], bool] = lambda word: word.endswith(".py")  # noqa: E731
+    found = next(filter(is_file, words), None)
+    if found is None:
+        raise UserError("replay: the run was not started from a file; name it with --file.")
+    return Path(found)

@@ -1,0 +1,1 @@
+"""The one representation: a captured graph, and what is done to it."""

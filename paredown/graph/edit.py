@@ -1,0 +1,211 @@
+"""Edits of a captured graph, each in place: fold batch norms, insert and replace ops, re-export."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram
+
+from paredown.graph.model import Model, owner_of
+from paredown.graph.sites import sites, tensor_of
+from paredown.types import UserError
+
+aten = torch.ops.aten
+
+
+def reexport(model: Model) -> ExportedProgram:
+    """The model as a fresh exported program in evaluation mode, its dynamic dimensions kept.
+
+    Raises:
+        UserError: the edited graph does not export any more.
+    """
+    copied = model.copy().eval()
+    erase_counters(copied.graph)
+    leaves = tuple(_wide(item.example, bool(item.dynamic.get(0))) for item in copied.inputs)
+    shapes = tuple({dim: Dim.AUTO for dim in item.dynamic} for item in copied.inputs)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.export.export(copied.graph, leaves, dynamic_shapes=shapes, strict=False)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"model: the edited graph cannot be exported: {reason}") from error
+
+
+def _wide(example: Tensor, dynamic: bool) -> Tensor:
+    return torch.cat([example, example]) if dynamic and example.shape[0] == 1 else example
+
+
+def erase_counters(graph: fx.GraphModule) -> None:
+    """Drop the ops that count batch-norm batches: they change state at every call."""
+    for node in list(graph.graph.nodes):
+        if node.target is aten.add_.Tensor and not node.users:
+            counter = node.args[0]
+            if isinstance(counter, fx.Node) and str(counter.target).endswith("num_batches_tracked"):
+                graph.graph.erase_node(node)
+                if not counter.users:
+                    graph.graph.erase_node(counter)
+    graph.recompile()
+
+
+def insert_after(value: fx.Node, target: Callable[..., Any], args: tuple[Any, ...]) -> fx.Node:
+    """A new op on ``value`` that takes over all of its users."""
+    graph = value.graph
+    with graph.inserting_after(value):
+        made = graph.call_function(target, (value, *args))
+    value.replace_all_uses_with(made, delete_user_cb=lambda user: user is not made)
+    keep_meta(made, value)
+    return made
+
+
+def keep_meta(made: fx.Node, source: fx.Node) -> None:
+    """A new op belongs to the module and the source line of the op that it stands for."""
+    for key in ("nn_module_stack", "stack_trace", "val"):
+        if key in source.meta:
+            made.meta[key] = source.meta[key]
+
+
+def fold_batch_norm(graph: fx.GraphModule) -> list[str]:
+    """Fold each batch norm into the convolution or linear layer before it; returns their weights.
+
+    ``w' = w * g / sqrt(v + eps)`` and ``b' = (b - m) * g / sqrt(v + eps) + beta`` per output
+    channel (Jacob et al. 1712.05877, section 3.2). The graph must be in evaluation mode.
+    """
+    erase_counters(graph)
+    users = _uses(graph)
+    folded = []
+    for site in sites(graph):
+        norm = next(iter(site.node.users), None)
+        plain = site.kind in ("conv", "linear") or (
+            site.kind == "conv_transpose" and _argument(site.node, 6, 1) == 1
+        )
+        if (
+            plain
+            and norm is not None
+            and len(site.node.users) == 1
+            and norm.target is aten.batch_norm.default
+            and norm.args[0] is site.node
+            and norm.args[3] is not None
+            and not norm.args[5]
+            and users[site.weight] == 1
+            and _channels_match(site.kind, norm)
+        ):
+            _fold(graph, site.node, site.weight, site.bias, site.axis, norm)
+            folded.append(site.weight)
+    return folded
+
+
+def _channels_match(kind: str, norm: fx.Node) -> bool:
+    """A linear layer's channels are the norm's only where its output is (B, C)."""
+    value = norm.meta.get("val")
+    return kind != "linear" or (isinstance(value, Tensor) and value.dim() == 2)
+
+
+def _argument(node: fx.Node, position: int, default: Any) -> Any:
+    return node.args[position] if len(node.args) > position else default
+
+
+def _uses(graph: fx.GraphModule) -> dict[str, int]:
+    """Parameter name -> how many ops read its tensor, under this name or a tied one."""
+    counts: dict[int, int] = {}
+    for node in graph.graph.nodes:
+        if node.op == "get_attr":
+            found = getattr_or_none(graph, str(node.target))
+            if isinstance(found, Tensor):
+                counts[id(found)] = counts.get(id(found), 0) + len(node.users)
+    names = {site.weight for site in sites(graph)}
+    return {name: counts[id(tensor_of(graph, name))] for name in names}
+
+
+def getattr_or_none(graph: nn.Module, name: str) -> Any:
+    found: Any = graph
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    return found
+
+
+def _fold(
+    graph: fx.GraphModule, node: fx.Node, weight: str, bias: str | None, axis: int, norm: fx.Node
+) -> None:
+    names = [str(arg.target) if isinstance(arg, fx.Node) else None for arg in norm.args[1:5]]
+    gamma, beta, mean, variance = (n and tensor_of(graph, n).detach().double() for n in names)
+    eps = norm.args[7]
+    w = tensor_of(graph, weight)
+    scale = torch.rsqrt(variance + eps) * (1.0 if gamma is None else gamma)  # (C,)
+    old = tensor_of(graph, bias).detach().double() if bias else torch.zeros_like(mean)
+    shift = (old - mean) * scale + (0.0 if beta is None else beta)  # (C,)
+    shape = [-1 if dim == axis else 1 for dim in range(w.dim())]
+    with torch.no_grad():
+        w.copy_((w.double() * scale.reshape(shape)).to(w.dtype))
+    name = bias or _free_name(graph, weight)
+    set_parameter(graph, name, shift.to(w.dtype))
+    _set_bias(graph, node, name)
+    norm.replace_all_uses_with(node)
+    operands = norm.args[1:5]
+    graph.graph.erase_node(norm)
+    for arg in operands:
+        if isinstance(arg, fx.Node) and not arg.users:
+            graph.graph.erase_node(arg)
+            remove_state(graph, str(arg.target))
+    prefix = str(names[2]).rpartition(".")[0]
+    remove_state(graph, f"{prefix}.num_batches_tracked" if prefix else "num_batches_tracked")
+    graph.recompile()
+
+
+def _free_name(graph: fx.GraphModule, weight: str) -> str:
+    stem, _, leaf = weight.rpartition(".")
+    name = leaf.replace("weight", "bias") if "weight" in leaf else f"{leaf}_bias"
+    full = f"{stem}.{name}" if stem else name
+    while getattr_or_none(graph, full) is not None:
+        full += "_folded"
+    return full
+
+
+def _set_bias(graph: fx.GraphModule, node: fx.Node, name: str) -> None:
+    with graph.graph.inserting_before(node):
+        bias = graph.graph.get_attr(name)
+    args = list(node.args) + [None] * (3 - len(node.args))
+    args[2] = bias
+    node.args = tuple(args)
+
+
+def set_parameter(graph: nn.Module, name: str, value: Tensor) -> None:
+    """Put a trainable tensor at that name, in place of what stood there."""
+    owner, leaf = owner_of(graph, name), name.rpartition(".")[2]
+    if leaf in owner._parameters or leaf in owner._buffers or hasattr(owner, leaf):
+        delattr(owner, leaf)
+    owner.register_parameter(leaf, nn.Parameter(value, requires_grad=value.is_floating_point()))
+
+
+def set_buffer(graph: nn.Module, name: str, value: Tensor) -> None:
+    """Put a tensor that does not train at that name."""
+    owner, leaf = owner_of(graph, name), name.rpartition(".")[2]
+    if hasattr(owner, leaf):
+        delattr(owner, leaf)
+    owner.register_buffer(leaf, value)
+
+
+def remove_state(graph: fx.GraphModule, name: str) -> None:
+    """Delete a parameter or buffer, unless an op still reads it."""
+    if any(n.op == "get_attr" and n.target == name and n.users for n in graph.graph.nodes):
+        return
+    for node in [n for n in graph.graph.nodes if n.op == "get_attr" and n.target == name]:
+        graph.graph.erase_node(node)
+    owner, leaf = owner_of(graph, name), name.rpartition(".")[2]
+    if hasattr(owner, leaf):
+        delattr(owner, leaf)
+
+
+def refresh_values(model: Model) -> None:
+    """Give every node its ``meta["val"]`` again: shape and dtype, from a run on fake tensors."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+
+    leaves = [_wide(item.example, 0 in item.dynamic) for item in model.inputs]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        FakeTensorProp(model.graph, FakeTensorMode(allow_non_fake_inputs=True)).propagate(*leaves)

@@ -1,0 +1,76 @@
+"""The one quantized form: a graph whose tensors pass through fake quantizers.
+
+A fake quantizer rounds to an integer grid and comes back to float, so that the graph still runs,
+trains (straight-through gradient, Bengio 1308.3432) and keeps its parameters; a runtime's
+``lower`` turns each into the quantize and dequantize ops, and each weight into the integers, that
+its kernels fuse.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx
+
+
+@torch.library.custom_op("paredown::fake_quantize", mutates_args=())
+def fake_quantize(x: Tensor, scale: float, zero_point: int, low: int, high: int) -> Tensor:
+    """One scale for the tensor: ``scale * (clamp(round(x / scale) + zero_point, low, high) -
+    zero_point)`` (Jacob et al. 1712.05877); shape kept.
+
+    Example:
+        >>> fake_quantize(torch.tensor([0.04, 0.26, 9.0]), 0.1, 0, 0, 10)
+        tensor([0.0000, 0.3000, 1.0000])
+    """
+    return torch.fake_quantize_per_tensor_affine(x, scale, zero_point, low, high)
+
+
+@fake_quantize.register_fake
+def _(x: Tensor, scale: float, zero_point: int, low: int, high: int) -> Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op("paredown::fake_quantize_channel", mutates_args=())
+def fake_quantize_channel(x: Tensor, scale: Tensor, axis: int, low: int, high: int) -> Tensor:
+    """One scale (C,) for each index of dimension ``axis``, symmetric; shape kept.
+
+    Example:
+        >>> fake_quantize_channel(torch.tensor([[0.26], [0.26]]), torch.tensor([0.1, 0.2]), 0, -8, 7)
+        tensor([[0.3000],
+                [0.2000]])
+    """
+    zeros = torch.zeros(scale.shape, dtype=torch.int32, device=scale.device)
+    return torch.fake_quantize_per_channel_affine(x, scale, zeros, axis, low, high)
+
+
+@fake_quantize_channel.register_fake
+def _(x: Tensor, scale: Tensor, axis: int, low: int, high: int) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _save_inside(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    x, scale, zero_point, low, high = inputs
+    ctx.save_for_backward((x / scale + zero_point > low - 0.5) & (x / scale + zero_point < high + 0.5))
+
+
+def _straight_through(ctx, grad):  # type: ignore[no-untyped-def]
+    (inside,) = ctx.saved_tensors
+    return grad * inside, None, None, None, None
+
+
+def _save_inside_channel(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    x, scale, axis, low, high = inputs
+    shape = [-1 if dim == axis else 1 for dim in range(x.dim())]
+    steps = x / scale.reshape(shape)
+    ctx.save_for_backward((steps > low - 0.5) & (steps < high + 0.5))
+
+
+fake_quantize.register_autograd(_straight_through, setup_context=_save_inside)
+fake_quantize_channel.register_autograd(_straight_through, setup_context=_save_inside_channel)
+
+PER_TENSOR = torch.ops.paredown.fake_quantize.default
+PER_CHANNEL = torch.ops.paredown.fake_quantize_channel.default
+
+
+def quantizers(graph: fx.GraphModule) -> list[fx.Node]:
+    """The fake quantizers of a graph, in the order it runs them; empty where it is not quantized."""
+    return [node for node in graph.graph.nodes if node.target in (PER_TENSOR, PER_CHANNEL)]

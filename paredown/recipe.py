@@ -1,0 +1,156 @@
+"""A recipe is a list of steps: check it against a task, apply it, write it as TOML."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+import torch
+from torch import nn
+
+from paredown import progress
+from paredown.graph.capture import capture
+from paredown.graph.model import Model
+from paredown.steps import STEPS, step_class
+from paredown.types import Step, Task, UserError
+
+NONE = "none"  # TOML has no null
+
+
+def apply(model: Model | nn.Module, steps: Sequence[Step], task: Task) -> Model:
+    """Apply a recipe without a run folder; the input is left as it was.
+
+    Raises:
+        UserError: a step lacks what it needs (all such problems at once, before any work), or
+            has nothing to change.
+
+    Example:
+        >>> import torch, paredown
+        >>> layer, task = torch.nn.Linear(4, 2), paredown.Task(example=(torch.zeros(1, 4),), score=None)
+        >>> pruned = apply(layer, [paredown.PruneWeights(0.5)], task)
+        >>> int((pruned.state_dict()["weight"] == 0).sum())
+        4
+    """
+    made = capture(model, task.example, task.dynamic)
+    found = problems(steps, task)
+    if found:
+        raise UserError("\n".join(found))
+    for step in steps:
+        progress.say(f"  {line(step)}")
+        made = apply_step(made, step, task)
+    return made
+
+
+def apply_step(model: Model, step: Step, task: Task) -> Model:
+    """One step, and the check that pruned weights stayed zero through it."""
+    made = step.apply(model, task)
+    state = made.state_dict()
+    for name, mask in made.masks.items():
+        if name in state and bool((state[name][~mask] != 0).any()):
+            raise UserError(f"{line(step)}: weights of {name!r} that were pruned came back.")
+    for name, tensor in state.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise UserError(f"{line(step)}: {name!r} became NaN or infinite.")
+    return made
+
+
+def problems(steps: Sequence[Step], task: Task) -> list[str]:
+    """What the task lacks for these steps, one sentence each."""
+    found = []
+    for step in steps:
+        lacking = task.missing(step.needs)
+        if lacking:
+            found.append(f"{line(step)}: needs {' and '.join(lacking)} of the task.")
+    return found
+
+
+def name(step: Step) -> str:
+    """The name under which a step stands in `STEPS`."""
+    spelled = f"{type(step).__module__}:{type(step).__qualname__}"
+    for key, value in STEPS.items():
+        if value == spelled:
+            return key
+    raise UserError(f"step: {type(step).__name__} is not one of {', '.join(STEPS)}.")
+
+
+def settings(step: Step) -> dict[str, Any]:
+    """A step's settings that differ from their defaults, and those without one."""
+    found = {}
+    for field in dataclasses.fields(step):  # type: ignore[arg-type]
+        value = getattr(step, field.name)
+        if value != field.default:
+            plain = list(value) if isinstance(value, tuple) else value
+            found[field.name] = NONE if plain is None else plain
+    return found
+
+
+def line(step: Step) -> str:
+    """A step as a person would type it.
+
+    Example:
+        >>> from paredown.steps.quantize import Quantize
+        >>> line(Quantize(ranges="entropy"))
+        "Quantize(ranges='entropy')"
+    """
+    inside = ", ".join(f"{key}={value!r}" for key, value in settings(step).items())
+    return f"{type(step).__name__}({inside})"
+
+
+def to_toml(steps: Sequence[Step]) -> str:
+    """A recipe as TOML: one ``[[step]]`` table each.
+
+    Example:
+        >>> from paredown.steps.quantize import Quantize
+        >>> print(to_toml([Quantize(last=False)]))
+        [[step]]
+        name = "quantize"
+        last = false
+        <BLANKLINE>
+    """
+    return tomli_w.dumps({"step": [{"name": name(step), **settings(step)} for step in steps]}) if steps else ""
+
+
+def from_toml(text: str, where: str = "recipe") -> list[Step]:
+    """The steps of a recipe; names come from `STEPS` alone and nothing is evaluated.
+
+    Raises:
+        UserError: not TOML, an unknown step or setting, or a value that the step refuses.
+    """
+    try:
+        tables = tomllib.loads(text).get("step", [])
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise UserError(f"{where}: not a recipe in TOML: {error}.") from error
+    if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
+        raise UserError(f"{where}: expected [[step]] tables.")
+    return [_step(dict(table), f"{where}, step {n}") for n, table in enumerate(tables, 1)]
+
+
+def load(path: str | Path) -> list[Step]:
+    path = Path(path)
+    try:
+        return from_toml(path.read_text(), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}.") from error
+
+
+def _step(table: dict[str, Any], where: str) -> Step:
+    named = table.pop("name", None)
+    if not isinstance(named, str):
+        raise UserError(f'{where}: has no name = "...".')
+    kind = step_class(named)
+    known = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    unknown = sorted(set(table) - known)
+    if unknown:
+        raise UserError(
+            f"{where}: {named} has no setting {unknown[0]!r}; it has {', '.join(sorted(known))}."
+        )
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in table.items()}
+    values = {k: None if v == NONE else v for k, v in values.items()}
+    try:
+        return kind(**values)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{where}: {named}: {error}.") from error

@@ -1,0 +1,375 @@
+"""Model -> ONNX file: export, integer weights and biases, nothing else in the file."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import torch
+from onnx.defs import OpSchema
+from onnxscript import values as onnxscript_values
+from torch import fx
+
+from paredown.graph import structure
+from paredown.graph.edit import reexport
+from paredown.graph.model import Model
+from paredown.graph.quantized import PER_CHANNEL, PER_TENSOR, quantizers
+from paredown.types import UserError
+
+DOMAIN = "paredown"
+FLOAT_TOLERANCE = 1e-3  # of the output's largest value
+HALF_TOLERANCE = 5e-2
+QUANTIZED_NOISE_DB = 20.0  # rounding ties fall differently in two implementations
+MAX_BYTES = 2**31 - 1
+
+
+def encode(model: Model) -> bytes:
+    """The ONNX file's bytes; the same model gives the same bytes."""
+    _register_placeholders()
+    exported = _export(model)
+    graph = exported.graph
+    _integer_weights(graph)
+    _quantize_activations(graph)
+    _integer_biases(graph)
+    _pool_by_name(graph)
+    _strip(exported)
+    _name_dimensions(graph, model)
+    proto = ir.to_proto(exported)
+    if proto.ByteSize() > MAX_BYTES:
+        raise UserError("model: its ONNX file would be above 2 GB, the most that ONNX can hold.")
+    onnx.checker.check_model(proto)
+    return proto.SerializeToString(deterministic=True)
+
+
+@functools.cache
+def _register_placeholders() -> None:
+    """Opaque ops that carry the fake quantizers through the exporter's optimiser."""
+    kinds = OpSchema.AttrType
+    shapes = {
+        "FakeQuantize": (["x"], {"scale": kinds.FLOAT, "zero_point": kinds.INT, "low": kinds.INT, "high": kinds.INT}),
+        "FakeQuantizeChannel": (["x", "scale"], {"axis": kinds.INT, "low": kinds.INT, "high": kinds.INT}),
+    }
+    for name, (inputs, attributes) in shapes.items():
+        onnx.defs.register_schema(
+            OpSchema(
+                name,
+                DOMAIN,
+                1,
+                inputs=[OpSchema.FormalParameter(item, "T") for item in inputs],
+                outputs=[OpSchema.FormalParameter("y", "T")],
+                type_constraints=[("T", ["tensor(float)"], "")],
+                attributes=[OpSchema.Attribute(key, kind, "") for key, kind in attributes.items()],
+            )
+        )
+
+
+def _fake_quantize(x: Any, scale: float, zero_point: int, low: int, high: int) -> Any:
+    op = onnxscript_values.Opset(DOMAIN, 1)
+    return op.FakeQuantize(x, scale=scale, zero_point=zero_point, low=low, high=high)
+
+
+def _fake_quantize_channel(x: Any, scale: Any, axis: int, low: int, high: int) -> Any:
+    op = onnxscript_values.Opset(DOMAIN, 1)
+    return op.FakeQuantizeChannel(x, scale, axis=axis, low=low, high=high)
+
+
+def _export(model: Model) -> ir.Model:
+    program = reexport(model)
+    outputs = [name.replace(".", "_") or "output" for name in structure.names(model.outputs)]
+    inputs = [item.name for item in model.inputs]
+    clash = set(inputs) & set(outputs)
+    outputs = [f"{name}_out" if name in clash else name for name in outputs]
+    try:
+        # Attention with a trainable bias decomposes to another layout where gradients are on.
+        with _quiet(), torch.no_grad():
+            exported = torch.onnx.export(
+                program,
+                dynamo=True,
+                optimize=True,
+                verbose=False,
+                input_names=inputs,
+                output_names=outputs,
+                custom_translation_table={
+                    PER_TENSOR: _fake_quantize,
+                    PER_CHANNEL: _fake_quantize_channel,
+                },
+            )
+    except Exception as error:
+        raise UserError(f"model: cannot be written as ONNX: {_root_cause(error)}") from error
+    assert exported is not None
+    return exported.model
+
+
+@contextlib.contextmanager
+def _quiet() -> Any:
+    """The exporter's chatter is about libraries that the user may not have."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _root_cause(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return str(error).strip().splitlines()[0]
+
+
+def _array(value: ir.Value | None) -> np.ndarray | None:
+    """The constant an ONNX value holds, or None."""
+    if value is None or value.const_value is None:
+        return None
+    return value.const_value.numpy()
+
+
+def _initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
+    if name in graph.initializers:
+        return graph.initializers[name]
+    made = ir.val(name, const_value=ir.tensor(array, name=name))
+    graph.register_initializer(made)
+    return made
+
+
+def _insert(graph: ir.Graph, before: ir.Node, node: ir.Node) -> ir.Value:
+    graph.insert_before(before, node)
+    return node.outputs[0]
+
+
+def _attribute(node: ir.Node, name: str) -> Any:
+    return node.attributes[name].value
+
+
+def _integer_weights(graph: ir.Graph) -> None:
+    """Weights behind a fake quantizer become int8 initializers and a DequantizeLinear."""
+    for node in [n for n in graph if n.op_type == "FakeQuantizeChannel"]:
+        weight, scale = _array(node.inputs[0]), _array(node.inputs[1])
+        assert weight is not None and scale is not None and node.inputs[0] is not None
+        axis, name = _attribute(node, "axis"), str(node.inputs[0].name)
+        shape = [-1 if dim == axis else 1 for dim in range(weight.ndim)]
+        inverse = (np.float32(1) / scale.astype(np.float32)).reshape(shape)
+        low, high = _attribute(node, "low"), _attribute(node, "high")
+        integers = np.clip(np.rint(weight * inverse), low, high).astype(np.int8)
+        for user in [usage.node for usage in node.outputs[0].uses()]:
+            if user.op_type == "Transpose":
+                order = list(_attribute(user, "perm"))
+                turned = np.ascontiguousarray(integers.transpose(order))
+                made = _dequantize(graph, user, f"{name}_t", turned, scale, order.index(axis))
+                user.outputs[0].replace_all_uses_with(made)
+                graph.remove(user, safe=True)
+        if node.outputs[0].uses():
+            made = _dequantize(graph, node, name, integers, scale, axis)
+            node.outputs[0].replace_all_uses_with(made)
+        graph.remove(node, safe=True)
+
+
+def _dequantize(
+    graph: ir.Graph, before: ir.Node, name: str, integers: np.ndarray, scale: np.ndarray, axis: int
+) -> ir.Value:
+    zeros = np.zeros(scale.shape, integers.dtype)
+    inputs = [
+        _initializer(graph, f"{name}_quantized", integers),
+        _initializer(graph, f"{name}_scale", scale.astype(np.float32)),
+        _initializer(graph, f"{name}_zero_point", zeros),
+    ]
+    node = ir.node("DequantizeLinear", inputs, {"axis": axis}, name=f"{name}_dequantize")
+    node.outputs[0].name = f"{name}_dequantized"
+    return _insert(graph, before, node)
+
+
+def _quantize_activations(graph: ir.Graph) -> None:
+    for node in [n for n in graph if n.op_type == "FakeQuantize"]:
+        value, name = node.inputs[0], str(node.outputs[0].name)
+        kind = np.uint8 if _attribute(node, "low") >= 0 else np.int8
+        scale = _initializer(graph, f"{name}_scale", np.array(_attribute(node, "scale"), np.float32))
+        zero = _initializer(graph, f"{name}_zero_point", np.array(_attribute(node, "zero_point"), kind))
+        quantize = ir.node("QuantizeLinear", [value, scale, zero], name=f"{name}_quantize")
+        quantize.outputs[0].name = f"{name}_quantized"
+        quantized = _insert(graph, node, quantize)
+        dequantize = ir.node("DequantizeLinear", [quantized, scale, zero], name=f"{name}_dequantize")
+        dequantize.outputs[0].name = f"{name}_dequantized"
+        result = _insert(graph, node, dequantize)
+        for index, output in enumerate(graph.outputs):
+            if output is node.outputs[0]:
+                result.name, node.outputs[0].name = output.name, f"{output.name}_fake"
+                result.shape, result.dtype = output.shape, output.dtype
+                graph.outputs[index] = result
+        node.outputs[0].replace_all_uses_with(result)
+        graph.remove(node, safe=True)
+
+
+def _integer_biases(graph: ir.Graph) -> None:
+    """Biases become int32 with the product of input and weight scales: else nothing fuses."""
+    for node in [n for n in graph if n.op_type in ("Conv", "Gemm") and len(n.inputs) > 2]:
+        x, weight, bias = (value.producer() if value else None for value in (*node.inputs[:2], None))
+        values = _array(node.inputs[2])
+        if values is None or not _dequantizes(x) or not _dequantizes(weight):
+            continue
+        assert x is not None and weight is not None and node.inputs[2] is not None
+        x_scale, weight_scale = _array(x.inputs[1]), _array(weight.inputs[1])
+        assert x_scale is not None and weight_scale is not None
+        if weight_scale.ndim == 0 or x_scale.ndim:
+            continue
+        scale = (x_scale * weight_scale).astype(np.float32)
+        integers = np.clip(np.rint(values.astype(np.float64) / scale), -(2**31), 2**31 - 1)
+        name = f"{node.inputs[2].name}_{node.name}"
+        made = _dequantize(graph, node, name, integers.astype(np.int32), scale, 0)
+        node.replace_input_with(2, made)
+
+
+def _dequantizes(node: ir.Node | None) -> bool:
+    return node is not None and node.op_type == "DequantizeLinear"
+
+
+def _pool_by_name(graph: ir.Graph) -> None:
+    """A mean over both image axes is a GlobalAveragePool, which has an integer kernel."""
+    for node in [n for n in graph if n.op_type == "ReduceMean"]:
+        source = node.inputs[0]
+        axes = _array(node.inputs[1]) if len(node.inputs) > 1 else None
+        keeps = "keepdims" not in node.attributes or _attribute(node, "keepdims") == 1
+        rank = len(source.shape) if source is not None and source.shape is not None else 0
+        if not rank and source is not None and _dequantizes(source.producer()):
+            rank = _rank_through(source)
+        if axes is not None and keeps and rank == 4 and sorted(int(a) % 4 for a in axes) == [2, 3]:
+            made = ir.node("GlobalAveragePool", [source], name=node.name)
+            made.outputs[0].name = f"{node.outputs[0].name}_pooled"
+            result = _insert(graph, node, made)
+            node.outputs[0].replace_all_uses_with(result)
+            graph.remove(node, safe=True)
+
+
+def _rank_through(value: ir.Value) -> int:
+    """The rank of a dequantized value: that of what was quantized."""
+    dequantize = value.producer()
+    quantize = dequantize.inputs[0].producer() if dequantize and dequantize.inputs[0] else None
+    source = quantize.inputs[0] if quantize else None
+    return len(source.shape) if source is not None and source.shape is not None else 0
+
+
+def _strip(model: ir.Model) -> None:
+    """Leave weights and graph: no source lines, shapes, documentation or unused tensors."""
+    graph = model.graph
+    model.metadata_props.clear()
+    model.producer_name, model.producer_version = "paredown", None
+    model.doc_string = graph.doc_string = None
+    graph.metadata_props.clear()
+    model.opset_imports.pop(DOMAIN, None)
+    for node in graph.all_nodes():
+        node.metadata_props.clear()
+        node.doc_string = None
+        for value in node.outputs:
+            value.metadata_props.clear()
+            if not value.is_graph_output():
+                value.shape = value.type = None
+    for value in [*graph.inputs, *graph.outputs]:
+        value.metadata_props.clear()
+    for name, value in list(graph.initializers.items()):
+        value.metadata_props.clear()
+        if not value.uses() and not value.is_graph_output():
+            del graph.initializers[name]
+
+
+def _name_dimensions(graph: ir.Graph, model: Model) -> None:
+    """Dynamic dimensions carry the user's names instead of the exporter's symbols."""
+    names: dict[str, str] = {}
+    for value, item in zip(graph.inputs, model.inputs, strict=True):
+        if value.shape is None:
+            continue
+        for dim, name in item.dynamic.items():
+            size = value.shape[dim]
+            if not isinstance(size, int):
+                names.setdefault(str(size.value), name)
+    for value in [*graph.inputs, *graph.outputs]:
+        if value.shape is not None:
+            sizes = [s if isinstance(s, int) else names.get(str(s.value), s.value) for s in value.shape]
+            value.shape = ir.Shape(sizes)
+
+
+def check_parity(model: Model, path: Path, predictor: Any) -> None:
+    """Assert that the open file computes what the model computes, on the example inputs.
+
+    Raises:
+        UserError: it does not; names the tensor that differs most.
+    """
+    leaves = [item.example for item in model.inputs]
+    expected = _run_graph(model, leaves)
+    got = predictor(*[leaf.numpy() for leaf in leaves])
+    tolerance_db = _tolerance_db(model)
+    worst = min(
+        (_agreement_db(ours.numpy(), theirs), name)
+        for ours, theirs, name in zip(expected, got, predictor.output_names, strict=True)
+    )
+    if worst[0] < tolerance_db:
+        where = _differs_most(model, path, leaves)
+        raise UserError(
+            f"{path.name}: output {worst[1]!r} differs from the model's "
+            f"(agreement {worst[0]:.0f} dB, expected at least {tolerance_db:.0f} dB){where}."
+        )
+
+
+def _tolerance_db(model: Model) -> float:
+    if quantizers(model.graph):
+        return QUANTIZED_NOISE_DB
+    half = any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters())
+    return -20 * float(np.log10(HALF_TOLERANCE if half else FLOAT_TOLERANCE))
+
+
+def _run_graph(model: Model, leaves: list[torch.Tensor]) -> list[torch.Tensor]:
+    graph = model.copy().eval().graph.cpu()
+    with torch.no_grad():
+        return [value.detach() for value in graph(*[leaf.clone() for leaf in leaves])]
+
+
+def _agreement_db(expected: np.ndarray, got: np.ndarray) -> float:
+    """Signal over error in decibels; infinite where equal, minus infinity where not comparable."""
+    if expected.shape != got.shape:
+        return -np.inf
+    a, b = expected.astype(np.float64), got.astype(np.float64)
+    finite = np.isfinite(a)
+    if not np.array_equal(finite, np.isfinite(b)):
+        return -np.inf
+    error = float(np.sum((a[finite] - b[finite]) ** 2))
+    signal = float(np.sum(a[finite] ** 2))
+    if error == 0:
+        return np.inf
+    return float(10 * np.log10(max(signal, 1e-24) / error))
+
+
+def _differs_most(model: Model, path: Path, leaves: list[torch.Tensor]) -> str:
+    """The inner tensor with the worst agreement between graph and file, for the error."""
+    import onnxruntime
+
+    loaded = onnx.load(str(path))
+    outputs = {name for node in loaded.graph.node for name in node.output}
+    seen: dict[str, np.ndarray] = {}
+
+    class Recorder(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            result = super().run_node(n)
+            if isinstance(result, torch.Tensor) and n.name in outputs:
+                seen[n.name] = result.detach().numpy().copy()
+            return result
+
+    with torch.no_grad():
+        Recorder(model.copy().eval().graph).run(*[leaf.clone() for leaf in leaves])
+    known = {value.name for value in loaded.graph.output}
+    loaded.graph.output.extend(onnx.ValueInfoProto(name=name) for name in seen if name not in known)
+    session = onnxruntime.InferenceSession(loaded.SerializeToString(), providers=["CPUExecutionProvider"])
+    feeds = {item.name: leaf.numpy() for item, leaf in zip(session.get_inputs(), leaves, strict=True)}
+    got = dict(zip(seen, session.run(list(seen), feeds), strict=True)) if seen else {}
+    ranked = sorted((_agreement_db(seen[name], got[name]), name) for name in seen)
+    return f"; the tensor that differs most is {ranked[0][1]!r} at {ranked[0][0]:.0f} dB" if ranked else ""

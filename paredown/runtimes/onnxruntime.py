@@ -1,0 +1,148 @@
+"""ONNX Runtime, the default runtime: ``lower`` writes an ONNX file, ``open`` runs one.
+
+The probe loads this file by its path in a process without PyTorch, so the module imports numpy
+alone; what lowering needs stands in ``paredown/runtimes/onnx_file.py``.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from paredown.graph.model import Model
+
+SUFFIX = ".onnx"
+
+# What an operator of the optimised graph computes in; the others move or cast data.
+INTEGER_OPS = frozenset(
+    {
+        *("QLinearConv", "QLinearMatMul", "QGemm", "QLinearAdd", "QLinearMul", "QLinearConcat"),
+        *("QLinearAveragePool", "QLinearGlobalAveragePool", "QLinearSigmoid", "QLinearLeakyRelu"),
+        *("QLinearSoftmax", "QLinearWhere", "MatMulIntegerToFloat", "ConvInteger", "MatMulInteger"),
+        *("DynamicQuantizeMatMul", "QAttention"),
+    }
+)
+FUSABLE_OPS = frozenset(
+    {
+        *("Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "Add", "Mul"),
+        *("Concat", "AveragePool", "GlobalAveragePool", "Sigmoid", "LeakyRelu", "Relu", "Clip"),
+        *("MaxPool", "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Slice", "Split"),
+    }
+)
+
+
+class Predictor:
+    """An open ONNX file: call it with one array per input, get a tuple of arrays."""
+
+    def __init__(self, session: Any) -> None:
+        self._session = session
+        self.input_names = [item.name for item in session.get_inputs()]
+        self.output_names = [item.name for item in session.get_outputs()]
+
+    def __call__(self, *arrays: np.ndarray) -> tuple[np.ndarray, ...]:
+        feeds = dict(zip(self.input_names, arrays, strict=True))
+        return tuple(self._session.run(None, feeds))
+
+
+def open(path: Path | str, threads: int = 1) -> Predictor:
+    """Open an ONNX file on the CPU with that many threads."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(
+        str(path), session_options(threads), providers=["CPUExecutionProvider"]
+    )
+    return Predictor(session)
+
+
+def session_options(threads: int) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    return options
+
+
+def version() -> str:
+    import onnxruntime
+
+    return f"onnxruntime {onnxruntime.__version__}"
+
+
+def lower(model: Model, path: Path | str) -> Path:
+    """Write the model as an ONNX file that holds weights and graph only, and check it.
+
+    Raises:
+        UserError: an op has no ONNX form, or the file's outputs differ from the model's; names
+            the tensor that differs most.
+    """
+    from paredown.files import write_atomically
+    from paredown.runtimes import onnx_file
+    from paredown.types import UserError
+
+    path = Path(path)
+    write_atomically(path, onnx_file.encode(model))
+    try:
+        onnx_file.check_parity(model, path, open(path))
+    except UserError:
+        path.unlink()
+        raise
+    return path
+
+
+@dataclass(frozen=True)
+class Census:
+    """What ONNX Runtime makes of a file: its optimised graph's ops and the file's bytes.
+
+    ``unfused`` names the ops that could run on integers but stay in float between a dequantize
+    and a quantize op.
+    """
+
+    integer_ops: dict[str, int]
+    float_ops: dict[str, int]
+    bytes_by_dtype: dict[str, int]
+    unfused: tuple[str, ...]
+
+
+def census(path: Path | str) -> Census:
+    """Count the ops that ONNX Runtime really runs for this file."""
+    import onnx
+    import onnxruntime
+
+    with tempfile.TemporaryDirectory() as folder:
+        options = session_options(1)
+        options.optimized_model_filepath = f"{folder}/optimised.onnx"
+        onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        nodes = list(onnx.load(options.optimized_model_filepath).graph.node)
+    weights: dict[str, int] = {}
+    for tensor in onnx.load(str(path)).graph.initializer:
+        kind = onnx.TensorProto.DataType.Name(tensor.data_type).lower()
+        weights[kind] = weights.get(kind, 0) + len(onnx.numpy_helper.to_array(tensor).tobytes())
+    integer: dict[str, int] = {}
+    floating: dict[str, int] = {}
+    for node in nodes:
+        counts = integer if node.op_type in INTEGER_OPS else floating
+        counts[node.op_type] = counts.get(node.op_type, 0) + 1
+    return Census(integer, floating, weights, tuple(_unfused(nodes)))
+
+
+def _unfused(nodes: list[Any]) -> list[str]:
+    made_by = {output: node.op_type for node in nodes for output in node.output}
+    used_by: dict[str, set[str]] = {}
+    for node in nodes:
+        for name in node.input:
+            used_by.setdefault(name, set()).add(node.op_type)
+    found = []
+    for node in nodes:
+        sources = [made_by[name] for name in node.input if name in made_by]
+        users = set().union(*(used_by.get(name, set()) for name in node.output))
+        between = sources and set(sources) == {"DequantizeLinear"} and users == {"QuantizeLinear"}
+        if node.op_type in FUSABLE_OPS and between:
+            found.append(f"{node.op_type} {node.name}")
+    return found

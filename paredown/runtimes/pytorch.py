@@ -1,0 +1,68 @@
+"""PyTorch itself: ``lower`` writes the captured model, ``open`` runs it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from paredown.graph.model import Model
+
+SUFFIX = ".safetensors"
+
+
+class Predictor:
+    """An open model file: call it with one array per input, get a tuple of arrays."""
+
+    def __init__(self, model: Model) -> None:
+        from paredown.graph import structure
+
+        self._model = model
+        self.input_names = [item.name for item in model.inputs]
+        self.output_names = [n.replace(".", "_") or "output" for n in structure.names(model.outputs)]
+
+    def __call__(self, *arrays: np.ndarray) -> tuple[np.ndarray, ...]:
+        import torch
+
+        with torch.inference_mode():
+            outputs = self._model.graph(*[torch.from_numpy(array) for array in arrays])
+        return tuple(_plain(output) for output in outputs)
+
+
+def _plain(tensor: Any) -> np.ndarray:
+    import torch
+
+    wide = tensor.float() if tensor.dtype is torch.bfloat16 else tensor
+    return wide.numpy()  # type: ignore[no-any-return]
+
+
+def lower(model: Model, path: Path | str) -> Path:
+    """Write the model in evaluation mode as one safetensors file.
+
+    Raises:
+        UserError: the file cannot be written, or holds something that cannot be saved.
+    """
+    from paredown.graph.edit import erase_counters
+
+    shipped = model.copy().eval()
+    erase_counters(shipped.graph)
+    shipped.save(path)
+    return Path(path)
+
+
+def open(path: Path | str, threads: int = 1) -> Predictor:
+    """Open a model file on the CPU with that many threads."""
+    import torch
+
+    from paredown.graph.model import Model
+
+    torch.set_num_threads(threads)
+    return Predictor(Model.load(path))
+
+
+def version() -> str:
+    import torch
+
+    return f"torch {torch.__version__}"

@@ -1,0 +1,32 @@
+"""Techniques by name; adding one is a new file here and a line in this dict."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+
+from paredown.types import Step, UserError
+
+STEPS = {
+    "prune_weights": "paredown.steps.prune_weights:PruneWeights",
+    "fine_tune": "paredown.steps.fine_tune:FineTune",
+    "quantize": "paredown.steps.quantize:Quantize",
+    "cast": "paredown.steps.cast:Cast",
+}
+
+
+def step_class(name: str) -> type[Step]:
+    """The class of a step by its name.
+
+    Raises:
+        UserError: no such step; suggests the nearest.
+
+    Example:
+        >>> step_class("quantize").__name__
+        'Quantize'
+    """
+    if name not in STEPS:
+        near = difflib.get_close_matches(name, STEPS, 1, 0.0)[0]
+        raise UserError(f"step: {name!r} is not one of {', '.join(STEPS)}; did you mean {near!r}?")
+    module, _, attribute = STEPS[name].partition(":")
+    return getattr(importlib.import_module(module), attribute)  # type: ignore[no-any-return]

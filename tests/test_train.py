@@ -1,0 +1,422 @@
+"""Training: the same bits by the same seed, after a crash too, and masks that nothing revives."""
+
+import time
+from dataclasses import asdict, fields, replace
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.utils.data import Dataset, TensorDataset
+
+from paredown import progress, train
+from paredown.graph.capture import capture
+from paredown.graph.model import Model
+from paredown.steps.fine_tune import FineTune
+from paredown.train import Training, evaluate, fit, learning_rate, scratch
+from paredown.types import Task, UserError
+
+torch.set_num_threads(1)
+FAST = Training(epochs=4, lr=0.01, device="cpu")
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(
+            *(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.2)),
+            *(nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+        )
+        self.first = nn.Linear(8, 8)
+        self.second = nn.Linear(8, 8)
+        self.second.weight = self.first.weight  # tied
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, x):
+        return self.head(self.second(self.first(self.body(x)).relu()))
+
+
+def examples(count: int = 97, seed: int = 0) -> TensorDataset:
+    """Two classes of 1 x 6 x 6 images, told apart by their mean."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, 2, (count,), generator=generator)
+    noise = torch.randn(count, 1, 6, 6, generator=generator)
+    return TensorDataset(noise + labels[:, None, None, None], labels)
+
+
+TASK = Task(
+    example=(torch.zeros(2, 1, 6, 6),),
+    score=lambda out, y: (out.argmax(1) == y).float(),
+    loss=cross_entropy,
+    train=examples(),
+    validation=examples(50, seed=1),
+    batch_size=16,
+)
+
+
+@pytest.fixture
+def model() -> Model:
+    torch.manual_seed(0)
+    return capture(Net(), TASK.example)
+
+
+def same(one: Model, other: Model) -> bool:
+    a, b = one.state_dict(), other.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.fixture
+def said(monkeypatch) -> list[str]:
+    lines: list[str] = []
+    monkeypatch.setattr(progress, "say", lines.append)
+    return lines
+
+
+@pytest.mark.parametrize(("optimizer", "lr"), [("adamw", 0.02), ("sgd", 0.1)])
+def test_it_learns_and_says_how_far_it_is(model, said, optimizer, lr):
+    before = evaluate(model, TASK.validation, TASK)
+    history = fit(model, TASK, replace(FAST, epochs=8, lr=lr, optimizer=optimizer))
+    after = evaluate(model, TASK.validation, TASK)
+    assert before.shape == (50,) and after.mean() > 0.9 > before.mean()
+    assert [row["epoch"] for row in history] == list(range(1, 9))
+    assert history[-1]["score"] == pytest.approx(float(after.mean()))
+    assert history[-1]["loss"] < history[0]["loss"]
+    assert sum("validation score" in line for line in said) == 8
+
+
+def test_the_same_seed_gives_the_same_bits_and_leaves_the_callers_alone(model):
+    runs = []
+    for settings in (FAST, FAST, replace(FAST, seed=1)):
+        copied = model.copy()
+        torch.manual_seed(5)
+        history = fit(copied, TASK, settings)
+        runs.append((copied, history, torch.rand(1)))
+    assert same(runs[0][0], runs[1][0]) and runs[0][1] == runs[1][1]
+    assert not same(runs[0][0], runs[2][0])
+    torch.manual_seed(5)
+    assert runs[0][2] == runs[1][2] == torch.rand(1)
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("patience", [None, 3])
+def test_a_killed_training_goes_on_to_the_same_bits(
+    model, tmp_path, monkeypatch, said, optimizer, patience
+):
+    settings = replace(FAST, optimizer=optimizer, patience=patience)
+    whole, cut = model.copy(), model.copy()
+    history = fit(whole, TASK, settings)
+    write, path = train._write, tmp_path / "run" / "c.safetensors"
+    path.parent.mkdir()
+
+    def kill(*args):
+        write(*args)
+        if args[-1].epoch == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "_write", kill)
+    with pytest.raises(KeyboardInterrupt):
+        fit(cut, TASK, settings, path)
+    assert path.exists() and not same(cut, whole)
+    monkeypatch.setattr(train, "_write", write)
+    again = model.copy()
+    assert fit(again, TASK, settings, path) == history
+    assert same(again, whole)
+    assert any("going on from c.safetensors after epoch 2" in line for line in said)
+    finished = model.copy()
+    assert fit(finished, TASK, settings, path) == history and same(finished, whole)
+
+
+def test_a_foreign_or_damaged_checkpoint_is_replaced(model, tmp_path, said):
+    path = tmp_path / "c.safetensors"
+    fit(model.copy(), TASK, replace(FAST, epochs=1), path)
+    other, whole = model.copy(), model.copy()
+    history = fit(other, TASK, FAST, path)
+    assert len(history) == 4 and "is of another training" in said[1]
+    path.write_bytes(path.read_bytes()[:1000])
+    assert fit(whole, TASK, FAST, path) == history and same(whole, other)
+    assert any("is not a whole checkpoint" in line for line in said)
+
+
+def test_nothing_revives_a_pruned_weight(model):
+    named = {"body.0.weight": model.graph.body, "second.weight": model.graph}
+    for optimizer in ("adamw", "sgd"):
+        pruned = model.copy()
+        fit(pruned, TASK, replace(FAST, epochs=1, optimizer=optimizer))  # no mask yet
+        for name in named:
+            weight = dict(pruned.graph.named_parameters(remove_duplicate=False))[name]
+            pruned.masks[name] = torch.rand_like(weight) > 0.5
+            weight.data.mul_(pruned.masks[name])
+        start = pruned.state_dict()["head.weight"].clone()
+        fit(pruned, TASK, replace(FAST, optimizer=optimizer, weight_decay=0.1))
+        for name, mask in pruned.masks.items():
+            weight = pruned.state_dict()[name]
+            assert not weight[~mask].any() and weight[mask].all()
+        assert pruned.graph.first.weight is pruned.graph.second.weight
+        assert not torch.equal(start, pruned.state_dict()["head.weight"])
+
+
+def test_patience_stops_and_restores_the_best(model):
+    scores = iter([0.5, 0.9, 0.4, 0.3, 0.8, 0.7])
+
+    def score(out, y):
+        return torch.full((len(y),), score.now)
+
+    seen = []
+    task = replace(TASK, score=score)
+
+    def watch(line):
+        score.now = next(scores)
+        seen.append(model.state_dict()["head.weight"].clone())
+
+    score.now = next(scores)
+    original, progress.say = progress.say, watch
+    try:
+        history = fit(model, task, replace(FAST, epochs=6, patience=2))
+    finally:
+        progress.say = original
+    assert [round(row["score"], 1) for row in history] == [0.5, 0.9, 0.4, 0.3]
+    assert torch.equal(model.state_dict()["head.weight"], seen[1])
+    with pytest.raises(UserError, match="patience: stopping early needs a validation split"):
+        fit(model, replace(TASK, validation=None), replace(FAST, patience=1))
+
+
+def test_part_of_an_epoch_and_the_schedule(model):
+    rates = [learning_rate(step, 100, 2.0, 0.1) for step in range(100)]
+    assert rates[9] == rates[10] == max(rates) == 2.0
+    assert rates[:10] == sorted(rates[:10]) and rates[10:] == sorted(rates[10:], reverse=True)
+    steps = []
+    task = replace(TASK, loss=lambda out, y: steps.append(len(y)) or cross_entropy(out, y))
+    history = fit(model, task, replace(FAST, epochs=1.5))
+    assert len(history) == 2 and len(steps) == 9  # 6 steps an epoch: 97 = 6 * 16 + 1
+    assert set(steps) == {16}  # a batch of one example has no variance
+
+
+def test_out_of_memory_halves_the_batch_and_keeps_its_gradient(model, monkeypatch, said):
+    plain = capture(nn.Sequential(nn.Flatten(), nn.Linear(36, 2)), TASK.example)
+    whole, halved = plain.copy(), plain.copy()
+    fit(whole, TASK, FAST)
+    said.clear()
+    call, sizes = train._call, []
+
+    def short(model, inputs):
+        if len(inputs) > 5:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        sizes.append(len(inputs))
+        return call(model, inputs)
+
+    monkeypatch.setattr(train, "_call", short)
+    history = fit(halved, TASK, FAST)
+    assert len(history) == 4 and max(sizes) <= 5
+    for name, weight in whole.state_dict().items():
+        torch.testing.assert_close(halved.state_dict()[name], weight, rtol=1e-3, atol=1e-4)
+    assert "out of memory at a batch of 16: going on with 8 at a time" in said[0]
+    assert "the same batch of 16" in said[0]
+
+
+def test_too_little_memory_for_one_example_is_said(model, monkeypatch):
+    def never(model, inputs):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(train, "_call", never)
+    with pytest.raises(UserError, match="out of memory at a batch of 1, which cannot be split"):
+        fit(model, TASK, FAST)
+
+
+def test_a_loss_that_is_not_finite_says_where(model):
+    calls = []
+
+    def loss(out, y):
+        calls.append(1)
+        return cross_entropy(out, y) * (float("nan") if len(calls) == 9 else 1)
+
+    message = r"the loss is nan at epoch 2, batch 3 \(lr 0.00\d+\); use a smaller lr"
+    with pytest.raises(UserError, match=message):
+        fit(model, replace(TASK, loss=loss), FAST)
+    assert not model(torch.zeros(2, 1, 6, 6)).isnan().any()
+
+
+def test_gradients_that_are_not_finite_are_noticed(model):
+    def loss(out, y):
+        return (out * 0).abs().sqrt().sum()  # finite, with an infinite slope
+
+    with pytest.raises(UserError, match="became NaN or infinite in epoch 1; use a smaller lr"):
+        fit(model, replace(TASK, loss=loss), replace(FAST, clip_norm=None, batch_size=97))
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (lambda out, y: cross_entropy(out, y, reduction="none"), r"shape \(\), got \(16,\)"),
+        (lambda out, y: cross_entropy(out, y).item(), r"shape \(\), got float"),
+        (lambda out, y: cross_entropy(out.detach(), y), "does not depend on the model's weights"),
+    ],
+)
+def test_a_wrong_loss_is_explained(model, loss, message):
+    with pytest.raises(UserError, match=f"task.loss: .*{message}"):
+        fit(model, replace(TASK, loss=loss), FAST)
+
+
+@pytest.mark.parametrize(
+    ("score", "message"),
+    [
+        (lambda out, y: (out.argmax(1) == y).float().mean(), r"shape \(16,\), got \(\); do not av"),
+        (lambda out, y: 0.5, "got float"),
+        (lambda out, y: out[:, 0] / 0, "16 of 16 scores of a batch are NaN or infinite"),
+    ],
+)
+def test_a_wrong_score_is_explained(model, score, message):
+    with pytest.raises(UserError, match=f"task.score: .*{message}"):
+        evaluate(model, TASK.validation, replace(TASK, score=score))
+
+
+def test_evaluation_halves_a_batch_that_is_too_large(model, monkeypatch, said):
+    expected, call = evaluate(model, TASK.validation, TASK), train._call
+
+    def short(model, inputs):
+        if len(inputs) > 6:
+            raise MemoryError
+        return call(model, inputs)
+
+    monkeypatch.setattr(train, "_call", short)
+    assert torch.equal(evaluate(model, TASK.validation, TASK), expected)
+    assert "out of memory at a batch of 16" in said[0]
+
+
+def test_a_fixed_batch_is_trained_and_evaluated_as_captured():
+    torch.manual_seed(0)
+    model = capture(nn.Sequential(nn.Flatten(), nn.Linear(36, 2)), (torch.zeros(4, 1, 6, 6),))
+    model = replace(model, inputs=(replace(model.inputs[0], dynamic={}),))
+    history = fit(model, TASK, replace(FAST, epochs=8))
+    assert history[-1]["score"] > 0.9
+    assert evaluate(model, TASK.validation, TASK).shape == (50,)
+    few = replace(TASK, train=examples(3))
+    with pytest.raises(UserError, match="fixed batch of 4; the train split has only 3 examples"):
+        fit(model, few, FAST)
+
+
+class Records(Dataset):
+    """Dict inputs and random augmentation, as a user's dataset has them."""
+
+    def __len__(self):
+        return 20
+
+    def __getitem__(self, index):
+        return {"x": torch.randn(4) + index % 2}, index % 2
+
+
+def test_dict_inputs_and_augmentation_are_reproducible():
+    class Keyword(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(4, 2)
+
+        def forward(self, x):
+            return {"logits": self.fc(x)}
+
+    torch.manual_seed(0)
+    model = capture(Keyword(), {"x": torch.zeros(2, 4)})
+    task = replace(
+        TASK,
+        example={"x": torch.zeros(2, 4)},
+        train=Records(),
+        validation=None,
+        batch_size=8,
+        loss=lambda out, y: cross_entropy(out["logits"], y),
+    )
+    one, other = model.copy(), model.copy()
+    assert fit(one, task, FAST) == fit(other, task, FAST)
+    assert same(one, other) and not same(one, model)
+
+
+def test_frozen_weights_stay_and_nothing_to_train_raises(model):
+    model.graph.head.weight.requires_grad_(False)
+    frozen = model.graph.head.weight.clone()
+    fit(model, TASK, FAST)
+    assert torch.equal(model.graph.head.weight, frozen)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    with pytest.raises(UserError, match="model: has nothing to train"):
+        FineTune().apply(model, TASK)
+
+
+def test_float16_weights_are_refused(model):
+    model.graph.head.half()
+    with pytest.raises(UserError, match=r'head.weight is float16.* train before Cast\("fp16"\)'):
+        fit(model, TASK, FAST)
+
+
+def test_a_task_without_loss_or_data_is_refused(model):
+    with pytest.raises(UserError, match="task: has no loss, which training needs"):
+        fit(model, replace(TASK, loss=None), FAST)
+    with pytest.raises(UserError, match="task: has no train split"):
+        fit(model, replace(TASK, train=None), FAST)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"epochs": 0}, "epochs: expected a number above 0, got 0"),
+        ({"epochs": float("nan")}, "epochs: expected a number above 0, got nan"),
+        ({"optimizer": "adam"}, 'optimizer: expected "adamw" or "sgd", got \'adam\''),
+        ({"lr": -1}, "lr: expected a number above 0, such as 5e-4, got -1"),
+        ({"momentum": 1}, "momentum: expected from 0 up, below 1, got 1"),
+        ({"weight_decay": -1}, "weight_decay: expected a number from 0 up, got -1"),
+        ({"warmup": 1.0}, "warmup: expected a share of the steps, below 1, got 1.0"),
+        ({"clip_norm": 0}, "clip_norm: expected a number above 0, or None, got 0"),
+        ({"batch_size": 0}, "batch_size: expected a whole number from 1 up, got 0"),
+        ({"patience": 0}, "patience: expected a whole number of epochs from 1 up, got 0"),
+        ({"device": "tpu"}, 'device: expected "cpu", "cuda" or "auto", got \'tpu\''),
+    ],
+)
+def test_wrong_settings_are_refused_at_once(settings, message):
+    for kind in (Training, FineTune):
+        with pytest.raises(UserError, match=message):
+            kind(**settings)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_missing_gpu_is_said(model):
+    with pytest.raises(UserError, match='device: "cuda" was asked for, but torch sees no GPU'):
+        fit(model, TASK, replace(FAST, device="cuda"))
+
+
+def test_fine_tune_has_the_settings_of_training_and_leaves_its_input(model, tmp_path):
+    assert [(f.name, f.default) for f in fields(FineTune)] == [
+        (f.name, f.default) for f in fields(Training)
+    ]
+    before, step = model.copy(), FineTune(**asdict(FAST))
+    token = scratch.set(tmp_path)
+    try:
+        tuned = step.apply(model, TASK)
+    finally:
+        scratch.reset(token)
+    assert (tmp_path / "fine_tune.safetensors").exists()
+    assert same(before, model) and not same(tuned, model)
+    model.save(tmp_path / "m.safetensors")
+    assert same(step.apply(Model.load(tmp_path / "m.safetensors"), TASK), tuned)
+
+
+def test_a_step_costs_hardly_more_than_a_plain_one():
+    """A loose bound for a shared machine; the benchmark holds the tight one."""
+    layers = [nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 32, 3), nn.Flatten()]
+    module = nn.Sequential(*layers, nn.Linear(512, 2))
+    model = capture(module, TASK.example)
+    task = replace(TASK, train=examples(1024), validation=None, batch_size=64)
+    settings = replace(FAST, epochs=1, clip_norm=None)
+
+    def plain() -> None:
+        optimizer = torch.optim.AdamW(module.parameters(), fused=True)
+        for x, y in zip(*(t.split(64) for t in task.train.tensors), strict=True):
+            optimizer.zero_grad()
+            cross_entropy(module(x), y).backward()
+            optimizer.step()
+
+    def timed(work) -> float:
+        start = time.perf_counter()
+        work()
+        return time.perf_counter() - start
+
+    rows = [(timed(plain), timed(lambda: fit(model, task, settings))) for _ in range(6)]
+    ours, theirs = min(b for _, b in rows), min(a for a, _ in rows)
+    assert ours < 1.5 * theirs, (ours, theirs)
