@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from paredown import data, progress
+from paredown.files import write_atomically
 from paredown.graph import structure
 from paredown.graph.model import Model
-from paredown.files import write_atomically
 from paredown.types import Task, UserError
 
 scratch: ContextVar[Path | None] = ContextVar("scratch", default=None)  # folder for checkpoints
@@ -172,11 +172,13 @@ def evaluate(model: Model, split: Dataset[Any], task: Task) -> Tensor:
 
 def _scores(model: Model, task: Task, batch: Any) -> Tensor:
     count = _count(batch)
+    output = None
     try:
         output = _call(model, batch[0])
     except Exception as error:
         if not _no_memory(error) or count == 1 or _fixed_batch(model):
             raise
+    if output is None:  # the handler has let go of the failed pass, and of its memory
         progress.say(f"out of memory at a batch of {count}: evaluating it in two halves")
         return torch.cat([_scores(model, task, half) for half in _chunks(batch, -(-count // 2))])
     score = task.score(output, batch[1])
@@ -217,9 +219,9 @@ def _one_epoch(model: Model, task: Task, settings: Training, state: _State) -> N
         rate = learning_rate(first + index, total, settings.lr, settings.warmup)
         for group in state.optimizer.param_groups:
             group["lr"] = rate
-        losses.append(_step(model, task, batch, settings, state))
+        losses.append(_loss_and_gradients(model, task, batch, state))
         _check_loss(losses[-1], state.epoch, index, rate)
-        masks.step(state.optimizer)
+        _update(model, settings, state, masks)
     _check_weights(model, state.epoch)
     model.eval()
     row = {"epoch": state.epoch + 1, "loss": math.fsum(losses) / len(losses), "lr": rate}
@@ -232,23 +234,27 @@ def _one_epoch(model: Model, task: Task, settings: Training, state: _State) -> N
     progress.say(f"  epoch {state.epoch}: loss {row['loss']:.4g}{score}")
 
 
-def _step(model: Model, task: Task, batch: Any, settings: Training, state: _State) -> float:
-    """Gradients of one batch, clipped; where memory is short, in chunks that add up to it."""
+def _loss_and_gradients(model: Model, task: Task, batch: Any, state: _State) -> float:
+    """Of one batch; where memory is short, in chunks whose gradients add up to it."""
     device = _device_of(model)
     while True:
         state.optimizer.zero_grad()
         try:
-            loss = _gradients(model, task, batch, state.chunk, device)
-            break
+            return _gradients(model, task, batch, state.chunk, device)
         except Exception as error:
             if not _no_memory(error):
                 raise
         _halve(model, state, _count(batch))
+
+
+def _update(model: Model, settings: Training, state: _State, masks: _Masks) -> None:
+    masks.hold_gradients()
     if settings.clip_norm is not None:
         grads = [p.grad for p in _trainable(model).values() if p.grad is not None]
         norm = nn.utils.get_total_norm(grads)
         nn.utils.clip_grads_with_norm_(_trainable(model).values(), settings.clip_norm, norm)
-    return loss
+    state.optimizer.step()
+    masks.hold_weights()
 
 
 def _gradients(model: Model, task: Task, batch: Any, chunk: int, device: torch.device) -> float:
@@ -306,11 +312,7 @@ def _check_weights(model: Model, epoch: int) -> None:
 
 
 class _Masks:
-    """The optimiser's step, after which pruned weights are zero still.
-
-    Their gradients are zeroed first, so that they bend neither the momentum nor, in the next
-    step, anything that is computed from it.
-    """
+    """What keeps pruned weights at zero: no gradient bends their momentum, no step revives them."""
 
     def __init__(self, model: Model) -> None:
         named = dict(model.graph.named_parameters(remove_duplicate=False))
@@ -324,14 +326,15 @@ class _Masks:
         self.parameters: list[Tensor] = [parameter for parameter, _ in both.values()]
         self.masks = [mask for _, mask in both.values()]
 
-    def step(self, optimizer: torch.optim.Optimizer) -> None:
+    def hold_gradients(self) -> None:
         pairs = zip(self.parameters, self.masks, strict=True)
         held = [(p.grad, mask) for p, mask in pairs if p.grad is not None]
-        with torch.no_grad():
-            if held:
-                torch._foreach_mul_([grad for grad, _ in held], [mask for _, mask in held])
-            optimizer.step()
-            if self.masks:
+        if held:
+            torch._foreach_mul_([grad for grad, _ in held], [mask for _, mask in held])
+
+    def hold_weights(self) -> None:
+        if self.masks:
+            with torch.no_grad():
                 torch._foreach_mul_(self.parameters, self.masks)
 
 

@@ -218,7 +218,9 @@ def _check_drop(allowed: float, measurement: Measurement, baseline: Measurement)
         return GoalCheck("max_drop", allowed, None, False, "The score was not measured.")
     drop = baseline.score - measurement.score
     met = drop <= allowed + 1e-12
-    text = f"The score fell by {drop:.4g}; the goal allows {allowed:.4g}."
+    scale, unit = (100, " points") if baseline.score_in_points else (1, "")
+    moved = f"fell by {drop * scale:.3g}" if drop > 0 else f"rose by {-drop * scale:.3g}"
+    text = f"The score {moved}{unit}; the goal allows a fall of {allowed * scale:.3g}{unit}."
     return GoalCheck("max_drop", allowed, drop, met, text)
 
 

@@ -1,4 +1,4 @@
-"""Half precision: every architecture keeps its interface and its output, nothing overflows unsaid."""
+"""Half precision: every architecture keeps its interface and output; no overflow goes unsaid."""
 
 import pytest
 import torch

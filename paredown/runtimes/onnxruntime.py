@@ -27,13 +27,14 @@ INTEGER_OPS = frozenset(
         *("DynamicQuantizeMatMul", "QAttention"),
     }
 )
+# Ops with an integer kernel; what only moves values is not counted.
 FUSABLE_OPS = frozenset(
     {
         *("Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "Add", "Mul"),
-        *("Concat", "AveragePool", "GlobalAveragePool", "Sigmoid", "LeakyRelu", "Relu", "Clip"),
-        *("MaxPool", "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Slice", "Split"),
+        *("Concat", "AveragePool", "GlobalAveragePool", "Sigmoid", "LeakyRelu", "MaxPool"),
     }
 )
+ALWAYS_FUSED = frozenset({"Conv", "FusedConv", "Gemm", "FusedGemm"})  # whatever takes their output
 
 
 class Predictor:
@@ -140,9 +141,11 @@ def _unfused(nodes: list[Any]) -> list[str]:
             used_by.setdefault(name, set()).add(node.op_type)
     found = []
     for node in nodes:
-        sources = [made_by[name] for name in node.input if name in made_by]
+        if node.op_type not in FUSABLE_OPS:
+            continue
+        sources = {made_by[name] for name in node.input if name in made_by}
         users = set().union(*(used_by.get(name, set()) for name in node.output))
-        between = sources and set(sources) == {"DequantizeLinear"} and users == {"QuantizeLinear"}
-        if node.op_type in FUSABLE_OPS and between:
+        between = node.op_type in ALWAYS_FUSED or users == {"QuantizeLinear"}
+        if sources == {"DequantizeLinear"} and between:
             found.append(f"{node.op_type} {node.name}")
     return found

@@ -67,7 +67,8 @@ class Cast:
 
     It halves the file everywhere. It is faster on GPUs and on CPUs with 16-bit units (ARMv8.2,
     AMX); other CPUs convert back and forth and get slower. "bf16" keeps float32's range at 8
-    bits of precision, "fp16" has 11 bits but ends at 65504. Cast last: train before.
+    bits of precision, "fp16" has 11 bits but ends at 65504. ONNX Runtime on a CPU has
+    no bfloat16 kernels: there, "fp16" it is. Cast last: train before.
 
     What is computed from whole numbers alone, such as the angles of rotary positions, stays
     float32 up to where it meets a 16-bit tensor: position 1001 has no place in bfloat16.
@@ -289,7 +290,7 @@ class _Narrower:
 
     def _narrow_value(self, node: fx.Node) -> Any:
         if isinstance(node.target, torch._ops.HigherOrderOperator):
-            args = fx.node.map_arg(node.args, self.values.__getitem__)
+            args: Any = fx.node.map_arg(node.args, self.values.__getitem__)
             place = _inner_graph(args)
             plan = _Plan.of(args[place], self.plan.inner[node.name])
             return _Narrower(args[place], plan, self.dtype).rewrite(list(args[place + 1 :]))

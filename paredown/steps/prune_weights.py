@@ -89,8 +89,8 @@ def cubic_sparsity(final: float, steps: int, initial: float = 0.0) -> list[float
     """Rising sparsities, quick at first: ``final + (initial - final)(1 - t/n)^3`` (1710.01878).
 
     Example:
-        >>> [round(s, 3) for s in cubic_sparsity(0.8, 4)]
-        [0.462, 0.7, 0.787, 0.8]
+        >>> [round(s, 4) for s in cubic_sparsity(0.8, 4)]
+        [0.4625, 0.7, 0.7875, 0.8]
     """
     return [final + (initial - final) * (1 - step / steps) ** 3 for step in range(1, steps + 1)]
 
