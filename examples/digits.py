@@ -61,7 +61,8 @@ def splits() -> dict[str, TensorDataset]:
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     bounds = {"train": (0, 997), "validation": (997, 1397), "test": (1397, 1797)}
     return {
-        name: TensorDataset(images[order[a:b]], labels[order[a:b]]) for name, (a, b) in bounds.items()
+        name: TensorDataset(images[order[a:b]], labels[order[a:b]])
+        for name, (a, b) in bounds.items()
     }
 
 

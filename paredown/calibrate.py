@@ -65,7 +65,9 @@ class Statistics:
         self.histogram_low, self.histogram_high = low, high
 
 
-def observe(model: Model, task: Task, values: Iterable[fx.Node], histogram: bool) -> dict[str, Statistics]:
+def observe(
+    model: Model, task: Task, values: Iterable[fx.Node], histogram: bool
+) -> dict[str, Statistics]:
     """Statistics of graph values (node name -> Statistics) over the calibration split.
 
     Raises:

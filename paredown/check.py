@@ -79,7 +79,9 @@ def _score(model: Model, task: Task) -> torch.Tensor:
         scores = task.score(model(*args, **kwargs), target)
     if not isinstance(scores, torch.Tensor) or scores.shape != (len(target),):
         shape = tuple(scores.shape) if isinstance(scores, torch.Tensor) else type(scores).__name__
-        raise UserError(f"task: score must give one number per example, ({len(target)},); it gave {shape}.")
+        raise UserError(
+            f"task: score must give one number per example, ({len(target)},); it gave {shape}."
+        )
     return scores
 
 

@@ -34,7 +34,8 @@ app = typer.Typer(
     help="""Pare a trained model down to a budget, and prove it.
 
 Every verb takes a Python file that defines [bold]model()[/] (an nn.Module) and [bold]task()[/]
-(a paredown.Task: example inputs, splits, score, loss). Start with [bold]check[/], then [bold]run[/].
+(a paredown.Task: example inputs, splits, score, loss).
+Start with [bold]check[/], then [bold]run[/].
 
 Exit codes: 0 done and every goal met; 1 a problem, told in plain words; 2 wrong usage;
 3 finished, but a goal was missed (the best file is kept); 4 a replay that gave another file;
@@ -63,7 +64,10 @@ def main() -> None:
     except UserError as error:
         _fail(str(error), FAILED)
     except KeyboardInterrupt:
-        _fail("Interrupted. What was finished is kept; the same command goes on from there.", INTERRUPTED)
+        _fail(
+            "Interrupted. What was finished is kept; the same command goes on from there.",
+            INTERRUPTED,
+        )
     except MemoryError:
         _fail("Out of memory. Use a smaller batch_size in task(), or a machine with more.", FAILED)
 
@@ -146,7 +150,10 @@ def baseline(
 
 def _measurement_rows(m: Measurement) -> list[tuple[str, str]]:
     score = f"{m.score:.2%}" if m.score_in_points else f"{m.score:.5g}"
-    rows = [("size on disk", human("size", m.size_bytes)), (f"score on {m.split} ({m.examples})", score)]
+    rows = [
+        ("size on disk", human("size", m.size_bytes)),
+        (f"score on {m.split} ({m.examples})", score),
+    ]
     for name, value in (("latency p50", m.latency_ms_p50), ("latency p90", m.latency_ms_p90)):
         if value is not None:
             rows.append((name, human("latency", value)))
@@ -180,7 +187,8 @@ def plan_verb(
     recipes = plan(model, task, goals, measurement)
     if as_json:
         rows = [
-            {"title": r.title, "reason": r.reason, "recipe": recipe.to_toml(r.steps)} for r in recipes
+            {"title": r.title, "reason": r.reason, "recipe": recipe.to_toml(r.steps)}
+            for r in recipes
         ]
         _print_json({"baseline": dataclasses.asdict(measurement), "recipes": rows})
         return
@@ -210,7 +218,8 @@ def run(
         Path | None, typer.Option("--recipe", help="A recipe of your own, instead of the plan's.")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Run folder; the same command on it goes on where it stopped.")
+        Path | None,
+        typer.Option(help="Run folder; the same command on it goes on where it stopped."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of every random choice.")] = 0,
     quiet: Quiet = False,
@@ -238,7 +247,9 @@ def _command() -> str:
 
 def _print_run(finished: Run) -> None:
     console = Console()
-    table = Table(title="The exported file beside the original, on the test split", title_justify="left")
+    table = Table(
+        title="The exported file beside the original, on the test split", title_justify="left"
+    )
     for name in ("", "original", "compressed", "ratio", "goal", "met?"):
         table.add_column(name, justify="left" if not name else "right")
     for row in comparison(finished):
@@ -252,7 +263,9 @@ def _print_run(finished: Run) -> None:
     console.print(f"[bold {colour}]{escape(finished.verdict)}[/]", highlight=False)
     if finished.artifact is not None:
         folder = Path(finished.details["folder"])
-        console.print(f"Artifact: {folder / finished.artifact.path}", highlight=False, soft_wrap=True)
+        console.print(
+            f"Artifact: {folder / finished.artifact.path}", highlight=False, soft_wrap=True
+        )
         console.print(f"Report:   {folder / 'report.html'}", highlight=False, soft_wrap=True)
 
 

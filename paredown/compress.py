@@ -115,7 +115,9 @@ def compress(
 
 def _refuse_problems(task: Task, steps: Sequence[Step] | None) -> None:
     lacking = task.missing({"validation", "test", "score"})
-    found = [f"task: has no {name}; decisions need validation, the claim needs test." for name in lacking]
+    found = [
+        f"task: has no {name}; decisions need validation, the claim needs test." for name in lacking
+    ]
     found += data.problems(task) + recipe.problems(steps or [], task)
     if found:
         raise UserError("\n".join(found))
@@ -253,7 +255,9 @@ def _try_attempts(
 
 def _try(state: _State, attempt: Attempt, best: _Best) -> tuple[Trial, _Best]:
     """One attempt on top of the best so far; a finished one is taken from the ledger."""
-    key = stage_key({"after": best.stage, "steps": recipe.to_toml(attempt.steps), "seed": state.seed})
+    key = stage_key(
+        {"after": best.stage, "steps": recipe.to_toml(attempt.steps), "seed": state.seed}
+    )
     record = state.ledger.done(key)
     if record is None:
         progress.say(f"  {attempt.title} ({', '.join(recipe.line(s) for s in attempt.steps)})")
@@ -315,7 +319,9 @@ def _apply(state: _State, steps: Sequence[Step], best: _Best, key: str) -> Model
             model = recipe.apply_step(model, step, state.task)
         finally:
             train.scratch.reset(token)
-        state.ledger.finish(partial, {"stage": state.ledger.put(encode(model), MODEL), "suffix": MODEL})
+        state.ledger.finish(
+            partial, {"stage": state.ledger.put(encode(model), MODEL), "suffix": MODEL}
+        )
         _empty(scratch)
     return model
 
@@ -338,9 +344,12 @@ def _decide(
     if allowed is not None and drop > allowed + 1e-12:
         unit = 100 if candidate.score_in_points else 1
         word = " points" if candidate.score_in_points else ""
-        return False, f"the score fell by {drop * unit:.3g}{word}; the goal allows {allowed * unit:.3g}"
+        return (
+            False,
+            f"the score fell by {drop * unit:.3g}{word}; the goal allows {allowed * unit:.3g}",
+        )
     size = candidate.size_bytes / best.size_bytes
-    sizes = f"size {human('size', best.size_bytes)} to {human('size', candidate.size_bytes)} ({size:.2f}x)"
+    sizes = f"size {_change('size', best, candidate)} ({size:.2f}x)"
     faster = (against_best.speedup or 1) >= FASTER and (against_best.speedup_low or 0) > 1
     lighter = (
         candidate.memory_bytes is not None
@@ -350,9 +359,13 @@ def _decide(
     if size <= PAYS["size"] or faster:
         return True, f"{sizes}, {against_best.speed}"
     if lighter:
-        memory = f"{human('memory', best.memory_bytes or 0)} to {human('memory', candidate.memory_bytes or 0)}"
+        memory = _change("memory", best, candidate)
         return True, f"peak memory {memory}; {sizes}, {against_best.speed}"
     return False, f"it does not pay in the exported file: {sizes}, {against_best.speed}"
+
+
+def _change(goal: str, before: Measurement, after: Measurement) -> str:
+    return " to ".join(human(goal, m.quantity(goal) or 0.0) for m in (before, after))
 
 
 def _trial(attempt: Attempt, record: dict[str, Any]) -> Trial:
@@ -418,7 +431,9 @@ def _finish(
         checks=checks,
         met=met,
         verdict=_verdict(met, [c.sentence for c in checks if not c.met], bool(best.steps)),
-        details=details.collect(state.original, best.model, state.task, measured, best.file, state.target),
+        details=details.collect(
+            state.original, best.model, state.task, measured, best.file, state.target
+        ),
     )
 
 
@@ -451,7 +466,9 @@ def _verdict(met: bool, missed: list[str], changed: bool) -> str:
     return f"Goals missed. {' '.join(missed)} {kept}"
 
 
-def replay(folder: str | Path, model: nn.Module | Model | str | Path, task: Task) -> tuple[Artifact, str]:
+def replay(
+    folder: str | Path, model: nn.Module | Model | str | Path, task: Task
+) -> tuple[Artifact, str]:
     """Make a run's artifact again from its recipe: the artifact as kept, and the new SHA-256.
 
     Raises:

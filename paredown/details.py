@@ -54,7 +54,10 @@ def write(run: Run, folder: Path, artifact: Path, original: Path) -> None:
     assert run.artifact is not None and run.original is not None
     progress.say(f"Results in {folder}")
     run.details["folder"] = str(folder)
-    run.details["reproduce"] = [run.command or "paredown.compress(...)", f"paredown replay {folder}"]
+    run.details["reproduce"] = [
+        run.command or "paredown.compress(...)",
+        f"paredown replay {folder}",
+    ]
     write_atomically(folder / run.artifact.path, artifact.read_bytes())
     write_atomically(folder / run.original.path, original.read_bytes())
     write_atomically(folder / "recipe.toml", run.artifact.recipe.encode())
@@ -81,7 +84,11 @@ def _layers(before: fx.GraphModule, after: fx.GraphModule) -> list[dict[str, Any
                 "bytes_before": weight.nbytes,
                 "bytes_after": 0 if kept is None else kept.numel() * each,
                 "dtype_before": _dtype(weight),
-                "dtype_after": "int8" if site.weight in integers else "" if kept is None else _dtype(kept),
+                "dtype_after": "int8"
+                if site.weight in integers
+                else ""
+                if kept is None
+                else _dtype(kept),
             }
         )
     return rows
@@ -104,7 +111,9 @@ def _histograms(before: fx.GraphModule, after: fx.GraphModule) -> list[dict[str,
         high = float(torch.maximum(old.max(), new.max()))
         edges = np.linspace(low, high if high > low else low + 1e-6, HISTOGRAM_BINS + 1)
         counts = [np.histogram(values.numpy(), edges)[0].tolist() for values in (old, new)]
-        rows.append({"name": name, "edges": edges.tolist(), "before": counts[0], "after": counts[1]})
+        rows.append(
+            {"name": name, "edges": edges.tolist(), "before": counts[0], "after": counts[1]}
+        )
     return rows
 
 
@@ -195,7 +204,9 @@ def picture(image: Tensor) -> str | None:
         return None
     values = image.detach().float()
     span = (values.max() - values.min()).clamp(min=1e-12)
-    pixels = ((values - values.min()) / span * 255).round().byte().permute(1, 2, 0).numpy()  # (H, W, C)
+    pixels = (
+        ((values - values.min()) / span * 255).round().byte().permute(1, 2, 0).numpy()
+    )  # (H, W, C)
     height, width, channels = pixels.shape
     rows = b"".join(b"\0" + row.tobytes() for row in pixels)
     kind = 0 if channels == 1 else 2

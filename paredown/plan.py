@@ -86,7 +86,9 @@ def _quantized(model: Model, goals: Goals, baseline: Measurement, trains: bool) 
         "where int8 alone loses too much, training through the rounding wins accuracy back",
         _int8(model, baseline).expected,
     )
-    return Recipe("int8 with fine-tuning", "the fallback where accuracy is the goal missed", (attempt,))
+    return Recipe(
+        "int8 with fine-tuning", "the fallback where accuracy is the goal missed", (attempt,)
+    )
 
 
 def _sixteen_bit(model: Model, baseline: Measurement) -> Recipe:
@@ -94,7 +96,7 @@ def _sixteen_bit(model: Model, baseline: Measurement) -> Recipe:
     attempt = Attempt(
         (_make("cast", dtype="fp16"),),
         "16-bit floats",
-        "half the bytes at almost no loss; CPUs mostly compute in 32 bits, so it rarely gets faster",
+        "half the bytes at almost no loss; CPUs mostly compute in 32 bits, so rarely faster",
         f"about {human('size', size)} (0.50x)",
     )
     return Recipe("fp16", "the last resort for size: the smallest loss", (attempt,))
@@ -135,6 +137,4 @@ def attempts(steps: Sequence[Step]) -> tuple[Attempt, ...]:
             groups[-1].append(step)
         else:
             groups.append([step])
-    return tuple(
-        Attempt(tuple(group), recipe.line(group[0]), "asked for", "") for group in groups
-    )
+    return tuple(Attempt(tuple(group), recipe.line(group[0]), "asked for", "") for group in groups)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, TypeVar
 
@@ -22,9 +22,20 @@ _bar: ContextVar[Progress | None] = ContextVar("bar", default=None)
 @contextlib.contextmanager
 def shown(console: Console) -> Iterator[None]:
     """Show progress on ``console`` within the block."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
 
-    columns = (TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("  {task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
     bar = Progress(*columns, console=console, transient=True) if console.is_terminal else None
     tokens = _console.set(console), _bar.set(bar)
     try:
@@ -45,7 +56,7 @@ def say(line: str) -> None:
 def track(items: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
     """Yield ``items`` while showing how far along they are."""
     bar = _bar.get()
-    if total is None and hasattr(items, "__len__"):
+    if total is None and isinstance(items, Sized):
         total = len(items)
     if bar is not None:
         yield from bar.track(items, total=total, description=what)

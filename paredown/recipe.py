@@ -30,8 +30,8 @@ def apply(model: Model | nn.Module, steps: Sequence[Step], task: Task) -> Model:
 
     Example:
         >>> import torch, paredown
-        >>> layer, task = torch.nn.Linear(4, 2), paredown.Task(example=(torch.zeros(1, 4),), score=None)
-        >>> pruned = apply(layer, [paredown.PruneWeights(0.5)], task)
+        >>> task = paredown.Task(example=(torch.zeros(1, 4),), score=None)
+        >>> pruned = apply(torch.nn.Linear(4, 2), [paredown.PruneWeights(0.5)], task)
         >>> int((pruned.state_dict()["weight"] == 0).sum())
         4
     """
@@ -111,7 +111,11 @@ def to_toml(steps: Sequence[Step]) -> str:
         last = false
         <BLANKLINE>
     """
-    return tomli_w.dumps({"step": [{"name": name(step), **settings(step)} for step in steps]}) if steps else ""
+    return (
+        tomli_w.dumps({"step": [{"name": name(step), **settings(step)} for step in steps]})
+        if steps
+        else ""
+    )
 
 
 def from_toml(text: str, where: str = "recipe") -> list[Step]:

@@ -134,9 +134,7 @@ def parse_drop(text: str | float) -> float:
         >>> parse_drop("2%"), parse_drop("0.5 points"), parse_drop(0.01)
         (0.02, 0.005, 0.01)
     """
-    match = re.fullmatch(
-        r"\s*(\d+(?:\.\d*)?|\.\d+)(e-?\d+)?\s*(%|points?|)\s*", str(text).lower()
-    )
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)(e-?\d+)?\s*(%|points?|)\s*", str(text).lower())
     if match:
         value = float(match[1] + (match[2] or "")) * (0.01 if match[3] else 1.0)
         if value < 1:
@@ -417,4 +415,3 @@ def _trial(raw: dict[str, Any]) -> Trial:
     raw["measurement"] = raw["measurement"] and Measurement(**raw["measurement"])
     raw["comparison"] = raw["comparison"] and Comparison(**raw["comparison"])
     return Trial(**raw)
-

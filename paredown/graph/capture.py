@@ -100,7 +100,9 @@ def load_file(path: str | Path) -> tuple[Callable[[], Any], Callable[[], Task]]:
         sys.path.pop(0)
     for function in ("model", "task"):
         if not callable(getattr(loaded, function, None)):
-            raise UserError(f"{path}: defines no function {function}(); it needs model() and task().")
+            raise UserError(
+                f"{path}: defines no function {function}(); it needs model() and task()."
+            )
     return loaded.model, loaded.task
 
 
@@ -149,7 +151,9 @@ def _capture_program(path: Path, example: Example | None, dynamic: Any) -> Model
 def _dynamic_of(program: Any, example: Example) -> Example:
     """The dynamic dimensions that a program was exported with, in the shape of its example."""
     kinds = {s.arg.name for s in program.graph_signature.input_specs if s.kind.name == "USER_INPUT"}
-    values = [n.meta.get("val") for n in program.graph.nodes if n.op == "placeholder" and n.name in kinds]
+    values = [
+        n.meta.get("val") for n in program.graph.nodes if n.op == "placeholder" and n.name in kinds
+    ]
     tensors = iter([value for value in values if isinstance(value, Tensor)])
 
     def spec(value: Any) -> Any:
@@ -178,18 +182,61 @@ def _capture_module(module: nn.Module, example: Example, dynamic: Any) -> Model:
     if not leaves:
         raise UserError("example: holds no tensor; give the inputs as deployed.")
     names = _input_names(module, args, kwargs)
-    wide = _at_least_two(leaves)
     specs = _dynamic_leaves(args, kwargs, dynamic)
-    eager, outputs = _run(module, arguments, wide)
-    notes = [
+    graph, outputs, notes = _dynamic_or_fixed(module, arguments, leaves, specs)
+    notes += [
         f"output {where!r} is a {kind}, not a tensor, and is left out"
         for where, kind in structure.opaque(outputs).items()
     ]
-    graph, more = _export_either(module, arguments, outputs, wide, specs, eager)
-    notes += more
     inputs = _inputs(graph, names, leaves, specs)
     notes += _fixed_notes(inputs, specs)
     return Model(graph, inputs, arguments, outputs, notes=tuple(notes))
+
+
+def _dynamic_or_fixed(
+    module: nn.Module,
+    arguments: structure.Structure,
+    leaves: list[Tensor],
+    specs: list[dict[int, str]],
+) -> tuple[fx.GraphModule, structure.Structure, list[str]]:
+    """The graph with a batch that varies; at the example's exact shapes where it cannot."""
+    wide = _at_least_two(leaves)
+    try:
+        eager, outputs = _run(module, arguments, wide)
+    except UserError:
+        if wide is leaves:
+            raise
+    else:
+        graph, notes = _export_either(module, arguments, outputs, wide, specs, eager)
+        if _batch_varies(module, graph, arguments, wide):
+            return graph, outputs, notes
+    eager, outputs = _run(module, arguments, leaves)
+    graph, notes = _export_either(module, arguments, outputs, leaves, None, eager)
+    return graph, outputs, notes
+
+
+def _batch_varies(
+    module: nn.Module,
+    graph: fx.GraphModule,
+    arguments: structure.Structure,
+    leaves: list[Tensor],
+) -> bool:
+    """Whether the graph agrees with the module at other batch sizes than it was captured with.
+
+    A branch on the batch size, or a size that is written out, shows only there.
+    """
+    nodes = [node for node in graph.graph.nodes if node.op == "placeholder"]
+    if not all(_varies(node, 0) for node in nodes) or len({len(leaf) for leaf in leaves}) > 1:
+        return True  # nothing was promised, or there is no one batch dimension to try
+    for size in {1, 2, 3} - {len(leaves[0])}:
+        resized = [leaf[torch.arange(size) % len(leaf)] for leaf in leaves]
+        try:
+            eager, _ = _run(module, arguments, resized)
+            if not _agrees(graph, resized, eager):
+                return False
+        except (UserError, RuntimeError, AssertionError):
+            return False
+    return True
 
 
 def _export_either(
@@ -197,14 +244,17 @@ def _export_either(
     arguments: structure.Structure,
     outputs: structure.Structure,
     leaves: list[Tensor],
-    specs: list[dict[int, str]],
+    specs: list[dict[int, str]] | None,
     eager: list[Tensor],
 ) -> tuple[fx.GraphModule, list[str]]:
     """Captured in training mode, or in evaluation where training computes something else.
 
-    Dimensions are dynamic where the exporter can: all that were asked, else the batch, else none.
+    Dimensions are dynamic where the exporter can: all that were asked, else the batch, else none;
+    with ``specs`` None, none.
     """
-    wished = [[{0, *spec} for spec in specs], [{0} for _ in specs], [set[int]() for _ in specs]]
+    wished = [[set[int]() for _ in leaves]]
+    if specs is not None:
+        wished = [[{0, *spec} for spec in specs], [{0} for _ in specs], *wished]
     failed: UserError | None = None
     for dims in wished:
         shapes = [
@@ -327,7 +377,7 @@ def _export(
 
     copied.forward = flat
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings():  # the exporter speaks of its own deprecations
             warnings.simplefilter("ignore")
             program = torch.export.export(
                 copied,
@@ -335,14 +385,14 @@ def _export(
                 dynamic_shapes={"tensors": tuple(shapes)},
                 strict=False,
             )
-            graph = program.module(check_guards=False)
+            graph = copy.deepcopy(program.module(check_guards=False))
     except Exception as error:
         if training:
             return None
         raise UserError(_explain("the model cannot be captured", error)) from error
     if nesting[-1] != outputs:
         return None
-    return _tidy(copy.deepcopy(graph), set(module.state_dict()))
+    return _tidy(graph, set(module.state_dict()))
 
 
 def _tidy(graph: Any, persistent: set[str]) -> fx.GraphModule:
@@ -351,7 +401,9 @@ def _tidy(graph: Any, persistent: set[str]) -> fx.GraphModule:
     for node in list(graph.graph.nodes):
         if "_assert" in str(node.target) and not node.users:
             graph.graph.erase_node(node)
-        node.meta = {k: node.meta[k] for k in ("val", "nn_module_stack", "stack_trace") if k in node.meta}
+        node.meta = {
+            k: node.meta[k] for k in ("val", "nn_module_stack", "stack_trace") if k in node.meta
+        }
     graph.recompile()
     mode.set_training(graph, False)
     plain = fx.GraphModule(graph, graph.graph, class_name="Captured")
@@ -362,6 +414,8 @@ def _tidy(graph: Any, persistent: set[str]) -> fx.GraphModule:
 def _agrees(graph: fx.GraphModule, leaves: list[Tensor], eager: list[Tensor]) -> bool:
     with torch.no_grad():
         got = graph(*[leaf.clone() for leaf in leaves])
+    if any(ours.shape != theirs.shape for ours, theirs in zip(got, eager, strict=True)):
+        return False
     for ours, theirs in zip(got, eager, strict=True):
         if not theirs.is_floating_point():
             if not torch.equal(ours, theirs):
@@ -369,7 +423,9 @@ def _agrees(graph: fx.GraphModule, leaves: list[Tensor], eager: list[Tensor]) ->
             continue
         tolerance = {torch.float16: 1e-2, torch.bfloat16: 5e-2}.get(theirs.dtype, 1e-4)
         scale = float(theirs.abs().nan_to_num(0, 0, 0).max()) if theirs.numel() else 0.0
-        if not torch.allclose(ours, theirs, rtol=tolerance, atol=tolerance * max(scale, 1e-6), equal_nan=True):
+        if not torch.allclose(
+            ours, theirs, rtol=tolerance, atol=tolerance * max(scale, 1e-6), equal_nan=True
+        ):
             return False
     return True
 
@@ -410,7 +466,8 @@ def _explain(what: str, error: Exception) -> str:
     hint = next((hint for key, hint in HINTS.items() if key.lower() in str(error).lower()), None)
     if hint is None:
         hint = "run the module on the same example in eager mode; if that works, report the model"
-    return f"model: {what}: {_where(error)}{type(error).__name__}: {reason} What usually helps: {hint}."
+    reason = f"{_where(error)}{type(error).__name__}: {reason}"
+    return f"model: {what}: {reason} What usually helps: {hint}."
 
 
 def _where(error: BaseException) -> str:
@@ -420,7 +477,8 @@ def _where(error: BaseException) -> str:
     users = [
         f
         for f in frames
-        if not f.filename.startswith((own, "<")) and "site-packages" not in f.filename
+        if not f.filename.startswith((own, "<"))
+        and "site-packages" not in f.filename
         and not f.filename.startswith(sys.base_prefix)
     ]
     if not users:

@@ -26,7 +26,7 @@ def reexport(model: Model) -> ExportedProgram:
     copied = model.copy().eval()
     erase_counters(copied.graph)
     leaves = tuple(_wide(item.example, bool(item.dynamic.get(0))) for item in copied.inputs)
-    shapes = tuple({dim: Dim.AUTO for dim in item.dynamic} for item in copied.inputs)
+    shapes = tuple(dict.fromkeys(item.dynamic, Dim.AUTO) for item in copied.inputs)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -131,10 +131,11 @@ def getattr_or_none(graph: nn.Module, name: str) -> Any:
 def _fold(
     graph: fx.GraphModule, node: fx.Node, weight: str, bias: str | None, axis: int, norm: fx.Node
 ) -> None:
-    names = [str(arg.target) if isinstance(arg, fx.Node) else None for arg in norm.args[1:5]]
-    gamma, beta, mean, variance = (n and tensor_of(graph, n).detach().double() for n in names)
-    eps = norm.args[7]
+    operands = [arg if isinstance(arg, fx.Node) else None for arg in norm.args[1:5]]
+    gamma, beta, mean, variance = (_double(graph, operand) for operand in operands)
+    eps: Any = norm.args[7]
     w = tensor_of(graph, weight)
+    assert mean is not None and variance is not None
     scale = torch.rsqrt(variance + eps) * (1.0 if gamma is None else gamma)  # (C,)
     old = tensor_of(graph, bias).detach().double() if bias else torch.zeros_like(mean)
     shift = (old - mean) * scale + (0.0 if beta is None else beta)  # (C,)
@@ -145,15 +146,19 @@ def _fold(
     set_parameter(graph, name, shift.to(w.dtype))
     _set_bias(graph, node, name)
     norm.replace_all_uses_with(node)
-    operands = norm.args[1:5]
     graph.graph.erase_node(norm)
-    for arg in operands:
-        if isinstance(arg, fx.Node) and not arg.users:
-            graph.graph.erase_node(arg)
-            remove_state(graph, str(arg.target))
-    prefix = str(names[2]).rpartition(".")[0]
+    for operand in operands:
+        if operand is not None and not operand.users:
+            graph.graph.erase_node(operand)
+            remove_state(graph, str(operand.target))
+    assert operands[2] is not None
+    prefix = str(operands[2].target).rpartition(".")[0]
     remove_state(graph, f"{prefix}.num_batches_tracked" if prefix else "num_batches_tracked")
     graph.recompile()
+
+
+def _double(graph: fx.GraphModule, operand: fx.Node | None) -> Tensor | None:
+    return None if operand is None else tensor_of(graph, str(operand.target)).detach().double()
 
 
 def _free_name(graph: fx.GraphModule, weight: str) -> str:

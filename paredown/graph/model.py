@@ -68,7 +68,9 @@ class Model:
         if found != self.arguments:
             names = ", ".join(item.name for item in self.inputs)
             got = ", ".join(structure.names(found)) or "nothing"
-            raise UserError(f"inputs: the model was captured with ({names}); this call has ({got}).")
+            raise UserError(
+                f"inputs: the model was captured with ({names}); this call has ({got})."
+            )
         for item, leaf in zip(self.inputs, leaves, strict=True):
             _check_shape(item, leaf)
         return leaves

@@ -34,7 +34,8 @@ def fake_quantize_channel(x: Tensor, scale: Tensor, axis: int, low: int, high: i
     """One scale (C,) for each index of dimension ``axis``, symmetric; shape kept.
 
     Example:
-        >>> fake_quantize_channel(torch.tensor([[0.26], [0.26]]), torch.tensor([0.1, 0.2]), 0, -8, 7)
+        >>> scale = torch.tensor([0.1, 0.2])
+        >>> fake_quantize_channel(torch.tensor([[0.26], [0.26]]), scale, 0, -8, 7)
         tensor([[0.3000],
                 [0.2000]])
     """
@@ -49,7 +50,8 @@ def _(x: Tensor, scale: Tensor, axis: int, low: int, high: int) -> Tensor:
 
 def _save_inside(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     x, scale, zero_point, low, high = inputs
-    ctx.save_for_backward((x / scale + zero_point > low - 0.5) & (x / scale + zero_point < high + 0.5))
+    steps = x / scale + zero_point
+    ctx.save_for_backward((steps > low - 0.5) & (steps < high + 0.5))
 
 
 def _straight_through(ctx, grad):  # type: ignore[no-untyped-def]
@@ -72,5 +74,5 @@ PER_CHANNEL = torch.ops.paredown.fake_quantize_channel.default
 
 
 def quantizers(graph: fx.GraphModule) -> list[fx.Node]:
-    """The fake quantizers of a graph, in the order it runs them; empty where it is not quantized."""
+    """The fake quantizers of a graph, in the order it runs them; none where it is in float."""
     return [node for node in graph.graph.nodes if node.target in (PER_TENSOR, PER_CHANNEL)]

@@ -38,7 +38,7 @@ AVERAGES = {aten.avg_pool2d.default, aten.avg_pool1d.default}
 # Unary ops with an integer kernel (a table of 256 entries).
 TABLES = {aten.sigmoid.default, aten.leaky_relu.default}
 COMBINERS = {aten.add.Tensor, aten.mul.Tensor, aten.cat.default}
-_FUNCTIONAL = {
+_FUNCTIONAL: dict[Any, Any] = {
     aten.relu_.default: aten.relu.default,
     aten.relu6_.default: aten.relu6.default,
     aten.hardtanh_.default: aten.hardtanh.default,
@@ -91,7 +91,11 @@ def prepare(model: Model) -> None:
 def _make_functional(node: fx.Node) -> None:
     """``relu_(x)`` becomes ``relu(x)``, and what read ``x`` afterwards reads the result."""
     changed = node.args[0]
-    if not isinstance(changed, fx.Node) or changed.target in _VIEWS or changed.op != "call_function":
+    if (
+        not isinstance(changed, fx.Node)
+        or changed.target in _VIEWS
+        or changed.op != "call_function"
+    ):
         return
     if any(user.target in _VIEWS and user < node for user in changed.users):
         return
@@ -123,10 +127,11 @@ def _keep_mean_dims(node: fx.Node) -> None:
 
 def _is_image_mean(node: fx.Node) -> bool:
     if node.target is aten.adaptive_avg_pool2d.default:
-        return list(node.args[1]) == [1, 1]
+        return node.args[1] in ([1, 1], 1)
     if node.target is not aten.mean.dim or not isinstance(node.args[0], fx.Node):
         return False
-    value, dims = node.args[0].meta.get("val"), node.args[1]
+    value = node.args[0].meta.get("val")
+    dims: Any = node.args[1]
     rank = value.dim() if isinstance(value, Tensor) else 0
     return rank == 4 and dims is not None and sorted(d % 4 for d in dims) == [2, 3]
 
@@ -148,7 +153,9 @@ def find_regions(model: Model, skip: set[str]) -> Regions:
                 regions.own.append(node)
             else:
                 regions.shared[node] = regions.shared.get(source, source)
-        elif not integer[node] and any(_takes(user, node, weighted, integer) for user in node.users):
+        elif not integer[node] and any(
+            _takes(user, node, weighted, integer) for user in node.users
+        ):
             regions.own.append(node)
     return regions
 

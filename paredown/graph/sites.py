@@ -12,21 +12,17 @@ from torch import Tensor, fx
 aten = torch.ops.aten
 
 # op -> (kind, position of the input, of the weight, of the bias, the weight's output axis)
+_CONVOLUTIONS = (
+    *(aten.conv1d.default, aten.conv1d.padding, aten.conv2d.default, aten.conv2d.padding),
+    *(aten.conv3d.default, aten.conv3d.padding, aten.convolution.default),
+)
+_TRANSPOSED = (
+    *(aten.conv_transpose1d.default, aten.conv_transpose2d.input),
+    aten.conv_transpose3d.input,
+)
 _OPS: dict[Any, tuple[str, int, int, int | None, int]] = {
-    **{
-        op: ("conv", 0, 1, 2, 0)
-        for op in (
-            *(aten.conv1d.default, aten.conv1d.padding, aten.conv2d.default, aten.conv2d.padding),
-            *(aten.conv3d.default, aten.conv3d.padding, aten.convolution.default),
-        )
-    },
-    **{
-        op: ("conv_transpose", 0, 1, 2, 1)
-        for op in (
-            *(aten.conv_transpose1d.default, aten.conv_transpose2d.input),
-            aten.conv_transpose3d.input,
-        )
-    },
+    **dict.fromkeys(_CONVOLUTIONS, ("conv", 0, 1, 2, 0)),
+    **dict.fromkeys(_TRANSPOSED, ("conv_transpose", 0, 1, 2, 1)),
     aten.linear.default: ("linear", 0, 1, 2, 0),
     aten.addmm.default: ("matmul", 1, 2, 0, 1),
     aten.mm.default: ("matmul", 0, 1, None, 1),
@@ -74,13 +70,14 @@ def _sites_of(node: fx.Node, graph: fx.GraphModule) -> Iterator[Site]:
     if node.op != "call_function":
         return
     if node.target in _OPS:
-        kind, _, weight, bias, axis = _OPS[node.target]
-        name = _parameter(node, weight)
+        kind, _, place, bias, axis = _OPS[node.target]
+        name = _parameter(node, place)
         if name is not None and tensor_of(graph, name).dim() >= 2:
             bias_name = None if bias is None else _parameter(node, bias)
             yield Site(node, kind, name, bias_name, axis)
     elif node.target in _RECURRENT:
-        for weight in node.args[2]:  # type: ignore[union-attr]
+        weights: Any = node.args[2]
+        for weight in weights:
             if isinstance(weight, fx.Node) and weight.op == "get_attr":
                 if tensor_of(graph, str(weight.target)).dim() >= 2:
                     yield Site(node, "recurrent", str(weight.target), None, 0)

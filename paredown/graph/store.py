@@ -34,7 +34,7 @@ _FUNCTIONS = {
         *(torch.sym_ite, torch.sym_sum),
     )
 }
-_ENUMS = {
+_ENUMS: dict[str, dict[str, Any]] = {
     "dtype": {str(v): v for v in vars(torch).values() if isinstance(v, torch.dtype)},
     "layout": {str(v): v for v in (torch.strided, torch.sparse_coo)},
     "memory_format": {
@@ -58,7 +58,8 @@ def encode(model: Model) -> bytes:
         "format": FORMAT,
         "graph": _graph_to_json(model.graph),
         "inputs": [
-            {"name": i.name, "dynamic": {str(d): n for d, n in i.dynamic.items()}} for i in model.inputs
+            {"name": i.name, "dynamic": {str(d): n for d, n in i.dynamic.items()}}
+            for i in model.inputs
         ],
         "arguments": model.arguments,
         "outputs": model.outputs,
@@ -182,7 +183,14 @@ def decode(data: bytes, path: str) -> Model:
         masks = {k.removeprefix("mask:"): v for k, v in tensors.items() if k.startswith("mask:")}
         arguments, outputs = header["arguments"], header["outputs"]
         return Model(graph, inputs, arguments, outputs, masks, tuple(header["notes"]))
-    except (SafetensorError, KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+    except (
+        SafetensorError,
+        KeyError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        RuntimeError,
+    ) as error:
         raise UserError(f"{path}: not a paredown model, or a damaged one ({error}).") from error
 
 

@@ -56,7 +56,10 @@ def flatten(value: Any) -> tuple[list[Tensor], Structure]:
     named = dict(zip(fields, parts, strict=True))
     if type(value) is dict:
         return leaves, {"dict": named}
-    return leaves, {"object": f"{type(value).__module__}:{type(value).__qualname__}", "fields": named}
+    return leaves, {
+        "object": f"{type(value).__module__}:{type(value).__qualname__}",
+        "fields": named,
+    }
 
 
 def _fields(value: Any) -> dict[str, Any] | None:

@@ -27,7 +27,7 @@ from paredown.types import UserError
 DOMAIN = "paredown"
 FLOAT_TOLERANCE = 1e-3  # of the output's largest value
 HALF_TOLERANCE = 5e-2
-QUANTIZED_NOISE_DB = 20.0  # rounding ties fall differently in two implementations
+QUANTIZED_DB = 20.0  # rounding ties fall differently in two implementations
 MAX_BYTES = 2**31 - 1
 
 
@@ -54,8 +54,14 @@ def _register_placeholders() -> None:
     """Opaque ops that carry the fake quantizers through the exporter's optimiser."""
     kinds = OpSchema.AttrType
     shapes = {
-        "FakeQuantize": (["x"], {"scale": kinds.FLOAT, "zero_point": kinds.INT, "low": kinds.INT, "high": kinds.INT}),
-        "FakeQuantizeChannel": (["x", "scale"], {"axis": kinds.INT, "low": kinds.INT, "high": kinds.INT}),
+        "FakeQuantize": (
+            ["x"],
+            {"scale": kinds.FLOAT, "zero_point": kinds.INT, "low": kinds.INT, "high": kinds.INT},
+        ),
+        "FakeQuantizeChannel": (
+            ["x", "scale"],
+            {"axis": kinds.INT, "low": kinds.INT, "high": kinds.INT},
+        ),
     }
     for name, (inputs, attributes) in shapes.items():
         onnx.defs.register_schema(
@@ -195,18 +201,24 @@ def _quantize_activations(graph: ir.Graph) -> None:
     for node in [n for n in graph if n.op_type == "FakeQuantize"]:
         value, name = node.inputs[0], str(node.outputs[0].name)
         kind = np.uint8 if _attribute(node, "low") >= 0 else np.int8
-        scale = _initializer(graph, f"{name}_scale", np.array(_attribute(node, "scale"), np.float32))
-        zero = _initializer(graph, f"{name}_zero_point", np.array(_attribute(node, "zero_point"), kind))
+        scale = _initializer(
+            graph, f"{name}_scale", np.array(_attribute(node, "scale"), np.float32)
+        )
+        zero = _initializer(
+            graph, f"{name}_zero_point", np.array(_attribute(node, "zero_point"), kind)
+        )
         quantize = ir.node("QuantizeLinear", [value, scale, zero], name=f"{name}_quantize")
         quantize.outputs[0].name = f"{name}_quantized"
         quantized = _insert(graph, node, quantize)
-        dequantize = ir.node("DequantizeLinear", [quantized, scale, zero], name=f"{name}_dequantize")
+        dequantize = ir.node(
+            "DequantizeLinear", [quantized, scale, zero], name=f"{name}_dequantize"
+        )
         dequantize.outputs[0].name = f"{name}_dequantized"
         result = _insert(graph, node, dequantize)
         for index, output in enumerate(graph.outputs):
             if output is node.outputs[0]:
                 result.name, node.outputs[0].name = output.name, f"{output.name}_fake"
-                result.shape, result.dtype = output.shape, output.dtype
+                result.shape, result.type = output.shape, output.type
                 graph.outputs[index] = result
         node.outputs[0].replace_all_uses_with(result)
         graph.remove(node, safe=True)
@@ -215,7 +227,9 @@ def _quantize_activations(graph: ir.Graph) -> None:
 def _integer_biases(graph: ir.Graph) -> None:
     """Biases become int32 with the product of input and weight scales: else nothing fuses."""
     for node in [n for n in graph if n.op_type in ("Conv", "Gemm") and len(n.inputs) > 2]:
-        x, weight, bias = (value.producer() if value else None for value in (*node.inputs[:2], None))
+        x, weight, bias = (
+            value.producer() if value else None for value in (*node.inputs[:2], None)
+        )
         values = _array(node.inputs[2])
         if values is None or not _dequantizes(x) or not _dequantizes(weight):
             continue
@@ -295,12 +309,17 @@ def _name_dimensions(graph: ir.Graph, model: Model) -> None:
                 names.setdefault(str(size.value), name)
     for value in [*graph.inputs, *graph.outputs]:
         if value.shape is not None:
-            sizes = [s if isinstance(s, int) else names.get(str(s.value), s.value) for s in value.shape]
+            sizes = [
+                s if isinstance(s, int) else names.get(str(s.value), s.value) for s in value.shape
+            ]
             value.shape = ir.Shape(sizes)
 
 
 def check_parity(model: Model, path: Path, predictor: Any) -> None:
     """Assert that the open file computes what the model computes, on the example inputs.
+
+    Where rounding ties add up to a visible difference in a deep quantized model, each stretch
+    between two quantizers is compared on the file's own values instead.
 
     Raises:
         UserError: it does not; names the tensor that differs most.
@@ -308,22 +327,29 @@ def check_parity(model: Model, path: Path, predictor: Any) -> None:
     leaves = [item.example for item in model.inputs]
     expected = _run_graph(model, leaves)
     got = predictor(*[leaf.numpy() for leaf in leaves])
-    tolerance_db = _tolerance_db(model)
-    worst = min(
+    quantized = bool(quantizers(model.graph))
+    least_db = QUANTIZED_DB if quantized else _float_tolerance_db(model)
+    ranked = sorted(
         (_agreement_db(ours.numpy(), theirs), name)
         for ours, theirs, name in zip(expected, got, predictor.output_names, strict=True)
     )
-    if worst[0] < tolerance_db:
-        where = _differs_most(model, path, leaves)
-        raise UserError(
-            f"{path.name}: output {worst[1]!r} differs from the model's "
-            f"(agreement {worst[0]:.0f} dB, expected at least {tolerance_db:.0f} dB){where}."
-        )
+    if ranked[0][0] >= least_db:
+        return
+    inner = _compare_stretches(model, path, leaves)
+    if quantized and inner and inner[0][0] >= least_db:
+        return
+    where = (
+        f"; the tensor that differs most is {inner[0][1]!r} at {inner[0][0]:.0f} dB"
+        if inner
+        else ""
+    )
+    raise UserError(
+        f"{path.name}: output {ranked[0][1]!r} differs from the model's (agreement "
+        f"{ranked[0][0]:.0f} dB, expected at least {least_db:.0f} dB){where}."
+    )
 
 
-def _tolerance_db(model: Model) -> float:
-    if quantizers(model.graph):
-        return QUANTIZED_NOISE_DB
+def _float_tolerance_db(model: Model) -> float:
     half = any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters())
     return -20 * float(np.log10(HALF_TOLERANCE if half else FLOAT_TOLERANCE))
 
@@ -349,27 +375,50 @@ def _agreement_db(expected: np.ndarray, got: np.ndarray) -> float:
     return float(10 * np.log10(max(signal, 1e-24) / error))
 
 
-def _differs_most(model: Model, path: Path, leaves: list[torch.Tensor]) -> str:
-    """The inner tensor with the worst agreement between graph and file, for the error."""
+def _compare_stretches(
+    model: Model, path: Path, leaves: list[torch.Tensor]
+) -> list[tuple[float, str]]:
+    """Agreement in dB of each inner tensor, given the file's values before it; worst first."""
     import onnxruntime
 
     loaded = onnx.load(str(path))
-    outputs = {name for node in loaded.graph.node for name in node.output}
-    seen: dict[str, np.ndarray] = {}
+    made = {name for node in loaded.graph.node for name in node.output}
+    values: dict[str, np.ndarray] = {}
+    agreements: list[tuple[float, str]] = []
+    graph = model.copy().eval().graph.cpu()
+    shown = _shown(graph, made)
+    known = {value.name for value in loaded.graph.output}
+    extra = [name for name in shown.values() if name not in known]
+    loaded.graph.output.extend(onnx.ValueInfoProto(name=name) for name in dict.fromkeys(extra))
+    session = onnxruntime.InferenceSession(
+        loaded.SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    feeds = {
+        item.name: leaf.numpy() for item, leaf in zip(session.get_inputs(), leaves, strict=True)
+    }
+    wanted = list(dict.fromkeys(shown.values()))
+    values |= dict(zip(wanted, session.run(wanted, feeds), strict=True)) if wanted else {}
 
-    class Recorder(fx.Interpreter):
+    class Follower(fx.Interpreter):
         def run_node(self, n: fx.Node) -> Any:
             result = super().run_node(n)
-            if isinstance(result, torch.Tensor) and n.name in outputs:
-                seen[n.name] = result.detach().numpy().copy()
-            return result
+            if n.name not in shown:
+                return result
+            theirs = values[shown[n.name]]
+            agreements.append((_agreement_db(result.detach().numpy(), theirs), n.name))
+            return torch.from_numpy(theirs.copy()) if result.shape == theirs.shape else result
 
     with torch.no_grad():
-        Recorder(model.copy().eval().graph).run(*[leaf.clone() for leaf in leaves])
-    known = {value.name for value in loaded.graph.output}
-    loaded.graph.output.extend(onnx.ValueInfoProto(name=name) for name in seen if name not in known)
-    session = onnxruntime.InferenceSession(loaded.SerializeToString(), providers=["CPUExecutionProvider"])
-    feeds = {item.name: leaf.numpy() for item, leaf in zip(session.get_inputs(), leaves, strict=True)}
-    got = dict(zip(seen, session.run(list(seen), feeds), strict=True)) if seen else {}
-    ranked = sorted((_agreement_db(seen[name], got[name]), name) for name in seen)
-    return f"; the tensor that differs most is {ranked[0][1]!r} at {ranked[0][0]:.0f} dB" if ranked else ""
+        Follower(graph).run(*[leaf.clone() for leaf in leaves])
+    return sorted(agreements)
+
+
+def _shown(graph: fx.GraphModule, made: set[str]) -> dict[str, str]:
+    """Graph node -> the file's tensor to compare: at the quantizers, else at every op."""
+    found = [node for node in quantizers(graph) if node.target is PER_TENSOR]
+    if not found:
+        return {node.name: node.name for node in graph.graph.nodes if node.name in made}
+    # The exporter numbers the quantizers anew, in the order they run.
+    names = [f"fake_quantize{f'_{n}' if n else ''}_dequantized" for n in range(len(found))]
+    pairs = zip(found, names, strict=True)
+    return {node.name: name for node, name in pairs if name in made}

@@ -103,7 +103,9 @@ def _squared_error(counts: Tensor, centres: Tensor, clip: Range) -> float:
     scale, zero = affine(*clip)
     levels = (torch.round(centres / scale) + zero).clamp(0, LEVELS)
     inside = (levels > 0) & (levels < LEVELS)
-    error = torch.where(inside, torch.tensor(scale**2 / 12), ((levels - zero) * scale - centres) ** 2)
+    error = torch.where(
+        inside, torch.tensor(scale**2 / 12), ((levels - zero) * scale - centres) ** 2
+    )
     return float((counts * error).sum())
 
 
@@ -207,11 +209,15 @@ class Quantize:
             matched = {name for name in weights if fnmatch.fnmatchcase(name, pattern)}
             if not matched:
                 near = difflib.get_close_matches(pattern, weights, 1, 0.0)
-                raise UserError(f"quantize: exclude {pattern!r} is no layer; the nearest is {near}.")
+                raise UserError(
+                    f"quantize: exclude {pattern!r} is no layer; the nearest is {near}."
+                )
             skipped |= matched
         layers = [s.weight for s in sites(model.graph) if s.kind in ("conv", "linear", "matmul")]
-        return skipped | set(layers[:1] if not self.first else ()) | set(
-            layers[-1:] if not self.last else ()
+        return (
+            skipped
+            | set(layers[:1] if not self.first else ())
+            | set(layers[-1:] if not self.last else ())
         )
 
 
