@@ -105,11 +105,10 @@ def to_toml(steps: Sequence[Step]) -> str:
 
     Example:
         >>> from paredown.steps.quantize import Quantize
-        >>> print(to_toml([Quantize(last=False)]))
+        >>> print(to_toml([Quantize(last=False)]).strip())
         [[step]]
         name = "quantize"
         last = false
-        <BLANKLINE>
     """
     return (
         tomli_w.dumps({"step": [{"name": name(step), **settings(step)} for step in steps]})

@@ -10,8 +10,6 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.optimize import brentq
-from scipy.stats import binom, norm, t
 
 Floats = NDArray[np.float64]
 Status = Literal["proven", "refuted", "not provable"]
@@ -86,6 +84,8 @@ def mean_interval(scores: ArrayLike, confidence: float = 0.95) -> Interval:
     >>> f"{interval.estimate:.2f} ({interval.low:.2f} to {interval.high:.2f})"
     '0.90 (0.60 to 0.98)'
     """
+    from scipy.stats import norm
+
     values = _checked(scores, "scores")
     z = float(norm.isf(_tail(confidence)))
     estimate = float(values.mean())
@@ -113,6 +113,8 @@ def paired_difference(
     >>> f"{interval.estimate:+.3f} ({interval.low:+.3f} to {interval.high:+.3f})"
     '-0.010 (-0.061 to +0.037)'
     """
+    from scipy.stats import norm
+
     before, after = _pair(original, candidate)
     z = float(norm.isf(_tail(confidence)))
     change = after - before
@@ -138,6 +140,8 @@ def mcnemar_p(original: ArrayLike, candidate: ArrayLike) -> float:
     >>> mcnemar_p([1, 1, 1, 1, 1, 0], [0, 0, 0, 0, 0, 0])
     0.0625
     """
+    from scipy.stats import binom
+
     before, after = _pair(original, candidate)
     if not _binary(before, after):
         raise ValueError(
@@ -224,6 +228,8 @@ def median_ratio(
     >>> f"{interval.estimate:.2f}, above 1: {interval.low > 1}"
     '2.05, above 1: True'
     """
+    from scipy.stats import t
+
     before = _rounds(original_rounds, "original_rounds")
     after = _rounds(candidate_rounds, "candidate_rounds")
     rounds = len(before)
@@ -284,6 +290,8 @@ def _tango(wins: int, losses: int, n: int, z: float) -> tuple[float, float]:
 
 def _tango_low(wins: int, losses: int, n: int, z: float) -> float:
     """Find the difference below the observed one that the score test just does not reject."""
+    from scipy.optimize import brentq
+
     if losses == n:
         return -1.0
 
@@ -302,6 +310,8 @@ def _tango_low(wins: int, losses: int, n: int, z: float) -> float:
 
 def _mean_bounds(values: Floats, confidence: float) -> tuple[float, float]:
     """Bounds of the mean of values (N,) that are not a proportion."""
+    from scipy.stats import t
+
     n, mean = len(values), float(values.mean())
     if (values == values[0]).all():
         return mean, mean
@@ -360,6 +370,8 @@ def _needed(before: Floats, after: Floats, max_drop: float, confidence: float) -
 
     The squared change per example is, for 0/1 scores, the share of discordant pairs.
     """
+    from scipy.stats import norm
+
     if max_drop == 0:
         return None
     z = float(norm.isf(1 - confidence))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import keyword
 import operator
 import tempfile
 from pathlib import Path
@@ -18,12 +19,13 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, fx, nn
 
 from paredown.files import write_atomically
-from paredown.graph import mode, quantized  # noqa: F401  (registers its ops)
+from paredown.graph import mode, quantized, structure  # noqa: F401  (quantized registers ops)
 from paredown.graph.model import Input, Model, keep_state, owner_of
 from paredown.types import UserError
 
 FORMAT = 1
 NAMESPACES = ("aten", "prims", "paredown")
+NODES = ("placeholder", "get_attr", "call_function", "output")  # no methods: they reach anything
 _FUNCTIONS = {
     f"{f.__module__}.{f.__name__}": f
     for f in (
@@ -163,7 +165,11 @@ def _to_json(value: Any) -> Any:
 def load(path: Path) -> Model:
     if not path.is_file():
         raise UserError(f"{path}: no such file.")
-    return decode(path.read_bytes(), str(path))
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}.") from error
+    return decode(data, str(path))
 
 
 def decode(data: bytes, path: str) -> Model:
@@ -182,7 +188,9 @@ def decode(data: bytes, path: str) -> Model:
         )
         masks = {k.removeprefix("mask:"): v for k, v in tensors.items() if k.startswith("mask:")}
         arguments, outputs = header["arguments"], header["outputs"]
-        return Model(graph, inputs, arguments, outputs, masks, tuple(header["notes"]))
+        model = Model(graph, inputs, arguments, outputs, masks, tuple(header["notes"]))
+        _check(model)
+        return model
     except (
         SafetensorError,
         KeyError,
@@ -192,6 +200,33 @@ def decode(data: bytes, path: str) -> Model:
         RuntimeError,
     ) as error:
         raise UserError(f"{path}: not a paredown model, or a damaged one ({error}).") from error
+
+
+def _check(model: Model) -> None:
+    """That the parts of a file belong together: else a later call would fail, far from here."""
+    nodes = list(model.graph.graph.nodes)
+    placeholders = sum(node.op == "placeholder" for node in nodes)
+    if not placeholders == len(model.inputs) == structure.count(model.arguments):
+        raise ValueError("its inputs are not those of its graph")
+    if [node.op for node in nodes].count("output") != 1 or nodes[-1].op != "output":
+        raise ValueError("its graph has no output, or goes on after it")
+    results: Any = nodes[-1].args[0]
+    if not isinstance(results, tuple) or len(results) != structure.count(model.outputs):
+        raise ValueError("its outputs are not those of its graph")
+    if not isinstance(model.arguments["tuple"][1]["dict"], dict):
+        raise ValueError("its inputs have no keywords")
+    for item in model.inputs:
+        names = [item.name, *item.dynamic.values()]
+        if not all(isinstance(name, str) for name in names):
+            raise ValueError("a name of its inputs is no text")
+        if any(not 0 <= dim < item.example.dim() for dim in item.dynamic):
+            raise ValueError(f"input {item.name!r} has no such dynamic dimension")
+    if not all(isinstance(note, str) for note in model.notes):
+        raise ValueError("a note of it is no text")
+    state = model.state_dict()
+    for name, mask in model.masks.items():
+        if mask.dtype is not torch.bool or (name in state and state[name].shape != mask.shape):
+            raise ValueError(f"the mask of {name!r} does not fit its weight")
 
 
 def _read(data: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -255,11 +290,13 @@ def _graph_from_json(rows: dict[str, Any], root: nn.Module) -> fx.GraphModule:
     for row in rows["nodes"]:
         node = graph.create_node(
             row["op"],
-            _resolve(row["target"]) if row["op"] == "call_function" else row["target"],
+            _node_target(row["op"], row["target"], root),
             _from_json(row["args"], nodes),
-            _from_json(row["kwargs"], nodes),
+            _keywords(_from_json(row["kwargs"], nodes)),
             name=row["name"],
         )
+        if node.name != row["name"]:
+            raise ValueError(f"no node can be called {row['name']!r} here")
         node.meta |= _meta(row, nodes)
         nodes[row["name"]] = node
     graph.lint()
@@ -273,11 +310,53 @@ def _meta(row: dict[str, Any], nodes: dict[str, fx.Node]) -> dict[str, Any]:
     if row.get("line"):
         meta["stack_trace"] = row["line"]
     if "training" in row:
-        meta[mode.KEY] = {
+        kept = {
             where: _overload(value) if where == "target" else _from_json(value, nodes)
             for where, value in row["training"]
         }
+        _keywords({where: value for where, value in kept.items() if not isinstance(where, int)})
+        _keywords(kept.get("kwargs", {}))
+        meta[mode.KEY] = kept
     return meta
+
+
+def _node_target(op: str, target: Any, root: nn.Module) -> Any:
+    """What a node calls or reads.
+
+    ``fx`` writes a graph out as Python source and runs that, so that a name which is not what it
+    seems would run too.
+    """
+    if op not in NODES or not isinstance(target, str):
+        raise ValueError(f"a node {op!r} is not known")
+    if op == "call_function":
+        return _resolve(target)
+    if op == "get_attr":
+        plain = target.isprintable() and not set(target) & {'"', "\\"}
+        if not plain or not isinstance(_attribute(root, target), (Tensor, fx.GraphModule)):
+            raise ValueError(f"it reads {target!r}, which is none of its tensors")
+    elif not _is_name(target):
+        raise ValueError(f"{target!r} is not a name")
+    return target
+
+
+def _attribute(root: nn.Module, target: str) -> Any:
+    found: Any = root
+    for part in target.split("."):
+        if not isinstance(found, nn.Module):
+            raise ValueError(f"it reads {target!r}, which is none of its tensors")
+        found = getattr(found, part)
+    return found
+
+
+def _keywords(found: dict[str, Any]) -> dict[str, Any]:
+    for name in found:
+        if not _is_name(name):
+            raise ValueError(f"{name!r} is not the name of an argument")
+    return found
+
+
+def _is_name(text: Any) -> bool:
+    return isinstance(text, str) and text.isidentifier() and not keyword.iskeyword(text)
 
 
 def _resolve(target: str) -> Any:
@@ -295,7 +374,12 @@ def _overload(name: str) -> Any:
         raise ValueError(f"op {name} is not one of {', '.join(NAMESPACES)}")
     operation, _, overload = rest.partition(".")
     packet = getattr(getattr(torch.ops, namespace), operation)
-    return getattr(packet, overload or "default")
+    op = getattr(packet, overload or "default")
+    if not isinstance(op, torch._ops.OpOverload):
+        raise ValueError(f"{name} is not an op")
+    if any(argument.name == "filename" for argument in op._schema.arguments):
+        raise ValueError(f"op {name} would touch files")
+    return op
 
 
 def _higher_order(name: str) -> Any:

@@ -118,7 +118,7 @@ def _object(spelled: str, fields: dict[str, Any]) -> Any:
     found: Any = sys.modules.get(module)
     for part in name.split("."):
         found = getattr(found, part, None)
-    if not isinstance(found, type):
+    if not isinstance(found, type) or not _holds_fields(found):
         return Outputs(fields)
     if issubclass(found, Mapping):  # a transformers ModelOutput leaves out what is None
         fields = {key: value for key, value in fields.items() if value is not None}
@@ -126,6 +126,37 @@ def _object(spelled: str, fields: dict[str, Any]) -> Any:
         return found(**fields)
     except TypeError:
         return Outputs(fields)
+
+
+def _holds_fields(kind: type) -> bool:
+    """Of the kinds that `flatten` takes apart; any other class might do things when called."""
+    named = issubclass(kind, tuple) and hasattr(kind, "_fields")
+    return dataclasses.is_dataclass(kind) or issubclass(kind, dict) or named
+
+
+def count(structure: Structure) -> int:
+    """How many tensors the structure has places for.
+
+    Raises:
+        ValueError: it is not a structure.
+
+    Example:
+        >>> count({"tuple": ["*", {"dict": {"a": "*"}}, {"const": 3}]})
+        2
+    """
+    if structure == "*":
+        return 1
+    if not isinstance(structure, dict):
+        raise ValueError(f"not a structure: {structure!r}")
+    if "const" in structure or "opaque" in structure:
+        return 0
+    for kind in ("tuple", "list"):
+        if isinstance(structure.get(kind), list):
+            return sum(count(part) for part in structure[kind])
+    fields = structure.get("dict", structure.get("fields"))
+    if not isinstance(fields, dict) or not isinstance(structure.get("object", ""), str):
+        raise ValueError(f"not a structure: {structure!r}")
+    return sum(count(part) for part in fields.values())
 
 
 def names(structure: Structure, prefix: str = "") -> list[str]:

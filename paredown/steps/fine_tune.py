@@ -22,7 +22,7 @@ class FineTune:
 
     Example:
         >>> import paredown
-        >>> schedule = 3 * [paredown.PruneChannels(0.2), paredown.FineTune(epochs=1, lr=1e-3)]
+        >>> schedule = 3 * [paredown.PruneWeights(0.2), paredown.FineTune(epochs=1, lr=1e-3)]
         >>> len(schedule)
         6
     """

@@ -31,8 +31,8 @@ def affine(low: float, high: float) -> tuple[float, int]:
     Zero is exact, so that padding and ReLU add no error (Jacob et al. 1712.05877).
 
     Example:
-        >>> affine(-1.0, 1.55)
-        (0.01, 100)
+        >>> affine(-0.5, 0.75)[1], affine(0.0, 2.55)
+        (102, (0.01, 0))
     """
     low, high = min(low, 0.0), max(high, 0.0)
     scale = max((high - low) / LEVELS, SMALLEST_SCALE)
