@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -96,9 +97,13 @@ def run(model: Model, task: Task, names: set[str], note: Callable[[str, Tensor],
     graph = model.copy().eval().graph
     recorder = _Recorder(graph, names, note)
     size = data.size(split)
-    total = -(-size // task.batch_size)
+    batch = model.fixed_batch or task.batch_size
+    total = size // batch if model.fixed_batch else -(-size // batch)
+    if total == 0:
+        raise UserError(f"calibration: {size} examples do not fill the model's batch of {batch}.")
+    batches = itertools.islice(data.batches(split, batch), total)
     with torch.no_grad():
-        for inputs, _ in progress.track(data.batches(split, task.batch_size), "calibrate", total):
+        for inputs, _ in progress.track(batches, "calibrate", total):
             args, kwargs = data.arguments(inputs)
             recorder.run(*model.bind(args, kwargs))
 

@@ -210,12 +210,6 @@ def _batch(model: Model) -> int:
     return example.shape[0] if example.dim() else 1
 
 
-def _fixed_batch(model: Model) -> int | None:
-    """The only batch size the model takes; None where any will do."""
-    fixed = [item for item in model.inputs if 0 not in item.dynamic]
-    return _batch(model) if fixed else None
-
-
 def _leaves(model: Model, inputs: Any, padded_to: int) -> list[Tensor]:
     """The tensors of a batch in the model's order, the last example repeated up to ``padded_to``.
 
@@ -328,7 +322,7 @@ def _score(
 ) -> dict[str, _Scoring]:
     """Score every file on the whole split, one batch in memory at a time."""
     examples = data.split(task, split)
-    count, fixed = data.size(examples), _fixed_batch(model)
+    count, fixed = data.size(examples), model.fixed_batch
     size = fixed or task.batch_size
     found = {
         name: _Scoring(predictions=[] if count <= MAX_PREDICTIONS else None) for name in probes

@@ -160,7 +160,7 @@ def evaluate(model: Model, split: Dataset[Any], task: Task) -> Tensor:
         UserError: ``task.score`` does not give one finite number for each example.
     """
     model.eval()
-    device, fixed = _device_of(model), _fixed_batch(model)
+    device, fixed = _device_of(model), model.fixed_batch
     scores = []
     with torch.no_grad():
         for batch in data.batches(split, fixed or task.batch_size):
@@ -176,7 +176,7 @@ def _scores(model: Model, task: Task, batch: Any) -> Tensor:
     try:
         output = _call(model, batch[0])
     except Exception as error:
-        if not _no_memory(error) or count == 1 or _fixed_batch(model):
+        if not _no_memory(error) or count == 1 or model.fixed_batch:
             raise
     if output is None:  # the handler has let go of the failed pass, and of its memory
         progress.say(f"out of memory at a batch of {count}: evaluating it in two halves")
@@ -204,7 +204,7 @@ def _scores(model: Model, task: Task, batch: Any) -> Tensor:
 def _one_epoch(model: Model, task: Task, settings: Training, state: _State) -> None:
     """Epoch ``state.epoch``: every step, the validation score, the row of the history."""
     split = data.split(task, "train")
-    per_epoch = _steps_per_epoch(data.size(split), state.batch, _fixed_batch(model))
+    per_epoch = _steps_per_epoch(data.size(split), state.batch, model.fixed_batch)
     total = max(1, round(settings.epochs * per_epoch))
     first = state.epoch * per_epoch
     seed = settings.seed * 1_000_003 + state.epoch  # so a resumed epoch draws the same numbers
@@ -282,7 +282,7 @@ def _halve(model: Model, state: _State, count: int) -> None:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     size = min(state.chunk, count)
-    if size == 1 or _fixed_batch(model):
+    if size == 1 or model.fixed_batch:
         raise UserError(
             f"training: out of memory at a batch of {size}, which cannot be split; use smaller "
             "inputs, a device with more memory, or optimizer='sgd', which keeps fewer numbers."
@@ -386,9 +386,9 @@ def _start(model: Model, task: Task, settings: Training) -> _State:
         optimizer = torch.optim.SGD(groups, settings.lr, settings.momentum, fused=True)
     else:
         optimizer = torch.optim.AdamW(groups, settings.lr, fused=True)
-    batch = _fixed_batch(model) or settings.batch_size or task.batch_size
+    batch = model.fixed_batch or settings.batch_size or task.batch_size
     count = data.size(data.split(task, "train"))
-    if _fixed_batch(model) and count < batch:
+    if model.fixed_batch and count < batch:
         raise UserError(
             f"model: was captured with a fixed batch of {batch}; the train split has only {count} "
             "examples."
@@ -483,12 +483,6 @@ def _chunks(batch: Any, size: int) -> list[Any]:
     leaves, nesting = structure.flatten(batch)
     split = [leaf.tensor_split(parts) for leaf in leaves]
     return [structure.unflatten(list(row), nesting) for row in zip(*split, strict=True)]
-
-
-def _fixed_batch(model: Model) -> int | None:
-    """The batch size, where the capture could not leave it open."""
-    first = model.inputs[0]
-    return None if 0 in first.dynamic or first.example.dim() == 0 else first.example.shape[0]
 
 
 def _padded(batch: Any, size: int) -> Any:

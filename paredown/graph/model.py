@@ -75,6 +75,12 @@ class Model:
             _check_shape(item, leaf)
         return leaves
 
+    @property
+    def fixed_batch(self) -> int | None:
+        """The only batch size the model takes; None where it varies."""
+        fixed = [item.example for item in self.inputs if 0 not in item.dynamic]
+        return len(fixed[0]) if fixed and fixed[0].dim() else None
+
     def copy(self) -> Model:
         """A deep copy: nothing done to it reaches this model."""
         return replace(self, graph=copy.deepcopy(self.graph), masks=dict(self.masks))
