@@ -171,6 +171,8 @@ class Named(OrderedDict):
     """As a transformers ModelOutput: a mapping with attributes that leaves out what is None."""
 
     def __getattr__(self, name):
+        if name not in self:
+            raise AttributeError(name)
         return self[name]
 
 

@@ -57,9 +57,10 @@ def _switch(node: fx.Node, training: bool) -> bool:
             return _replace(node, name if name in node.kwargs else position, value)
     if node.target is aten.instance_norm.default and node.args[3] is not None:
         return _replace(node, 5, False)  # running statistics exist: use them
-    if node.target in (aten.bernoulli_.float, aten.bernoulli.p) and len(node.args) == 2:
+    if node.target in (aten.bernoulli_.float, aten.bernoulli.p):
         fill = node.target is aten.bernoulli_.float
-        return _retarget(node, aten.fill_.Scalar if fill else aten.full_like.default, node.args)
+        args = (*node.args, 0.5)[:2]  # a probability of one half is the default and left out
+        return _retarget(node, aten.fill_.Scalar if fill else aten.full_like.default, args)
     if node.target in (aten.floor_.default, aten.floor.default):
         return _keep_floored(node)
     if node.target is aten.add_.Tensor and _is_counter(node):
