@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import inspect
+import random
 import sys
 import traceback
 import warnings
@@ -13,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim
@@ -107,7 +109,13 @@ def load_file(path: str | Path) -> tuple[Callable[[], Any], Callable[[], Task]]:
 
 
 def call_user(function: Callable[[], Any], path: Path) -> Any:
-    """The user's ``model()`` or ``task()``, with an error that points at their line."""
+    """The user's ``model()`` or ``task()``; an error points at their line.
+
+    Random numbers start from the same seed each time, so that the same file gives the same data.
+    """
+    torch.manual_seed(0)
+    random.seed(0)
+    np.random.seed(0)
     try:
         return function()
     except UserError:

@@ -186,12 +186,13 @@ def _integer_weights(graph: ir.Graph) -> None:
 def _dequantize(
     graph: ir.Graph, before: ir.Node, name: str, integers: np.ndarray, scale: np.ndarray, axis: int
 ) -> ir.Value:
-    zeros = np.zeros(scale.shape, integers.dtype)
     inputs = [
         _initializer(graph, f"{name}_quantized", integers),
         _initializer(graph, f"{name}_scale", scale.astype(np.float32)),
-        _initializer(graph, f"{name}_zero_point", zeros),
     ]
+    if integers.dtype == np.int8:  # a matrix product fuses only with its zero points written out
+        zeros = np.zeros(scale.shape, integers.dtype)
+        inputs.append(_initializer(graph, f"{name}_zero_point", zeros))
     node = ir.node("DequantizeLinear", inputs, {"axis": axis}, name=f"{name}_dequantize")
     node.outputs[0].name = f"{name}_dequantized"
     return _insert(graph, before, node)
@@ -284,7 +285,7 @@ def _strip(model: ir.Model) -> None:
     model.opset_imports.pop(DOMAIN, None)
     for node in graph.all_nodes():
         node.metadata_props.clear()
-        node.doc_string = None
+        node.doc_string = node.name = None
         for value in node.outputs:
             value.metadata_props.clear()
             if not value.is_graph_output():

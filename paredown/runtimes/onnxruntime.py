@@ -147,5 +147,5 @@ def _unfused(nodes: list[Any]) -> list[str]:
         users = set().union(*(used_by.get(name, set()) for name in node.output))
         between = node.op_type in ALWAYS_FUSED or users == {"QuantizeLinear"}
         if sources == {"DequantizeLinear"} and between:
-            found.append(f"{node.op_type} {node.name}")
+            found.append(f"{node.op_type} {node.output[0]}")
     return found
