@@ -29,9 +29,7 @@ os.environ.setdefault("TELEMETRY_OPT_OUT", "1")  # openvino and nncf
 
 def paredown_task(images: Dataset, batch_size: int = 64) -> paredown.Task:
     example = images[0][0][None]
-    return paredown.Task(
-        example=(example,), score=None, calibration=images, batch_size=batch_size
-    )
+    return paredown.Task(example=(example,), score=None, calibration=images, batch_size=batch_size)
 
 
 def paredown_float(module: nn.Module, images: Dataset, path: Path) -> Model:
@@ -103,28 +101,32 @@ def nncf_int8(
     preset: str | None = None,
     transformer: bool = False,
 ) -> Path:
-    """For the CPU; ``preset`` "mixed" takes asymmetric activations, the default symmetric ones."""
+    """For the CPU; ``preset`` "mixed" takes asymmetric activations, "performance" symmetric ones.
+
+    None is its default: mixed for a transformer, performance for any other model.
+    """
     import nncf
     import onnx
 
+    name, count = input_name(float_file), len(images)  # type: ignore[arg-type]
     nncf.set_log_level(logging.ERROR)
     with quiet():
         quantized = nncf.quantize(
             onnx.load(str(float_file)),
-            nncf.Dataset(list(range(len(images))), lambda index: next(feeds(float_file, images, index))),  # type: ignore[arg-type]
+            nncf.Dataset(range(count), lambda index: {name: images[index][0][None].numpy()}),
             preset=nncf.QuantizationPreset(preset) if preset else None,
             target_device=nncf.TargetDevice.CPU,
-            subset_size=len(images),  # type: ignore[arg-type]
+            subset_size=count,
             model_type=nncf.ModelType.TRANSFORMER if transformer else None,
         )
         onnx.save(quantized, str(path))
     return path
 
 
-def feeds(float_file: Path, images: Dataset, start: int = 0) -> Iterator[dict[str, np.ndarray]]:
+def feeds(float_file: Path, images: Dataset) -> Iterator[dict[str, np.ndarray]]:
     """One image at a time, as an ONNX file takes it."""
     name = input_name(float_file)
-    for index in range(start, len(images)):  # type: ignore[arg-type]
+    for index in range(len(images)):  # type: ignore[arg-type]
         yield {name: images[index][0][None].numpy()}
 
 

@@ -18,7 +18,8 @@ from rich.table import Table
 from paredown.devices.probe import cpu_model
 from paredown.stats import Interval
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
 PACKAGES = ("paredown", "torch", "onnx", "onnxruntime", "nncf", "openvino", "numpy")
 INT8_INSTRUCTIONS = ("avx512_vnni", "avx_vnni", "avx_vnni_int8", "amx_int8", "asimddp", "i8mm")
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,20 +93,40 @@ def observe(
 
 
 def run(model: Model, task: Task, names: set[str], note: Callable[[str, Tensor], None]) -> None:
-    """Run the calibration split, calling ``note(name, tensor)`` for each named value."""
+    """Run the calibration split, calling ``note(name, tensor)`` for each named value.
+
+    The model is left in evaluation mode.
+    """
     split = data.split(task, "calibration")
-    graph = model.copy().eval().graph
-    recorder = _Recorder(graph, names, note)
     size = data.size(split)
     batch = model.fixed_batch or task.batch_size
     total = size // batch if model.fixed_batch else -(-size // batch)
     if total == 0:
         raise UserError(f"calibration: {size} examples do not fill the model's batch of {batch}.")
     batches = itertools.islice(data.batches(split, batch), total)
-    with torch.no_grad():
+    with torch.no_grad(), _channels_last(model) as graph:
+        recorder = _Recorder(graph, names, note)
         for inputs, _ in progress.track(batches, "calibrate", total):
             args, kwargs = data.arguments(inputs)
             recorder.run(*model.bind(args, kwargs))
+
+
+@contextlib.contextmanager
+def _channels_last(model: Model) -> Iterator[fx.GraphModule]:
+    """The model's graph with channels last in memory, where CPU convolutions are twice as fast.
+
+    A graph with views of its values' memory keeps the usual layout: a view would fail.
+    """
+    graph: Any = model.eval().graph
+    graph.to(memory_format=torch.channels_last)
+    try:
+        try:
+            graph(*[item.example.clone() for item in model.inputs])
+        except RuntimeError:
+            graph.to(memory_format=torch.contiguous_format)
+        yield graph
+    finally:
+        graph.to(memory_format=torch.contiguous_format)
 
 
 class _Recorder(fx.Interpreter):

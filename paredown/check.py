@@ -5,18 +5,29 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+from torch.utils.data import Subset
 
-from paredown import data, progress, recipe
-from paredown.graph.capture import capture
+from paredown import data, progress, recipe, train
+from paredown.devices import local
+from paredown.graph import structure
+from paredown.graph.capture import call_user, capture, load_file
 from paredown.graph.model import Model
 from paredown.graph.sites import sites
 from paredown.measure import measure
 from paredown.runtimes import runtime
-from paredown.types import Measurement, Step, Target, Task, UserError
+from paredown.types import SPLITS, Measurement, Step, Target, Task, UserError
+
+NEEDED = {
+    "validation": "decisions are made on it",
+    "test": "the final claim is made on it",
+    "score": "it says how good an output is",
+}
 
 
 @dataclass
@@ -27,38 +38,179 @@ class Check:
     notes: list[str] = field(default_factory=list)
     facts: list[str] = field(default_factory=list)
 
+    def tried(self, what: str, work: Callable[[], Any]) -> Any:
+        """What ``work`` gives; None, and a problem, where it fails at doing ``what``."""
+        try:
+            return work()
+        except UserError as error:
+            self.problems += [line for line in str(error).split("\n") if line not in self.problems]
+        except Exception as error:
+            self.problems.append(f"{what} failed: {type(error).__name__}: {error}")
+        return None
 
-def check(module: Any, task: Task, target: Target, steps: Sequence[Step] = ()) -> Check:
-    """Capture, export, score and differentiate one batch; every problem at once."""
+
+def load(file: Path) -> tuple[nn.Module | Model, Task]:
+    """The model and the task that a user's Python file makes.
+
+    Raises:
+        UserError: no such file, an error in it, or something else than a model and a task.
+    """
+    model, task = load_file(file)
+    made = _task(task, file)
+    return _model(model, file), made
+
+
+def _task(function: Callable[[], Any], file: Path) -> Task:
+    made = call_user(function, file)
+    if not isinstance(made, Task):
+        raise UserError(f"{file}: task() returned a {type(made).__name__}, not a paredown.Task.")
+    return made
+
+
+def _model(function: Callable[[], Any], file: Path) -> nn.Module | Model:
+    made = call_user(function, file)
+    if not isinstance(made, (nn.Module, Model)):
+        raise UserError(f"{file}: model() returned a {type(made).__name__}, not an nn.Module.")
+    return made
+
+
+def check_file(file: Path, target: Target, recipe_file: Path | None = None) -> Check:
+    """`check` of what a user's Python file makes, and of a recipe file."""
     found = Check()
-    lacking = task.missing({"validation", "test"})
-    found.problems += [f"task: has no {name} split." for name in lacking]
-    found.problems += data.problems(task) + recipe.problems(steps, task)
-    model = _tried(found, lambda: capture(module, task.example, task.dynamic))
-    if model is None:
+    steps = found.tried("the recipe", lambda: recipe.load(recipe_file) if recipe_file else [])
+    functions = found.tried(str(file), lambda: load_file(file))
+    if functions is None:
         return found
-    found.notes += model.notes
-    parameters = sum(p.numel() for p in model.parameters())
-    layers = len({site.weight for site in sites(model.graph)})
-    found.facts.append(f"captured: {parameters:,} parameters, {layers} layers with weights")
-    if _tried(found, lambda: _export(model, target)) is not None:
-        found.facts.append(f"exported to {target.runtime}; the file agrees with the model")
-    if not lacking and _tried(found, lambda: _score(model, task)) is not None:
-        found.facts.append("scored one batch of validation")
-    if task.train is not None and task.loss is not None:
-        if _tried(found, lambda: _differentiate(model, task)) is not None:
-            found.facts.append("loss and gradients of one training batch are finite")
+    task = found.tried("task()", lambda: _task(functions[1], file))
+    module = found.tried("model()", lambda: _model(functions[0], file))
+    if task is not None:
+        _check(found, module, task, target, steps or [])
     return found
 
 
-def _tried(found: Check, work: Callable[[], Any]) -> Any:
+def check(
+    module: nn.Module | Model, task: Task, target: Target, steps: Sequence[Step] = ()
+) -> Check:
+    """Capture, export, score and differentiate one batch; every problem at once."""
+    found = Check()
+    _check(found, module, task, target, steps)
+    return found
+
+
+def _check(
+    found: Check,
+    module: nn.Module | Model | None,
+    task: Task,
+    target: Target,
+    steps: Sequence[Step],
+) -> None:
+    model = None
+    if module is not None:
+        model = found.tried("capture", lambda: capture(module, task.example, task.dynamic))
+    _ask(found, model, task, target, steps)
+    if model is None:
+        return
+    found.notes += model.notes
+    parameters = sum(p.numel() for p in model.parameters())
+    layers = len({site.weight for site in sites(model.graph)})
+    found.facts.insert(0, f"captured: {parameters:,} parameters, {layers} layers with weights")
+    if found.tried("export", lambda: _export(model, target)) is not None:
+        found.facts.append(f"exported to {target.runtime}; the file agrees with the model")
+
+
+def problems(model: Model, task: Task, target: Target, steps: Sequence[Step] = ()) -> list[str]:
+    """What a run would stumble over, one sentence each; the export aside, this is quick."""
+    found = Check()
+    _ask(found, model, task, target, steps)
+    return found.problems
+
+
+def _ask(
+    found: Check, model: Model | None, task: Task, target: Target, steps: Sequence[Step]
+) -> None:
+    """Everything that can be asked of task, target and recipe, and one batch of each split."""
+    lacking = task.missing(set(NEEDED))
+    found.problems += [f"task: has no {name}; {NEEDED[name]}." for name in lacking]
+    found.tried("the data", lambda: found.problems.extend(data.problems(task)))
+    found.problems += recipe.problems(steps, task)
+    found.tried("runtime", lambda: runtime(target.runtime))
+    found.tried("device", lambda: local.device(target.device))
+    if model is None:
+        return
+    whole = [name for name in SPLITS if _size(task, name) > 1]
+    fits = [name for name in whole if found.tried(name, partial(_fits, model, task, name))]
+    if "validation" in fits and task.score is not None:
+        if found.tried("task.score", lambda: _score(model, task)) is not None:
+            found.facts.append("scored one batch of validation")
+    if "train" in fits and task.loss is not None:
+        if found.tried("task.loss", lambda: _differentiate(model, task)) is not None:
+            found.facts.append("loss and gradients of one training batch are finite")
+
+
+def _size(task: Task, split: str) -> int:
+    """The examples of a split; 0 where it is missing, or has no length, which is told elsewhere."""
+    examples = getattr(task, split)
     try:
-        return work()
+        return 0 if examples is None else data.size(examples)
+    except UserError:
+        return 0
+
+
+def _first_batch(model: Model, task: Task, split: str) -> tuple[Any, Any]:
+    return next(data.batches(data.split(task, split), model.fixed_batch or task.batch_size))
+
+
+def _fits(model: Model, task: Task, split: str) -> bool:
+    """Whether the inputs of a split are those of the example; the last batch may be shorter."""
+    inputs, _ = _first_batch(model, task, split)
+    leaves, nesting = structure.flatten(inputs)
+    if model.fixed_batch:
+        chosen = torch.arange(model.fixed_batch).clamp(max=len(leaves[0]) - 1)
+        leaves = [leaf[chosen] for leaf in leaves]
+    args, kwargs = data.arguments(structure.unflatten(leaves, nesting))
+    try:
+        bound = model.bind(args, kwargs)
     except UserError as error:
-        found.problems.append(str(error))
-    except Exception as error:
-        found.problems.append(f"task: {type(error).__name__}: {error}")
-    return None
+        raise UserError(f"task: its {split} split does not fit the example: {error}") from error
+    for item, leaf in zip(model.inputs, bound, strict=True):
+        if leaf.dtype != item.example.dtype:
+            raise UserError(
+                f"task: its {split} split gives {leaf.dtype} for input {item.name!r}, the example "
+                f"{item.example.dtype}; convert it in the dataset."
+            )
+    return True
+
+
+def _score(model: Model, task: Task) -> torch.Tensor:
+    split = data.split(task, "validation")
+    few = min(data.size(split), model.fixed_batch or task.batch_size)
+    return train.evaluate(model, Subset(split, range(few)), task)
+
+
+def _differentiate(model: Model, task: Task) -> torch.Tensor | None:
+    """The loss of one training batch; None where its inputs are NaN, which is told elsewhere."""
+    assert task.loss is not None
+    inputs, target = _first_batch(model, task, "train")
+    leaves = structure.flatten(inputs)[0]
+    if not all(bool(torch.isfinite(leaf).all()) for leaf in leaves):
+        return None
+    if model.fixed_batch and len(leaves[0]) < model.fixed_batch:
+        raise UserError(
+            f"task: its train split has {len(leaves[0])} examples; the model takes batches of "
+            f"{model.fixed_batch} only."
+        )
+    args, kwargs = data.arguments(inputs)
+    with torch.random.fork_rng(devices=[]):
+        copied = model.copy().train()
+        loss = task.loss(copied(*args, **kwargs), target)
+        if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
+            got = tuple(loss.shape) if isinstance(loss, torch.Tensor) else type(loss).__name__
+            raise UserError(f"task.loss: expected one number, a tensor of shape (), got {got}.")
+        loss.backward()
+    grads = [p.grad for p in copied.parameters() if p.grad is not None]
+    if not bool(torch.isfinite(loss)) or not all(bool(torch.isfinite(g).all()) for g in grads):
+        raise UserError("task: the loss or its gradient on one training batch is NaN or infinite.")
+    return loss.detach()
 
 
 def _export(model: Model, target: Target) -> int:
@@ -66,35 +218,6 @@ def _export(model: Model, target: Target) -> int:
     with tempfile.TemporaryDirectory() as folder:
         path: Path = chosen.lower(model, Path(folder) / f"model{chosen.SUFFIX}")
         return path.stat().st_size
-
-
-def _first_batch(task: Task, split: str) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
-    inputs, target = next(data.batches(data.split(task, split), task.batch_size))
-    return (*data.arguments(inputs), target)
-
-
-def _score(model: Model, task: Task) -> torch.Tensor:
-    args, kwargs, target = _first_batch(task, "validation")
-    with torch.no_grad():
-        scores = task.score(model(*args, **kwargs), target)
-    if not isinstance(scores, torch.Tensor) or scores.shape != (len(target),):
-        shape = tuple(scores.shape) if isinstance(scores, torch.Tensor) else type(scores).__name__
-        raise UserError(
-            f"task: score must give one number per example, ({len(target)},); it gave {shape}."
-        )
-    return scores
-
-
-def _differentiate(model: Model, task: Task) -> torch.Tensor:
-    assert task.loss is not None
-    args, kwargs, target = _first_batch(task, "train")
-    copied = model.copy().train()
-    loss = task.loss(copied(*args, **kwargs), target)
-    loss.backward()
-    grads = [p.grad for p in copied.parameters() if p.grad is not None]
-    if not bool(torch.isfinite(loss)) or not all(bool(torch.isfinite(g).all()) for g in grads):
-        raise UserError("task: the loss or its gradient on one training batch is NaN or infinite.")
-    return loss.detach()
 
 
 def baseline(model: Model, task: Task, target: Target) -> Measurement:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -17,11 +18,14 @@ from rich.table import Table
 
 from paredown import check as checks
 from paredown import progress, recipe
-from paredown.compress import compress, load_run, replay
-from paredown.graph.capture import call_user, capture, load_file
+from paredown.compress import compress, replay, versions
+from paredown.details import load_run
+from paredown.devices.local import DEVICES
+from paredown.graph.capture import capture
 from paredown.graph.model import Model
-from paredown.plan import plan
+from paredown.plan import Recipe, plan
 from paredown.report import comparison, report
+from paredown.runtimes import RUNTIMES
 from paredown.types import Goals, Measurement, Run, Target, Task, UserError, human
 
 FAILED, MISSED, DIFFERS, INTERRUPTED = 1, 3, 4, 130
@@ -33,8 +37,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="""Pare a trained model down to a budget, and prove it.
 
-Every verb takes a Python file that defines [bold]model()[/] (an nn.Module) and [bold]task()[/]
-(a paredown.Task: example inputs, splits, score, loss).
+A model comes in a Python file that defines [bold]model()[/] (an nn.Module) and [bold]task()[/]
+(a paredown.Task: example inputs, splits, score, loss); a run is kept in a folder.
 Start with [bold]check[/], then [bold]run[/].
 
 Exit codes: 0 done and every goal met; 1 a problem, told in plain words; 2 wrong usage;
@@ -51,10 +55,26 @@ Latency = Annotated[str | None, typer.Option(help='Median latency: "2ms", "0.7x"
 Memory = Annotated[str | None, typer.Option(help='Peak memory: "64MiB", "0.5x".')]
 Throughput = Annotated[str | None, typer.Option(help='At least: "500/s", "2x".')]
 Energy = Annotated[str | None, typer.Option(help='Energy per inference: "5mJ", "0.5x".')]
-Runtime = Annotated[str, typer.Option(help="Runtime of the artifact: onnxruntime, pytorch.")]
-Device = Annotated[str, typer.Option(help="Where to measure: local.")]
+Runtime = Annotated[str, typer.Option(help=f"Runtime of the artifact: {', '.join(RUNTIMES)}.")]
+Device = Annotated[str, typer.Option(help=f"Where to measure: {', '.join(DEVICES)}.")]
 Threads = Annotated[int, typer.Option(help="Threads of the runtime.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print the result only.")]
+
+
+def _say_version(asked: bool) -> None:
+    if asked:
+        print(f"paredown {versions()['paredown']}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_say_version, is_eager=True, help="Say the version."),
+    ] = False,
+) -> None:
+    """Options of the command itself."""
 
 
 def main() -> None:
@@ -63,13 +83,17 @@ def main() -> None:
         app()
     except UserError as error:
         _fail(str(error), FAILED)
-    except KeyboardInterrupt:
+    except SystemExit as end:  # typer's own answer to Ctrl-C is this code, without a word
+        if end.code != INTERRUPTED:
+            raise
         _fail(
-            "Interrupted. What was finished is kept; the same command goes on from there.",
+            "interrupted. What was finished is kept; the same command goes on from there.",
             INTERRUPTED,
         )
     except MemoryError:
-        _fail("Out of memory. Use a smaller batch_size in task(), or a machine with more.", FAILED)
+        _fail("out of memory. Use a smaller batch_size in task(), or a machine with more.", FAILED)
+    except OSError as error:
+        _fail(f"{error.filename or 'the system'}: {error.strerror or error}.", FAILED)
 
 
 def _fail(text: str, code: int) -> NoReturn:
@@ -81,16 +105,16 @@ def _console(as_json: bool, quiet: bool = False) -> Console:
     return Console(stderr=as_json, quiet=quiet, soft_wrap=not sys.stdout.isatty())
 
 
-def _load(file: Path) -> tuple[Any, Task]:
-    model, task = load_file(file)
-    made = call_user(task, file)
-    if not isinstance(made, Task):
-        raise UserError(f"{file}: task() returned a {type(made).__name__}, not a paredown.Task.")
-    return call_user(model, file), made
+@contextlib.contextmanager
+def _working(as_json: bool, quiet: bool = False) -> Iterator[None]:
+    """Show progress; what the user's own code prints stays out of the JSON."""
+    aside = contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
+    with aside, progress.shown(_console(as_json, quiet)):
+        yield
 
 
 def _captured(file: Path) -> tuple[Model, Task]:
-    module, task = _load(file)
+    module, task = checks.load(file)
     return capture(module, task.example, task.dynamic), task
 
 
@@ -108,9 +132,8 @@ def check(
     as_json: Json = False,
 ) -> None:
     """Capture, export and dry-run one batch; name every problem at once, change nothing."""
-    steps = recipe.load(recipe_file) if recipe_file else []
-    with progress.shown(_console(as_json)):
-        found = checks.check(*_load(file), Target(runtime=runtime), steps)
+    with _working(as_json):
+        found = checks.check_file(file, Target(runtime=runtime), recipe_file)
     if as_json:
         _print_json(dataclasses.asdict(found))
     else:
@@ -134,8 +157,8 @@ def baseline(
     as_json: Json = False,
 ) -> None:
     """Measure the model as it is: the exported file, in a fresh process."""
-    model, task = _captured(file)
-    with progress.shown(_console(as_json)):
+    with _working(as_json):
+        model, task = _captured(file)
         measurement = checks.baseline(model, task, Target(runtime, device, threads))
     if as_json:
         _print_json(dataclasses.asdict(measurement))
@@ -181,9 +204,10 @@ def plan_verb(
 ) -> None:
     """Say which recipes would be tried for these goals, in which order and why."""
     goals = Goals(max_drop, size, latency, memory, throughput, energy)
-    model, task = _captured(file)
-    with progress.shown(_console(as_json)):
-        measurement = checks.baseline(model, task, Target(runtime, device, threads))
+    target = Target(runtime, device, threads)
+    with _working(as_json):
+        model, task = _captured(file)
+        measurement = checks.baseline(model, task, target)
     recipes = plan(model, task, goals, measurement)
     if as_json:
         rows = [
@@ -191,7 +215,11 @@ def plan_verb(
             for r in recipes
         ]
         _print_json({"baseline": dataclasses.asdict(measurement), "recipes": rows})
-        return
+    else:
+        _print_plan(recipes)
+
+
+def _print_plan(recipes: list[Recipe]) -> None:
     console = _console(False)
     for number, item in enumerate(recipes, 1):
         console.print(f"[bold]{number}. {item.title}[/]: {item.reason}", highlight=False)
@@ -219,18 +247,21 @@ def run(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="Run folder; the same command on it goes on where it stopped."),
+        typer.Option(help="Run folder, by default a new one under runs/ for each other input."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of every random choice.")] = 0,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Compress to the goals, measure the exported file, and write artifact and report."""
+    """Compress to the goals, measure the exported file, and write artifact and report.
+
+    The same command goes on where it was interrupted.
+    """
     goals = Goals(max_drop, size, latency, memory, throughput, energy)
     steps = recipe.load(recipe_file) if recipe_file else None
     target = Target(runtime, device, threads)
-    with progress.shown(_console(as_json, quiet)):
-        module, task = _load(file)
+    with _working(as_json, quiet):
+        module, task = checks.load(file)
         finished = compress(module, task, goals, target, steps, out, seed, _command())
         report(finished, Path(finished.details["folder"]) / "report.html")
     if as_json:
@@ -246,7 +277,7 @@ def _command() -> str:
 
 
 def _print_run(finished: Run) -> None:
-    console = Console()
+    console = _console(False)
     table = Table(
         title="The exported file beside the original, on the test split", title_justify="left"
     )
@@ -263,17 +294,21 @@ def _print_run(finished: Run) -> None:
     console.print(f"[bold {colour}]{escape(finished.verdict)}[/]", highlight=False)
     if finished.artifact is not None:
         folder = Path(finished.details["folder"])
-        console.print(
-            f"Artifact: {folder / finished.artifact.path}", highlight=False, soft_wrap=True
-        )
-        console.print(f"Report:   {folder / 'report.html'}", highlight=False, soft_wrap=True)
+        for name, path in (("Artifact", finished.artifact.path), ("Report", "report.html")):
+            line = f"{name + ':':9} {escape(str(folder / path))}"
+            console.print(line, highlight=False, soft_wrap=True)
 
 
 @app.command("report")
-def report_verb(folder: Annotated[Path, typer.Argument(help="Run folder.")]) -> None:
+def report_verb(
+    folder: Annotated[Path, typer.Argument(help="Run folder.")], as_json: Json = False
+) -> None:
     """Write the report page of a run again."""
     path = report(load_run(folder), folder / "report.html")
-    _console(False).print(f"Report: {path}", highlight=False)
+    if as_json:
+        _print_json({"report": str(path)})
+    else:
+        _console(False).print(f"Report: {escape(str(path))}", highlight=False)
 
 
 @app.command("replay")
@@ -285,25 +320,32 @@ def replay_verb(
     as_json: Json = False,
 ) -> None:
     """Make a run's artifact again from its recipe, and compare the two files' SHA-256."""
-    source = file or _file_of(load_run(folder))
-    with progress.shown(_console(as_json)):
-        artifact, digest = replay(folder, *_load(source))
+    run = load_run(folder)
+    with _working(as_json):
+        artifact, digest = replay(folder, *checks.load(file or _file_of(run)))
     same = digest == artifact.sha256
     if as_json:
         _print_json({"kept": artifact.sha256, "replayed": digest, "same": same})
     else:
         console = _console(False)
         console.print(f"kept      {artifact.sha256}\nreplayed  {digest}", highlight=False)
-        console.print("[green]the same file[/]" if same else "[red]another file[/]")
+        console.print("[green]the same file[/]" if same else f"[red]another file[/]: {_why(run)}")
     if not same:
         raise typer.Exit(DIFFERS)
 
 
-def _file_of(finished: Run) -> Path:
+def _file_of(run: Run) -> Path:
     """The Python file that the run's command named."""
-    words: list[str] = shlex.split(finished.command)
-    is_file: Callable[[str], bool] = lambda word: word.endswith(".py")  # noqa: E731
-    found = next(filter(is_file, words), None)
+    found = next((word for word in shlex.split(run.command) if word.endswith(".py")), None)
     if found is None:
         raise UserError("replay: the run was not started from a file; name it with --file.")
+    if not Path(found).is_file():
+        raise UserError(f"replay: {found}: no such file here; name it with --file.")
     return Path(found)
+
+
+def _why(run: Run) -> str:
+    """What differs between the run and this replay."""
+    now = versions()
+    changed = [f"{n} was {v}, is {now.get(n)}" for n, v in run.versions.items() if now.get(n) != v]
+    return "; ".join(changed) or "made with the same versions, so on another kind of processor"

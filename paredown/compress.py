@@ -6,6 +6,8 @@ import dataclasses
 import datetime
 import hashlib
 import platform
+import shutil
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,14 +19,16 @@ import torch
 from torch import nn
 
 from paredown import data, details, plan, progress, recipe, train
+from paredown.check import problems
 from paredown.graph.capture import capture
 from paredown.graph.model import Model
 from paredown.graph.store import decode, encode
 from paredown.ledger import Ledger, stage_key
-from paredown.measure import Measured, compare, measure
+from paredown.measure import compare, measure
 from paredown.plan import Attempt, Recipe
 from paredown.runtimes import runtime
 from paredown.types import (
+    GOALS,
     SPLITS,
     Artifact,
     Comparison,
@@ -39,15 +43,14 @@ from paredown.types import (
     human,
 )
 
-MODEL = ".safetensors"
-PAYS = {"size": 0.99, "memory": 0.97}  # a step pays below this share of the best so far
-FASTER = 1.02  # and above this speed-up, if its interval excludes 1
-PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime", "numpy", "safetensors")
+MODEL, RUN = ".safetensors", ".json"
+PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime", "numpy", "safetensors", "paredown")
+FINISHED = stage_key({"finished": "run"})
 
 
 @dataclass
 class _State:
-    """The best model so far and the files it is compared with."""
+    """What stays the same through a run: what was asked, the original, and where work is kept."""
 
     ledger: Ledger
     task: Task
@@ -57,6 +60,11 @@ class _State:
     original_file: Path
     baseline: Measurement
     seed: int
+
+    def done(self, measurement: Measurement) -> bool:
+        """Whether there is nothing left to do: an amount was asked for, and every goal is met."""
+        asked = any(getattr(self.goals, goal) is not None for goal in GOALS)
+        return asked and not self.goals.missed(measurement, self.baseline)
 
 
 @dataclass
@@ -85,8 +93,9 @@ def compress(
     Args:
         model: what `capture` takes.
         steps: a recipe of one's own; by default the plan's recipes are tried in order.
-        out: the run folder; the same call on the same folder goes on where it was interrupted.
-            Default: a new folder under ``runs/``.
+        out: the run folder; the same call on the same folder goes on where it was interrupted, and
+            returns the same Run where it was finished. Default: a folder under ``runs/`` that is
+            named after everything the run depends on.
         seed: of every random choice.
 
     Returns:
@@ -97,30 +106,41 @@ def compress(
         UserError: a problem with the model, the task, the goals or the folder; nothing is lost.
     """
     target = target or Target()
-    folder = Path(out) if out else Path("runs") / f"{datetime.datetime.now():%Y%m%d-%H%M%S}"
     captured = capture(model, task.example, task.dynamic)
-    _refuse_problems(task, steps)
-    identity, facts = _identity(captured, task, goals, target, steps, seed)
+    found = problems(captured, task, target, steps or [])
+    if found:
+        raise UserError("\n".join(found))
+    identity = _identity(captured, task, goals, target, steps, seed)
+    folder = Path(out) if out else Path("runs") / stage_key(identity)[:12]
     with Ledger.open(folder, identity) as ledger, torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        state = _baseline(ledger, captured, task, goals, target, seed)
-        recipes = _recipes(state, steps)
-        for note in captured.notes:
-            progress.say(f"  note: {note}")
-        trials, best = _try_recipes(state, recipes)
-        run = _finish(state, best, trials, recipes, facts, command)
-        details.write(run, folder, best.file, state.original_file)
+        run = _finished(ledger)
+        if run is None:
+            torch.manual_seed(seed)
+            state = _baseline(ledger, captured, task, goals, target, seed)
+            text = _run(state, steps, identity, command).to_json()
+            run = Run.from_json(text)  # as a later call finds it
+            ledger.finish(FINISHED, {"stage": ledger.put(text.encode(), RUN), "suffix": RUN})
+        shutil.rmtree(folder / "scratch", ignore_errors=True)
+        details.write(run, folder, *_files(ledger, run))
     return run
 
 
-def _refuse_problems(task: Task, steps: Sequence[Step] | None) -> None:
-    lacking = task.missing({"validation", "test", "score"})
-    found = [
-        f"task: has no {name}; decisions need validation, the claim needs test." for name in lacking
-    ]
-    found += data.problems(task) + recipe.problems(steps or [], task)
-    if found:
-        raise UserError("\n".join(found))
+def _finished(ledger: Ledger) -> Run | None:
+    """The Run of a folder whose run is finished and whole."""
+    record = ledger.done(FINISHED)
+    path = ledger.get(record["stage"], RUN) if record else None
+    run = Run.from_json(path.read_text()) if path else None
+    if run is None or len(_files(ledger, run)) < 2:
+        return None
+    progress.say(f"This run is finished: {run.verdict}")
+    return run
+
+
+def _files(ledger: Ledger, run: Run) -> list[Path]:
+    """The exported artifact and original, as far as they are whole."""
+    artifacts = [item for item in (run.artifact, run.original) if item is not None]
+    found = [ledger.get(item.sha256, Path(item.path).suffix) for item in artifacts]
+    return [path for path in found if path is not None]
 
 
 def _identity(
@@ -130,28 +150,31 @@ def _identity(
     target: Target,
     steps: Sequence[Step] | None,
     seed: int,
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What a run's result depends on, and the facts about it that the report shows."""
-    splits = {
-        name: {
-            "examples": data.size(getattr(task, name)),
-            "fingerprint": data.fingerprint(getattr(task, name)),
-        }
-        for name in SPLITS
-        if getattr(task, name) is not None
-    }
-    versions = {name: version(name) for name in (*PACKAGES, "paredown")}
-    versions["python"] = platform.python_version()
-    identity = {
-        "model": hashlib.sha256(encode(model)).hexdigest(),
-        "data": splits,
+) -> dict[str, Any]:
+    """What a run's result depends on."""
+    splits = {name: getattr(task, name) for name in SPLITS if getattr(task, name) is not None}
+    return {
+        "model": _digest(model),
+        "data": {
+            name: {"examples": data.size(split), "fingerprint": data.fingerprint(split)}
+            for name, split in splits.items()
+        },
+        "batch_size": task.batch_size,
         "goals": dataclasses.asdict(goals),
         "target": dataclasses.asdict(target),
         "recipe": recipe.to_toml(steps) if steps else "",
         "seed": seed,
-        "versions": versions,
+        "versions": versions(),
     }
-    return identity, {"data": splits, "versions": versions}
+
+
+def _digest(model: Model) -> str:
+    return hashlib.sha256(encode(model)).hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that a result depends on."""
+    return {name: version(name) for name in PACKAGES} | {"python": platform.python_version()}
 
 
 def _baseline(
@@ -159,6 +182,7 @@ def _baseline(
 ) -> _State:
     progress.say("Baseline: export the original and measure it")
     stage = ledger.put(encode(model), MODEL)
+    _check_space(ledger, model)
     file = _lowered(ledger, model, stage, target)
     key = stage_key({"baseline": stage})
     record = ledger.done(key)
@@ -168,7 +192,14 @@ def _baseline(
         ledger.finish(key, record)
     measurement = Measurement(**record["measurement"])
     progress.say(f"  {_figures(measurement)}")
+    for note in model.notes:
+        progress.say(f"  note: {note}")
     return _State(ledger, task, goals, target, model, file, measurement, seed)
+
+
+def _check_space(ledger: Ledger, model: Model) -> None:
+    """Room for what the next step keeps: each of its models, a checkpoint, the exported file."""
+    ledger.check_space(6 * sum(tensor.nbytes for tensor in model.state_dict().values()))
 
 
 def _lowered(ledger: Ledger, model: Model, stage: str, target: Target) -> Path:
@@ -177,7 +208,6 @@ def _lowered(ledger: Ledger, model: Model, stage: str, target: Target) -> Path:
     key = stage_key({"lower": stage, "runtime": target.runtime})
     record = ledger.done(key)
     if record is None:
-        ledger.check_space(2 * sum(t.nbytes for t in model.state_dict().values()))
         path = chosen.lower(model, ledger.folder / f"lowering{chosen.SUFFIX}")
         sha256 = ledger.put(path.read_bytes(), chosen.SUFFIX)
         path.unlink()
@@ -189,12 +219,12 @@ def _lowered(ledger: Ledger, model: Model, stage: str, target: Target) -> Path:
 
 
 def _recipes(state: _State, steps: Sequence[Step] | None) -> list[Recipe]:
-    if not state.goals.missed(state.baseline, state.baseline) and _has_goals(state.goals):
+    if state.done(state.baseline):
         progress.say("The original meets every goal already: nothing is changed.")
         return []
     if steps is not None:
         return [Recipe("as asked", "the recipe that was given", plan.attempts(steps))]
-    recipes = plan.plan(state.original, state.task, state.goals, state.baseline)
+    recipes = plan.plan(state.original, state.task, state.goals, state.baseline, state.seed)
     progress.say("Plan")
     for number, item in enumerate(recipes, 1):
         progress.say(f"  {number}. {item.title}: {item.reason}")
@@ -203,13 +233,13 @@ def _recipes(state: _State, steps: Sequence[Step] | None) -> list[Recipe]:
     return recipes
 
 
-def _has_goals(goals: Goals) -> bool:
-    return any(getattr(goals, field.name) is not None for field in dataclasses.fields(goals))
-
-
 def _try_recipes(state: _State, recipes: list[Recipe]) -> tuple[list[Trial], _Best]:
-    """Each recipe from the original, until one meets the goals; the best of them otherwise."""
+    """Each recipe from the original, until one meets the goals; the best of them otherwise.
+
+    Where no amount is asked for, the first recipe that pays is enough.
+    """
     start = _Best(state.original, "", state.original_file, [], state.baseline)
+    bounded = any(getattr(state.goals, goal) is not None for goal in GOALS)
     trials: list[Trial] = []
     outcomes = [start]
     for item in recipes:
@@ -217,39 +247,28 @@ def _try_recipes(state: _State, recipes: list[Recipe]) -> tuple[list[Trial], _Be
         found, best = _try_attempts(state, item.attempts, start)
         trials += found
         outcomes.append(best)
-        if _has_goals(state.goals) and not state.goals.missed(best.measurement, state.baseline):
+        if state.done(best.measurement) or (best is not start and not bounded):
             return trials, best
-        if not _has_goals(state.goals) and best is not start:
-            return trials, best
-    return trials, max(outcomes, key=lambda best: _rank(state, best.measurement))
+    return trials, max(outcomes, key=lambda each: _rank(state, each))
 
 
-def _rank(state: _State, measurement: Measurement) -> tuple[float, ...]:
-    """Fewest goals missed, then the least excess over the bounds, then the smallest file."""
-    checks = state.goals.check(measurement, state.baseline)
-    missed = [check for check in checks if not check.met]
-    excess = sum(_excess(check.goal, check.value, check.bound) for check in missed)
-    return (-len(missed), -excess, -measurement.size_bytes)
-
-
-def _excess(goal: str, value: float | None, bound: float) -> float:
-    if value is None:
-        return 1.0
-    ratio = value / max(bound, 1e-12)
-    return 1 / ratio - 1 if goal == "throughput" else ratio - 1
+def _rank(state: _State, best: _Best) -> tuple[float, ...]:
+    return plan.rank(state.goals, best.measurement, state.baseline)
 
 
 def _try_attempts(
     state: _State, attempts: Sequence[Attempt], start: _Best
 ) -> tuple[list[Trial], _Best]:
-    best, trials = start, []
+    best = start
+    trials: list[Trial] = []
     for attempt in attempts:
+        if trials and state.done(best.measurement):
+            progress.say(f"  Every goal is met, so {attempt.title} is not needed.")
+            break
         trial, best = _try(state, attempt, best)
         trials.append(trial)
         mark = "kept" if trial.kept else "undone"
         progress.say(f"  {attempt.title}: {mark}: {trial.decision}")
-        if _has_goals(state.goals) and not state.goals.missed(best.measurement, state.baseline):
-            break
     return trials, best
 
 
@@ -261,14 +280,13 @@ def _try(state: _State, attempt: Attempt, best: _Best) -> tuple[Trial, _Best]:
     record = state.ledger.done(key)
     if record is None:
         progress.say(f"  {attempt.title} ({', '.join(recipe.line(s) for s in attempt.steps)})")
+        _check_space(state.ledger, best.model)
         record = _run_attempt(state, attempt, best, key)
         state.ledger.finish(key, record)
     trial = _trial(attempt, record)
     if not trial.kept or trial.measurement is None:
         return trial, best
-    path = state.ledger.get(record["stage"], MODEL)
-    assert path is not None
-    model = decode(path.read_bytes(), str(path))
+    model = _stored(state.ledger, record["stage"])
     file = _lowered(state.ledger, model, record["stage"], state.target)
     steps = [*best.steps, *attempt.steps]
     return trial, _Best(model, record["stage"], file, steps, trial.measurement)
@@ -277,18 +295,18 @@ def _try(state: _State, attempt: Attempt, best: _Best) -> tuple[Trial, _Best]:
 def _run_attempt(state: _State, attempt: Attempt, best: _Best, key: str) -> dict[str, Any]:
     began = time.monotonic()
     try:
-        model = _apply(state, attempt.steps, best, key)
-        stage = state.ledger.put(encode(model), MODEL)
-        file = _lowered(state.ledger, model, stage, state.target)
+        stage = _apply(state, attempt.steps, best, key)
+        file = _lowered(state.ledger, _stored(state.ledger, stage), stage, state.target)
         files = {"original": state.original_file, "best": best.file, "candidate": file}
         measured = measure(files, state.original, state.task, state.target)
     except UserError as error:
+        if isinstance(error.__cause__, OSError):  # the disk's fault, not the step's
+            raise
         failed = {"kept": False, "decision": str(error), "measurement": None, "comparison": None}
         return {"stage": "", "suffix": "", "seconds": time.monotonic() - began, **failed}
     allowed = state.goals.allowed_drop(measured["original"].measurement)
     against_original = compare(measured["original"], measured["candidate"], allowed)
-    against_best = compare(measured["best"], measured["candidate"], None)
-    kept, decision = _decide(measured, against_original, against_best, allowed)
+    kept, decision = plan.decide(measured, allowed)
     return {
         "stage": stage,
         "suffix": MODEL,
@@ -300,72 +318,43 @@ def _run_attempt(state: _State, attempt: Attempt, best: _Best, key: str) -> dict
     }
 
 
-def _apply(state: _State, steps: Sequence[Step], best: _Best, key: str) -> Model:
-    """The attempt's steps, each finished one kept as a stage of its own."""
-    model, done = best.model, []
-    for step in steps:
-        done.append(step)
-        partial = stage_key({"partial": key, "steps": recipe.to_toml(done)})
+def _apply(state: _State, steps: Sequence[Step], best: _Best, key: str) -> str:
+    """The stage after the attempt's steps, each finished one being a stage of its own.
+
+    Every step begins from the stored form, so that an interrupted run takes the same way.
+    """
+    stage = ""
+    for count, step in enumerate(steps, 1):
+        partial = stage_key({"partial": key, "steps": recipe.to_toml(steps[:count])})
         record = state.ledger.done(partial)
-        path = state.ledger.get(record["stage"], MODEL) if record else None
-        if path is not None:
-            model = decode(path.read_bytes(), str(path))
-            continue
         scratch = state.ledger.folder / "scratch" / partial
-        scratch.mkdir(parents=True, exist_ok=True)
-        token = train.scratch.set(scratch)
-        try:
-            torch.manual_seed(state.seed)
-            model = recipe.apply_step(model, step, state.task)
-        finally:
-            train.scratch.reset(token)
-        state.ledger.finish(
-            partial, {"stage": state.ledger.put(encode(model), MODEL), "suffix": MODEL}
-        )
-        _empty(scratch)
-    return model
+        if record is None:
+            model = _stored(state.ledger, stage) if stage else best.model
+            made = _apply_step(state, model, step, scratch)
+            record = {"stage": state.ledger.put(encode(made), MODEL), "suffix": MODEL}
+            state.ledger.finish(partial, record)
+        shutil.rmtree(scratch, ignore_errors=True)
+        stage = record["stage"]
+    return stage
 
 
-def _empty(folder: Path) -> None:
-    for path in folder.iterdir():
-        path.unlink()
-    folder.rmdir()
+def _apply_step(state: _State, model: Model, step: Step, scratch: Path) -> Model:
+    """One step, whose checkpoints stand in ``scratch`` until its stage is kept."""
+    scratch.mkdir(parents=True, exist_ok=True)
+    token = train.scratch.set(scratch)
+    try:
+        torch.manual_seed(state.seed)
+        return recipe.apply_step(model, step, state.task)
+    finally:
+        train.scratch.reset(token)
 
 
-def _decide(
-    measured: dict[str, Measured],
-    against_original: Comparison,
-    against_best: Comparison,
-    allowed: float | None,
-) -> tuple[bool, str]:
-    """Keep what pays on the exported file and stays within the allowed drop."""
-    best, candidate = measured["best"].measurement, measured["candidate"].measurement
-    drop = -(against_original.score_difference or 0.0)
-    if allowed is not None and drop > allowed + 1e-12:
-        unit = 100 if candidate.score_in_points else 1
-        word = " points" if candidate.score_in_points else ""
-        return (
-            False,
-            f"the score fell by {drop * unit:.3g}{word}; the goal allows {allowed * unit:.3g}",
-        )
-    size = candidate.size_bytes / best.size_bytes
-    sizes = f"size {_change('size', best, candidate)} ({size:.2f}x)"
-    faster = (against_best.speedup or 1) >= FASTER and (against_best.speedup_low or 0) > 1
-    lighter = (
-        candidate.memory_bytes is not None
-        and best.memory_bytes is not None
-        and candidate.memory_bytes / best.memory_bytes <= PAYS["memory"]
-    )
-    if size <= PAYS["size"] or faster:
-        return True, f"{sizes}, {against_best.speed}"
-    if lighter:
-        memory = _change("memory", best, candidate)
-        return True, f"peak memory {memory}; {sizes}, {against_best.speed}"
-    return False, f"it does not pay in the exported file: {sizes}, {against_best.speed}"
-
-
-def _change(goal: str, before: Measurement, after: Measurement) -> str:
-    return " to ".join(human(goal, m.quantity(goal) or 0.0) for m in (before, after))
+def _stored(ledger: Ledger, stage: str) -> Model:
+    """The model of a stage."""
+    path = ledger.get(stage, MODEL)
+    if path is None:
+        raise UserError(f"{ledger.folder}: stage {stage} is gone; start the same run again.")
+    return decode(path.read_bytes(), str(path))
 
 
 def _trial(attempt: Attempt, record: dict[str, Any]) -> Trial:
@@ -395,75 +384,43 @@ def _figures(m: Measurement) -> str:
     return ", ".join(parts)
 
 
-def _finish(
-    state: _State,
-    best: _Best,
-    trials: list[Trial],
-    recipes: list[Recipe],
-    facts: dict[str, Any],
-    command: str,
+def _run(
+    state: _State, steps: Sequence[Step] | None, identity: dict[str, Any], command: str
 ) -> Run:
-    """The claim: original and artifact on the test split, which no decision has seen."""
+    """All recipes, and then the claim: on the test split, which no decision has seen."""
+    recipes = _recipes(state, steps)
+    trials, best = _try_recipes(state, recipes)
     progress.say("Proof: the exported file beside the original, on the test split")
     files = {"original": state.original_file, "compressed": best.file}
     measured = measure(files, state.original, state.task, state.target, split="test")
     original, compressed = measured["original"], measured["compressed"]
-    allowed = state.goals.allowed_drop(original.measurement)
-    comparison = compare(original, compressed, allowed)
     checks = state.goals.check(compressed.measurement, original.measurement)
-    met = all(check.met for check in checks)
     return Run(
-        name=state.ledger.folder.name,
+        name=state.ledger.folder.absolute().name,
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         command=command,
-        goals=dataclasses.asdict(state.goals),
-        target=dataclasses.asdict(state.target),
-        versions=facts["versions"],
-        data=facts["data"],
+        goals=identity["goals"],
+        target=identity["target"],
+        versions=identity["versions"],
+        data=identity["data"],
         seed=state.seed,
-        plan=[_plan_row(item) for item in recipes],
+        plan=[details.plan_row(item) for item in recipes],
         baseline=state.baseline,
         trials=trials,
-        artifact=_artifact(state, best.file, best.steps, "model"),
-        original=_artifact(state, state.original_file, [], "original"),
-        on_device={"original": original.measurement, "compressed": compressed.measurement},
-        comparison=comparison,
+        artifact=details.artifact("model", best.file, best.steps, state.target),
+        original=details.artifact("original", state.original_file, [], state.target),
+        on_device={name: each.measurement for name, each in measured.items()},
+        comparison=compare(original, compressed, state.goals.allowed_drop(original.measurement)),
         checks=checks,
-        met=met,
-        verdict=_verdict(met, [c.sentence for c in checks if not c.met], bool(best.steps)),
-        details=details.collect(
-            state.original, best.model, state.task, measured, best.file, state.target
-        ),
+        met=all(check.met for check in checks),
+        verdict=details.verdict(checks, bool(best.steps), bool(trials)),
+        details={
+            "model_sha256": identity["model"],
+            **details.collect(
+                state.original, best.model, state.task, measured, best.file, state.target
+            ),
+        },
     )
-
-
-def _plan_row(item: Recipe) -> dict[str, Any]:
-    return {
-        "title": item.title,
-        "reason": item.reason,
-        "expected": "; ".join(a.expected for a in item.attempts if a.expected),
-        "steps": [recipe.line(step) for step in item.steps],
-    }
-
-
-def _artifact(state: _State, file: Path, steps: Sequence[Step], name: str) -> Artifact:
-    raw = file.read_bytes()
-    return Artifact(
-        path=f"{name}{file.suffix}",
-        runtime=state.target.runtime,
-        sha256=hashlib.sha256(raw).hexdigest(),
-        size_bytes=len(raw),
-        recipe=recipe.to_toml(steps),
-    )
-
-
-def _verdict(met: bool, missed: list[str], changed: bool) -> str:
-    if met and changed:
-        return "Every goal is met by the exported file."
-    if met:
-        return "The original meets every goal already; nothing was changed."
-    kept = "The best file is kept." if changed else "No step paid; the original is kept."
-    return f"Goals missed. {' '.join(missed)} {kept}"
 
 
 def replay(
@@ -474,34 +431,20 @@ def replay(
     Raises:
         UserError: the folder holds no finished run, or model or data are not those of the run.
     """
-    folder = Path(folder)
-    run = load_run(folder)
+    run = details.load_run(folder)
     assert run.artifact is not None
     captured = capture(model, task.example, task.dynamic)
+    if _digest(captured) != run.details["model_sha256"]:
+        raise UserError(f"{folder}: the model is not the one of the run.")
     for name, facts in run.data.items():
         if data.fingerprint(data.split(task, name)) != facts["fingerprint"]:
             raise UserError(f"{folder}: the {name} split is not the one of the run.")
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), tempfile.TemporaryDirectory() as made:
         for step in recipe.from_toml(run.artifact.recipe, "the run's recipe"):
             torch.manual_seed(run.seed)
             progress.say(f"  {recipe.line(step)}")
-            # through the stored form, as a run that was interrupted would go
+            # through the stored form, as in the run
             captured = decode(encode(recipe.apply_step(captured, step, task)), "replay")
         chosen = runtime(run.artifact.runtime)
-        path = chosen.lower(captured, folder / f"replay{chosen.SUFFIX}")
-    return run.artifact, hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def load_run(folder: str | Path) -> Run:
-    """The Run of a run folder.
-
-    Raises:
-        UserError: no finished run there.
-    """
-    path = Path(folder) / "run.json"
-    if not path.is_file():
-        raise UserError(f"{folder}: holds no finished run (no run.json).")
-    try:
-        return Run.from_json(path.read_text())
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path}: is damaged: {error}.") from error
+        path = chosen.lower(captured, Path(made) / f"replay{chosen.SUFFIX}")
+        return run.artifact, hashlib.sha256(path.read_bytes()).hexdigest()

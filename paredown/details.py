@@ -1,11 +1,14 @@
-"""What a report shows beyond the figures: layers, histograms, classes, flipped examples."""
+"""A run's results: what a report shows beyond the figures, and the files of the run folder."""
 
 from __future__ import annotations
 
 import base64
 import dataclasses
+import hashlib
+import shlex
 import struct
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +16,16 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from paredown import data, progress
+from paredown import data, progress, recipe
+from paredown.files import write_atomically
 from paredown.graph import structure
 from paredown.graph.model import Model
 from paredown.graph.quantized import PER_CHANNEL, quantizers
 from paredown.graph.sites import sites, tensor_of
-from paredown.graph.store import write_atomically
 from paredown.measure import Measured
+from paredown.plan import Recipe
 from paredown.runtimes import runtime
-from paredown.types import Run, Target, Task
+from paredown.types import Artifact, GoalCheck, Run, Step, Target, Task, UserError
 
 HISTOGRAM_LAYERS, HISTOGRAM_BINS = 12, 48
 FLIPS_SHOWN, LATENCIES_SHOWN = 24, 500
@@ -56,12 +60,61 @@ def write(run: Run, folder: Path, artifact: Path, original: Path) -> None:
     run.details["folder"] = str(folder)
     run.details["reproduce"] = [
         run.command or "paredown.compress(...)",
-        f"paredown replay {folder}",
+        f"paredown replay {shlex.quote(str(folder))}",
     ]
     write_atomically(folder / run.artifact.path, artifact.read_bytes())
     write_atomically(folder / run.original.path, original.read_bytes())
     write_atomically(folder / "recipe.toml", run.artifact.recipe.encode())
     write_atomically(folder / "run.json", run.to_json().encode())
+
+
+def load_run(folder: str | Path) -> Run:
+    """The Run of a run folder.
+
+    Raises:
+        UserError: no finished run there.
+    """
+    path = Path(folder) / "run.json"
+    if not path.is_file():
+        raise UserError(f"{folder}: holds no finished run (no run.json).")
+    try:
+        return Run.from_json(path.read_text())
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path}: is damaged: {error}.") from error
+
+
+def artifact(name: str, file: Path, steps: Sequence[Step], target: Target) -> Artifact:
+    """An exported file under the name it gets in the run folder."""
+    raw = file.read_bytes()
+    return Artifact(
+        path=f"{name}{file.suffix}",
+        runtime=target.runtime,
+        sha256=hashlib.sha256(raw).hexdigest(),
+        size_bytes=len(raw),
+        recipe=recipe.to_toml(steps),
+    )
+
+
+def plan_row(item: Recipe) -> dict[str, Any]:
+    return {
+        "title": item.title,
+        "reason": item.reason,
+        "expected": "; ".join(a.expected for a in item.attempts if a.expected),
+        "steps": [recipe.line(step) for step in item.steps],
+    }
+
+
+def verdict(checks: Sequence[GoalCheck], changed: bool, tried: bool) -> str:
+    """The outcome in a sentence or two; every missed goal is named."""
+    missed = [check.sentence for check in checks if not check.met]
+    kept = "The best file is kept." if changed else "No step paid; the original is kept."
+    if missed:
+        return f"Goals missed. {' '.join(missed)} {kept}"
+    if not tried:
+        return "The original meets every goal already; nothing was changed."
+    if not checks:
+        return f"No goal was set. {kept}"
+    return "Every goal is met by the exported file." + ("" if changed else f" {kept}")
 
 
 def _layers(before: fx.GraphModule, after: fx.GraphModule) -> list[dict[str, Any]]:

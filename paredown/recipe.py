@@ -47,7 +47,12 @@ def apply(model: Model | nn.Module, steps: Sequence[Step], task: Task) -> Model:
 
 def apply_step(model: Model, step: Step, task: Task) -> Model:
     """One step, and the check that pruned weights stayed zero through it."""
-    made = step.apply(model, task)
+    try:
+        made = step.apply(model, task)
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # of the user's loss or data, or an op the step does not know
+        raise UserError(f"{line(step)}: failed: {type(error).__name__}: {error}") from error
     state = made.state_dict()
     for name, mask in made.masks.items():
         if name in state and bool((state[name][~mask] != 0).any()):
@@ -110,11 +115,8 @@ def to_toml(steps: Sequence[Step]) -> str:
         name = "quantize"
         last = false
     """
-    return (
-        tomli_w.dumps({"step": [{"name": name(step), **settings(step)} for step in steps]})
-        if steps
-        else ""
-    )
+    tables = [{"name": name(step), **settings(step)} for step in steps]
+    return tomli_w.dumps({"step": tables}) if tables else ""
 
 
 def from_toml(text: str, where: str = "recipe") -> list[Step]:
@@ -124,36 +126,52 @@ def from_toml(text: str, where: str = "recipe") -> list[Step]:
         UserError: not TOML, an unknown step or setting, or a value that the step refuses.
     """
     try:
-        tables = tomllib.loads(text).get("step", [])
+        tables = tomllib.loads(text)
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise UserError(f"{where}: not a recipe in TOML: {error}.") from error
-    if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
-        raise UserError(f"{where}: expected [[step]] tables.")
-    return [_step(dict(table), f"{where}, step {n}") for n, table in enumerate(tables, 1)]
+    steps = tables.pop("step", [])
+    if tables or not isinstance(steps, list) or not all(isinstance(step, dict) for step in steps):
+        other = f", found {next(iter(tables))!r}" if tables else ""
+        raise UserError(f"{where}: expected [[step]] tables and nothing else{other}.")
+    made, wrong = [], []
+    for number, step in enumerate(steps, 1):
+        try:
+            made.append(_step(dict(step)))
+        except (UserError, TypeError, ValueError) as error:
+            wrong.append(f"{where}, step {number}: {error}")
+    if wrong:
+        raise UserError("\n".join(wrong))
+    return made
 
 
 def load(path: str | Path) -> list[Step]:
+    """The steps of a recipe file.
+
+    Raises:
+        UserError: as `from_toml`, or the file cannot be read or holds no step.
+    """
     path = Path(path)
     try:
-        return from_toml(path.read_text(), str(path))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read: {error}.") from error
+        steps = from_toml(path.read_text(encoding="utf-8"), str(path))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not a recipe in TOML: it is not UTF-8 text.") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}.") from error
+    if not steps:
+        raise UserError(f"{path}: holds no [[step]].")
+    return steps
 
 
-def _step(table: dict[str, Any], where: str) -> Step:
+def _step(table: dict[str, Any]) -> Step:
     named = table.pop("name", None)
     if not isinstance(named, str):
-        raise UserError(f'{where}: has no name = "...".')
+        raise UserError('has no name = "...".')
     kind = step_class(named)
     known = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
     unknown = sorted(set(table) - known)
     if unknown:
         raise UserError(
-            f"{where}: {named} has no setting {unknown[0]!r}; it has {', '.join(sorted(known))}."
+            f"{named} has no setting {unknown[0]!r}; it has {', '.join(sorted(known))}."
         )
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in table.items()}
-    values = {k: None if v == NONE else v for k, v in values.items()}
-    try:
-        return kind(**values)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{where}: {named}: {error}.") from error
+    return kind(**{k: None if v == NONE else v for k, v in values.items()})

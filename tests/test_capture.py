@@ -422,7 +422,7 @@ def test_training_is_random_and_evaluation_is_eager(kind, tmp_path):
     x = torch.randn(6, 5, 8)
     model = capture(module, (x,))
     assert ONLY_EVALUATION not in model.notes
-    for made in (model, reload(model, tmp_path)):
+    for made in (model, reload(model, tmp_path), model.copy(), reload(model, tmp_path).copy()):
         made.train()
         drawn = [made(x) for _ in range(4)]
         assert any(not torch.equal(drawn[0], other) for other in drawn[1:]), "nothing was random"

@@ -375,6 +375,8 @@ def _export(
     copied = copy.deepcopy(module)
     _set_module_mode(copied, training)
     inner = copied.forward
+    if isinstance(copied, fx.GraphModule):  # the exporter would take its graph, not its forward
+        copied = _bare(copied)
     nesting: list[structure.Structure] = []
 
     def flat(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -401,6 +403,14 @@ def _export(
     if nesting[-1] != outputs:
         return None
     return _tidy(graph, set(module.state_dict()))
+
+
+def _bare(module: nn.Module) -> nn.Module:
+    """A plain module that shares the state of ``module``."""
+    bare = nn.Module()
+    for kind in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+        bare.__dict__[kind] = module.__dict__[kind]
+    return bare
 
 
 def _tidy(graph: Any, persistent: set[str]) -> fx.GraphModule:

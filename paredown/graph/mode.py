@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 aten = torch.ops.aten
-KEY = "training_args"  # node.meta: {argument position or name: value in training}
+KEY = "training_args"  # node.meta: {argument position or name, or "target": value in training}
 
 # op -> (position of the argument, its name, its value in evaluation)
 _SWITCHES: dict[Any, tuple[int, str, Any]] = {
@@ -58,9 +58,9 @@ def _switch(node: fx.Node, training: bool) -> bool:
     if node.target is aten.instance_norm.default and node.args[3] is not None:
         return _replace(node, 5, False)  # running statistics exist: use them
     if node.target in (aten.bernoulli_.float, aten.bernoulli.p):
-        fill = node.target is aten.bernoulli_.float
-        args = (*node.args, 0.5)[:2]  # a probability of one half is the default and left out
-        return _retarget(node, aten.fill_.Scalar if fill else aten.full_like.default, args)
+        node.args = (*node.args, 0.5)[:2]  # a probability of one half is the default and left out
+        in_place = node.target is aten.bernoulli_.float
+        return _retarget(node, aten.fill_.Scalar if in_place else aten.full_like.default)
     if node.target in (aten.floor_.default, aten.floor.default):
         return _keep_floored(node)
     if node.target is aten.add_.Tensor and _is_counter(node):
@@ -75,16 +75,15 @@ def _keep_floored(node: fx.Node) -> bool:
         return False
     drawn = [a for a in total.args[:2] if isinstance(a, fx.Node) and a.target is aten.rand.default]
     kept = [a for a in total.args[:2] if isinstance(a, (int, float))]
-    if not drawn or not kept:
+    if not drawn or not kept or len(drawn[0].users) > 1:
         return False
-    _retarget(node, aten.full.default, (drawn[0].args[0], float(kept[0])))
-    node.kwargs = dict(drawn[0].kwargs)
-    return True
+    return _retarget(drawn[0], aten.zeros.default) and _retarget(node, aten.clone.default)
 
 
-def _retarget(node: fx.Node, target: Any, args: tuple[Any, ...]) -> bool:
-    node.meta[KEY] = {"target": node.target, "args": node.args, "kwargs": dict(node.kwargs)}
-    node.target, node.args = target, args
+def _retarget(node: fx.Node, target: Any) -> bool:
+    """Another op on the same arguments: ``meta`` may name no node, since it is copied as it is."""
+    node.meta[KEY] = {"target": node.target}
+    node.target = target
     return True
 
 
@@ -106,10 +105,8 @@ def _replace(node: fx.Node, where: int | str, value: Any) -> bool:
 def _restore(node: fx.Node) -> bool:
     kept = node.meta.pop(KEY, {})
     for where, value in kept.items():
-        if where in ("target", "args"):
-            setattr(node, where, value)
-        elif where == "kwargs":
-            node.kwargs = value
+        if where == "target":
+            node.target = value
         elif isinstance(where, int):
             node.update_arg(where, value)
         else:

@@ -83,7 +83,7 @@ class Model:
 
     def copy(self) -> Model:
         """A deep copy: nothing done to it reaches this model."""
-        return replace(self, graph=copy.deepcopy(self.graph), masks=dict(self.masks))
+        return replace(self, graph=copy_graph(self.graph), masks=dict(self.masks))
 
     def train(self, training: bool = True) -> Model:
         """Switch to training mode in place (batch norm, dropout, drop-path); returns itself."""
@@ -144,6 +144,30 @@ def _check_shape(item: Input, tensor: Tensor) -> None:
             f"input {item.name!r}: expected shape ({shape}), got {tuple(tensor.shape)}"
             + (" (? varies)." if "?" in wanted else "; its dimensions were captured as fixed.")
         )
+
+
+def copy_graph(graph: fx.GraphModule) -> fx.GraphModule:
+    """A deep copy with all of the state: FX leaves out what no op reads, and what is transient."""
+    made = copy.deepcopy(graph)
+    have: dict[str, Tensor] = dict(made.named_parameters(remove_duplicate=False))
+    have |= dict(made.named_buffers(remove_duplicate=False))
+    named = [
+        *graph.named_parameters(remove_duplicate=False),
+        *graph.named_buffers(remove_duplicate=False),
+    ]
+    memo: dict[int, Any] = {id(old): have[name] for name, old in named if name in have}
+    persistent = set(graph.state_dict())
+    for name, old in named:
+        owner, leaf, tensor = (
+            owner_of(made, name),
+            name.rpartition(".")[2],
+            copy.deepcopy(old, memo),
+        )
+        if isinstance(tensor, nn.Parameter):
+            owner.register_parameter(leaf, tensor)
+        else:
+            owner.register_buffer(leaf, tensor, persistent=name in persistent)
+    return made
 
 
 def keep_state(source: nn.Module, target: nn.Module, persistent: set[str]) -> None:

@@ -288,13 +288,13 @@ def _graph_from_json(rows: dict[str, Any], root: nn.Module) -> fx.GraphModule:
         node = graph.create_node(row["op"], target, args, _keywords(kwargs), name=row["name"])
         if node.name != row["name"]:
             raise ValueError(f"no node can be called {row['name']!r} here")
-        node.meta |= _meta(row, nodes)
+        node.meta |= _meta(row)
         nodes[row["name"]] = node
     graph.lint()
     return fx.GraphModule(root, graph, class_name="Captured")
 
 
-def _meta(row: dict[str, Any], nodes: dict[str, fx.Node]) -> dict[str, Any]:
+def _meta(row: dict[str, Any]) -> dict[str, Any]:
     meta: dict[str, Any] = {}
     if row.get("modules"):
         meta["nn_module_stack"] = {path: (path, kind) for path, kind in row["modules"]}
@@ -302,11 +302,10 @@ def _meta(row: dict[str, Any], nodes: dict[str, fx.Node]) -> dict[str, Any]:
         meta["stack_trace"] = row["line"]
     if "training" in row:
         kept = {
-            where: _overload(value) if where == "target" else _from_json(value, nodes)
+            where: _overload(value) if where == "target" else _from_json(value, {})
             for where, value in row["training"]
         }
         _keywords({where: value for where, value in kept.items() if not isinstance(where, int)})
-        _keywords(kept.get("kwargs", {}))
         meta[mode.KEY] = kept
     return meta
 

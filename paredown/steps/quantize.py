@@ -236,27 +236,23 @@ def insert_quantizers(model: Model, regions: Regions, ranges: dict[str, Range]) 
 
 
 def _quantize_weights(model: Model, regions: Regions, inputs: dict[str, list[float]]) -> None:
-    made: dict[str, fx.Node] = {}
+    graph, made = model.graph.graph, {}
     for site in regions.sites:
-        graph = model.graph.graph
-        position = list(site.node.args).index(_weight_node(site.node, site.weight))
+        source = _weight_node(site.node, site.weight)
         if site.weight not in made:
-            weight = tensor_of(model.graph, site.weight).detach()
-            scales = channel_scales(weight.float(), site.axis)
-            if site.bias is not None:
-                scales = _hold_bias(scales, tensor_of(model.graph, site.bias), inputs[site.weight])
-            name = f"{site.weight}_scale"
-            set_buffer(model.graph, name, scales)
-            source = site.node.args[position]
-            assert isinstance(source, fx.Node)
+            biases = {s.bias for s in regions.sites if s.weight == site.weight and s.bias}
+            scales = channel_scales(tensor_of(model.graph, site.weight).detach().float(), site.axis)
+            for bias in sorted(biases):
+                scales = _hold_bias(scales, tensor_of(model.graph, bias), inputs[site.weight])
+            set_buffer(model.graph, f"{site.weight}_scale", scales)
             with graph.inserting_after(source):
-                held = graph.get_attr(name)
+                held = graph.get_attr(f"{site.weight}_scale")
             with graph.inserting_after(held):
                 made[site.weight] = graph.call_function(
                     PER_CHANNEL, (source, held, site.axis, -WEIGHT_MAX, WEIGHT_MAX)
                 )
             keep_meta(made[site.weight], source)
-        site.node.update_arg(position, made[site.weight])
+        site.node.update_arg(list(site.node.args).index(source), made[site.weight])
 
 
 def _weight_node(node: fx.Node, name: str) -> fx.Node:

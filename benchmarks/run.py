@@ -1,0 +1,33 @@
+"""The benchmarks: python benchmarks/run.py [int8|calibration|finetune|all] [--quick]."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import os
+import sys
+
+BENCHMARKS = ("int8", "calibration", "finetune")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Compare paredown with its peers, side by side.")
+    parser.add_argument("benchmark", nargs="?", choices=[*BENCHMARKS, "all"], default="all")
+    parser.add_argument("--quick", action="store_true", help="few rounds and examples: a rough run")
+    chosen = parser.parse_args()
+    missing = [name for name in ("nncf", "openvino") if importlib.util.find_spec(name) is None]
+    if missing:
+        sys.exit(f"{' and '.join(missing)}: not installed; pip install -e '.[bench]'")
+    import tables
+
+    load, cores = os.getloadavg()[0], tables.cores()
+    if load > 0.5 * cores:
+        print(f"note: {load:.1f} other processes want these {cores} cores; the numbers are rough")
+    for name in BENCHMARKS if chosen.benchmark == "all" else [chosen.benchmark]:
+        results = importlib.import_module(name).run(chosen.quick)
+        print(f"kept in {tables.save(name, results, chosen.quick).relative_to(tables.ROOT)}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,524 @@
+"""What every step promises, checked for each entry of STEPS; a new step needs no line here."""
+
+import dataclasses
+import itertools
+
+import numpy as np
+import onnx
+import pytest
+import tomli_w
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from paredown import recipe
+from paredown.graph import store
+from paredown.graph.capture import capture
+from paredown.graph.edit import reexport
+from paredown.graph.model import Model
+from paredown.runtimes import onnxruntime
+from paredown.scores import accuracy
+from paredown.steps import STEPS, step_class
+from paredown.types import Step, Task, UserError
+from tests.architectures.blocks import EncoderBlock
+
+torch.set_num_threads(1)
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+# Settings that keep a step quick here; others run with their defaults.
+QUICK = {"fine_tune": {"epochs": 1, "batch_size": 16, "lr": 1e-3, "device": "cpu"}}
+# (earlier, later) -> what the later one says; every other pair must work.
+ILLEGAL = {
+    ("prune_weights", "prune_weights"): "PruneWeights: changed nothing; all",
+    ("quantize", "quantize"): "quantize: the model is quantized already",
+    ("quantize", "cast"): "Cast: the model is quantized, so its weights are 8 bits already",
+    ("cast", "fine_tune"): "is float16, in which training does not converge; train before Cast",
+    ("cast", "quantize"): "quantize: ",
+    ("cast", "cast"): "Cast: changed nothing; the model has no float32 weights",
+}
+
+
+class Cnn(nn.Module):
+    """Convolutions with batch norm, a residual, dropout and a classifier."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.body, self.norm2 = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.drop, self.head = nn.Dropout(0.2), nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = self.norm(self.stem(x)).relu()
+        x = (x + self.norm2(self.body(x))).relu()
+        return self.head(self.drop(x.mean((2, 3))))
+
+
+class Encoder(nn.Module):
+    """Token numbers through an embedding and a transformer block; two named outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(16, 16)
+        self.block = EncoderBlock(16, 2, dropout=0.1, drop_path=0.1)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, ids):
+        x = self.block(self.embedding(ids))  # (B, L, 16)
+        return {"logits": self.head(x.mean(1)), "pooled": x.mean(1)}
+
+
+def logits(output):
+    return output["logits"] if isinstance(output, dict) else output
+
+
+def build(kind: str) -> tuple[Model, Task]:
+    """The model with settled statistics, and a labelled task that it has not seen."""
+    torch.manual_seed(0)
+    labels = torch.randint(3, (48,))
+    module, dynamic = (Cnn(), None) if kind == "cnn" else (Encoder(), ({1: "length"},))
+    if kind == "cnn":
+        inputs = torch.randn(48, 3, 8, 8) + labels[:, None, None, None]
+        module.train()(inputs)
+    else:
+        inputs = (torch.randint(5, (48, 6)) + 5 * labels[:, None]) % 16
+    data = TensorDataset(inputs, labels)
+    task = Task(
+        example=(inputs[:1],),
+        score=lambda out, y: accuracy(logits(out), y),
+        loss=lambda out, y: F.cross_entropy(logits(out), y),
+        train=data,
+        calibration=data,
+        validation=data,
+        test=data,
+        dynamic=dynamic,
+        batch_size=16,
+    )
+    return capture(module.eval(), task.example, dynamic), task
+
+
+KINDS = ("cnn", "encoder")
+CASES = list(itertools.product(STEPS, KINDS))
+PAIRS = [(a, b, kind) for a, b in itertools.product(STEPS, STEPS) for kind in KINDS]
+each_case = pytest.mark.parametrize(("name", "kind"), CASES)
+
+
+@pytest.fixture(scope="module")
+def built() -> dict[str, tuple[Model, Task]]:
+    return {kind: build(kind) for kind in KINDS}
+
+
+@pytest.fixture(scope="module")
+def applied(built):
+    """(step name, kind) -> the model after that step alone, made once."""
+    made: dict[tuple[str, str], Model] = {}
+
+    def get(name: str, kind: str) -> Model:
+        if (name, kind) not in made:
+            made[name, kind] = step(name).apply(*built[kind])
+        return made[name, kind].copy()
+
+    return get
+
+
+def step(name: str) -> Step:
+    return step_class(name)(**QUICK.get(name, {}))
+
+
+def outputs(model: Model, task: Task, count: int = 5) -> list[torch.Tensor]:
+    with torch.no_grad():
+        return list(model.graph(task.test[:count][0].clone()))
+
+
+def test_the_tables_name_steps():
+    assert set(QUICK) | {name for pair in ILLEGAL for name in pair} <= set(STEPS)
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_step_is_a_frozen_dataclass_that_says_what_it_needs(name):
+    kind = step_class(name)
+    made = kind()  # every setting has a default
+    assert isinstance(made, Step) and dataclasses.is_dataclass(kind)
+    assert kind.__dataclass_params__.frozen and hash(made) == hash(kind()) and made == kind()
+    assert kind.needs <= {field.name for field in dataclasses.fields(Task)}
+    assert recipe.name(made) == name
+    assert recipe.line(made) == f"{kind.__name__}()"
+    assert kind.__doc__ and "Raises:" in kind.__doc__ and ">>>" in kind.__doc__
+
+
+def test_an_unknown_step_suggests_the_nearest():
+    with pytest.raises(UserError, match=r"step: 'quantise' is not one of .* mean 'quantize'"):
+        step_class("quantise")
+
+
+@each_case
+def test_the_original_is_untouched(name, kind, built):
+    model, task = built[kind]
+    before, code = store.encode(model), model.graph.code
+    state = {key: t.clone() for key, t in model.state_dict().items()}
+    masks = dict(model.masks)
+    step(name).apply(model, task)
+    assert store.encode(model) == before and model.graph.code == code and model.masks == masks
+    assert all(torch.equal(t, state[key]) for key, t in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+
+
+@each_case
+def test_inputs_and_outputs_keep_their_structure(name, kind, built, applied):
+    model, task = built[kind]
+    made = applied(name, kind)
+    assert made.arguments == model.arguments and made.outputs == model.outputs
+    assert [(i.name, i.dynamic) for i in made.inputs] == [(i.name, i.dynamic) for i in model.inputs]
+    for ours, theirs in zip(made.inputs, model.inputs, strict=True):
+        assert torch.equal(ours.example, theirs.example)
+    for count in (1, 5):
+        for new, old in zip(outputs(made, task, count), outputs(model, task, count), strict=True):
+            assert new.shape == old.shape and new.dtype == old.dtype
+            assert torch.isfinite(new).all()
+    whole = made(task.test[:4][0])
+    assert isinstance(whole, dict) == (kind == "encoder")
+    if kind == "encoder":
+        assert made(torch.randint(16, (3, 9)))["logits"].shape == (3, 3)
+
+
+@each_case
+def test_something_changes_and_the_score_survives(name, kind, built, applied):
+    model, task = built[kind]
+    made = applied(name, kind)
+    assert store.encode(made) != store.encode(model)
+    assert made.graph.code != model.graph.code or any(
+        not torch.equal(t, model.state_dict()[key]) for key, t in made.state_dict().items()
+    )
+    old, new = outputs(model, task, 48)[0], outputs(made, task, 48)[0]
+    assert not torch.equal(old, new)
+    assert float((old - new).norm() / old.norm()) < 1.0
+
+
+@each_case
+def test_the_result_is_in_evaluation_mode(name, kind, built, applied):
+    made = applied(name, kind)
+    code = made.graph.code
+    before = store.encode(made)
+    assert all(map(torch.equal, outputs(made, built[kind][1]), outputs(made, built[kind][1])))
+    assert store.encode(made) == before  # nothing counts, nothing moves
+    assert made.eval().graph.code == code
+
+
+@each_case
+def test_twice_gives_the_same_bytes(name, kind, built, applied):
+    torch.manual_seed(12345)  # whatever the random state of the caller
+    again = step(name).apply(*built[kind])
+    assert store.encode(again) == store.encode(applied(name, kind))
+
+
+@each_case
+def test_it_saves_and_loads(name, kind, built, applied, tmp_path):
+    made, task = applied(name, kind), built[kind][1]
+    made.save(tmp_path / "model.safetensors")
+    loaded = Model.load(tmp_path / "model.safetensors")
+    assert all(map(torch.equal, outputs(made, task), outputs(loaded, task)))
+    assert store.encode(loaded) == (tmp_path / "model.safetensors").read_bytes()
+    assert set(loaded.state_dict()) == set(made.state_dict()) and loaded.notes == made.notes
+    assert loaded.masks.keys() == made.masks.keys()
+    for key, mask in made.masks.items():
+        assert torch.equal(mask, loaded.masks[key])
+
+
+@each_case
+def test_it_captures_again(name, kind, built, applied):
+    made, task = applied(name, kind), built[kind][1]
+    program = reexport(made).module()
+    inputs = task.test[:5][0]
+    for ours, theirs in zip(outputs(made, task), program(inputs), strict=True):
+        torch.testing.assert_close(theirs, ours)
+
+
+@each_case
+def test_it_exports(name, kind, built, applied, tmp_path):
+    made, task = applied(name, kind), built[kind][1]
+    path = onnxruntime.lower(made, tmp_path / "model.onnx")  # asserts parity on the example
+    got = onnxruntime.open(path)(task.test[:5][0].numpy())
+    for ours, theirs in zip(outputs(made, task), got, strict=True):
+        assert ours.shape == theirs.shape and str(ours.dtype) == f"torch.{theirs.dtype}"
+        assert float(np.linalg.norm(theirs - ours.numpy())) <= 0.1 * float(ours.norm())
+    assert onnxruntime.census(path).unfused == ()
+    other = onnxruntime.lower(made, tmp_path / "other.onnx")
+    assert other.read_bytes() == path.read_bytes()
+
+
+@each_case
+def test_it_trains_on(name, kind, built, applied):
+    made, task = applied(name, kind), built[kind][1]
+    inputs, labels = task.train[:16]
+    made.train()
+    task.loss(made(inputs), labels).backward()
+    grads = [p.grad for p in made.parameters() if p.grad is not None]
+    assert grads and all(torch.isfinite(g).all() for g in grads) and any(g.any() for g in grads)
+
+
+# --- what a step needs -----------------------------------------------------------------------
+
+
+class Witness:
+    """A step that would show that work had begun."""
+
+    needs = frozenset()
+    ran = False
+
+    def apply(self, model, task):
+        Witness.ran = True
+        return model
+
+
+@dataclasses.dataclass(frozen=True)
+class First(Witness):
+    pass
+
+
+def without(task: Task, need: str) -> Task:
+    gone = {"calibration": None, "train": None} if need == "calibration" else {need: None}
+    return dataclasses.replace(task, **gone)
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_missing_need_is_refused_before_any_work(name, built):
+    model, task = built["cnn"]
+    for need in step(name).needs:
+        Witness.ran = False
+        with pytest.raises(UserError, match=rf"{type(step(name)).__name__}\(.*: needs .*{need}"):
+            recipe.apply(model, [First(), step(name)], without(task, need))
+        assert not Witness.ran
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_step_without_its_needs_never_crashes(name, built):
+    model, task = built["cnn"]
+    for need in step(name).needs:
+        with pytest.raises(UserError):
+            step(name).apply(model, without(task, need))
+
+
+def test_all_that_is_missing_is_told_at_once(built):
+    model, task = built["cnn"]
+    bare = Task(example=task.example, score=task.score)
+    steps = [step(name) for name in STEPS]
+    with pytest.raises(UserError) as caught:
+        recipe.apply(model, steps, bare)
+    lines = str(caught.value).splitlines()
+    wanting = [s for s in steps if s.needs]
+    assert len(lines) == len(wanting) >= 2
+    for line, s in zip(lines, wanting, strict=True):
+        assert line.startswith(recipe.line(s)) and all(need in line for need in s.needs)
+
+
+# --- one step after another ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("first", "second", "kind"), PAIRS)
+def test_steps_compose_or_say_why_not(first, second, kind, built, applied, tmp_path):
+    task = built[kind][1]
+    model = applied(first, kind)
+    before = store.encode(model)
+    if (first, second) in ILLEGAL:
+        with pytest.raises(UserError) as caught:
+            recipe.apply_step(model, step(second), task)
+        text = str(caught.value)
+        assert ILLEGAL[first, second] in text and "\n" not in text
+        assert store.encode(model) == before
+        return
+    made = recipe.apply_step(model, step(second), task)
+    assert store.encode(model) == before != store.encode(made)
+    assert made.outputs == model.outputs and made.masks.keys() >= model.masks.keys()
+    onnxruntime.lower(made, tmp_path / "model.onnx")
+    made.save(tmp_path / "model.safetensors")
+    loaded = Model.load(tmp_path / "model.safetensors")
+    assert all(map(torch.equal, outputs(made, task), outputs(loaded, task)))
+
+
+def initializers(path) -> list[np.ndarray]:
+    return [onnx.numpy_helper.to_array(t) for t in onnx.load(str(path)).graph.initializer]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [(n, k) for n, k in CASES if ("prune_weights", n) not in ILLEGAL]
+)
+def test_pruned_weights_stay_zero_into_the_file(name, kind, built, applied, tmp_path):
+    pruned, task = applied("prune_weights", kind), built[kind][1]
+    made = recipe.apply_step(pruned, step(name), task)
+    assert pruned.masks and made.masks.keys() >= pruned.masks.keys()
+    path = onnxruntime.lower(made, tmp_path / "model.onnx")
+    stored = initializers(path)
+    for key, mask in pruned.masks.items():
+        weight = made.state_dict()[key]
+        assert torch.equal(made.masks[key], mask)
+        assert not weight[~mask].any() and weight[mask].any()
+        gone = int((~mask).sum())
+        assert gone == mask.numel() // 2
+        shape = sorted(mask.shape)
+        zeros = [int((a == 0).sum()) for a in stored if sorted(a.shape) == shape]
+        assert max(zeros) >= gone, f"{key}: the file holds {zeros} zeros for {gone}"
+
+
+def test_weights_that_come_back_are_told(built, applied):
+    @dataclasses.dataclass(frozen=True)
+    class Revive:
+        needs = frozenset()
+
+        def apply(self, model, task):
+            made = model.copy()
+            with torch.no_grad():
+                for parameter in made.parameters():
+                    parameter.add_(0.1)
+            return made
+
+    @dataclasses.dataclass(frozen=True)
+    class Spoil:
+        needs = frozenset()
+
+        def apply(self, model, task):
+            made = model.copy()
+            with torch.no_grad():
+                next(iter(made.parameters())).fill_(float("nan"))
+            return made
+
+    pruned, task = applied("prune_weights", "cnn"), built["cnn"][1]
+    with pytest.raises(UserError, match=r"Revive\(\): weights of '.*' that were pruned came back"):
+        recipe.apply_step(pruned, Revive(), task)
+    with pytest.raises(UserError, match=r"Spoil\(\): '.*' became NaN or infinite"):
+        recipe.apply_step(built["cnn"][0], Spoil(), task)
+
+
+# --- recipes as text -------------------------------------------------------------------------
+
+names = st.lists(st.text("abc.*0_", min_size=1, max_size=8), max_size=3).map(tuple)
+unit = st.floats(0.01, 0.99)
+positive = st.floats(1e-6, 10)
+# Step -> how to draw each of its settings.
+SETTINGS = {
+    "prune_weights": st.one_of(
+        st.fixed_dictionaries(
+            {},
+            optional={
+                "sparsity": unit,
+                "scope": st.sampled_from(["layer", "global"]),
+                "exclude": names,
+            },
+        ),
+        st.fixed_dictionaries({"pattern": st.sampled_from(["2:4", "1:4", "4:8"])}),
+    ),
+    "fine_tune": st.fixed_dictionaries(
+        {},
+        optional={
+            "epochs": positive,
+            "optimizer": st.sampled_from(["adamw", "sgd"]),
+            "lr": positive,
+            "momentum": unit,
+            "weight_decay": unit,
+            "warmup": unit,
+            "clip_norm": st.none() | positive,
+            "batch_size": st.none() | st.integers(1, 512),
+            "patience": st.none() | st.integers(1, 9),
+            "seed": st.integers(0, 2**31),
+            "device": st.sampled_from(["cpu", "cuda", "auto"]),
+        },
+    ),
+    "quantize": st.fixed_dictionaries(
+        {},
+        optional={
+            "ranges": st.sampled_from(["mse", "minmax", "percentile", "entropy"]),
+            "percentile": st.floats(51, 100),
+            "first": st.booleans(),
+            "last": st.booleans(),
+            "exclude": names,
+        },
+    ),
+    "cast": st.fixed_dictionaries({}, optional={"dtype": st.sampled_from(["fp16", "bf16"])}),
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_defaults_round_trip_through_toml(name):
+    steps = [step_class(name)(), step(name), step_class(name)()]
+    text = recipe.to_toml(steps)
+    assert recipe.from_toml(text) == steps
+    assert text.count(f'name = "{name}"') == 3
+
+
+@settings(max_examples=80, deadline=None)
+@given(data=st.data())
+def test_any_settings_round_trip_through_toml(data):
+    chosen = data.draw(st.lists(st.sampled_from(sorted(STEPS)), min_size=1, max_size=4))
+    drawn = [(name, data.draw(SETTINGS.get(name, st.just({})))) for name in chosen]
+    steps = [step_class(name)(**values) for name, values in drawn]
+    text = recipe.to_toml(steps)
+    assert recipe.from_toml(text) == steps
+    assert recipe.to_toml(recipe.from_toml(text)) == text
+
+
+def test_an_empty_recipe_round_trips():
+    assert recipe.from_toml(recipe.to_toml([])) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[[step]", "r: not a recipe in TOML"),
+        ("step = 3", r"r: expected \[\[step\]\] tables"),
+        ("step = [1]", r"r: expected \[\[step\]\] tables"),
+        ("[[step]]\nfoo = 1", r'r, step 1: has no name = "\.\.\."'),
+        ("[[step]]\nname = 3", "r, step 1: has no name"),
+        ('[[step]]\nname = "os.system"', "'os.system' is not one of"),
+        ('[[step]]\nname = "paredown.steps.cast:Cast"', "is not one of"),
+        (
+            '[[step]]\nname = "cast"\n[[step]]\nname = "cast"\ndtyp = "fp16"',
+            "r, step 2: cast has no setting 'dtyp'; it has dtype",
+        ),
+        ('[[step]]\nname = "cast"\ndtype = "fp8"', 'expected "fp16" or "bf16", got \'fp8\''),
+        ('[[step]]\nname = "cast"\n__init__ = 1', "has no setting '__init__'"),
+        ('[[step]]\nname = "cast"\nneeds = ["x"]', "has no setting 'needs'"),
+        ('[[step]]\nname = "prune_weights"\nsparsity = "half"', "r, step 1: prune_weights: "),
+        ("x = " + "[" * 5000, "r: not a recipe in TOML"),
+    ],
+)
+def test_a_recipe_with_a_mistake(text, message):
+    with pytest.raises(UserError, match=message):
+        recipe.from_toml(text, "r")
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_recipes_with_other_values_never_raise_anything_else(data):
+    name = data.draw(st.sampled_from(sorted(STEPS)))
+    fields = [field.name for field in dataclasses.fields(step_class(name))]
+    values = ["none", "", "x", -1, 0, 10**12, 1.5, float("nan"), float("inf"), True, [], ["a"], [1]]
+    table = {f: data.draw(st.sampled_from(values)) for f in fields if data.draw(st.booleans())}
+    text = tomli_w.dumps({"step": [{"name": name, **table}]})
+    try:
+        (made,) = recipe.from_toml(text)
+    except UserError:
+        return
+    assert isinstance(made, step_class(name))
+
+
+def test_a_recipe_file(tmp_path):
+    steps = [step(name) for name in STEPS]
+    (tmp_path / "r.toml").write_text(recipe.to_toml(steps))
+    assert recipe.load(tmp_path / "r.toml") == steps
+    with pytest.raises(UserError, match=r"gone\.toml: cannot be read"):
+        recipe.load(tmp_path / "gone.toml")
+    (tmp_path / "r.toml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match=r"r\.toml: "):
+        recipe.load(tmp_path / "r.toml")
+
+
+def test_a_whole_recipe_is_its_steps_in_order(built):
+    model, task = built["cnn"]
+    steps = [step("prune_weights"), step("fine_tune"), step("quantize")]
+    whole = recipe.apply(model, steps, task)
+    one = model
+    for each in steps:
+        one = each.apply(one, task)
+    assert store.encode(whole) == store.encode(one)
+    assert recipe.apply(model, [], task) is not None
