@@ -16,6 +16,7 @@ from paredown.graph.model import Model
 from paredown.types import Task, UserError
 
 BINS = 2048
+BATCH = 16  # examples at a time: ranges do not depend on it, memory does
 SAMPLE = 1 << 16  # values of a tensor and batch that enter its histogram; the range sees them all
 
 
@@ -99,7 +100,7 @@ def run(model: Model, task: Task, names: set[str], note: Callable[[str, Tensor],
     """
     split = data.split(task, "calibration")
     size = data.size(split)
-    batch = model.fixed_batch or task.batch_size
+    batch = model.fixed_batch or min(task.batch_size, BATCH)
     total = size // batch if model.fixed_batch else -(-size // batch)
     if total == 0:
         raise UserError(f"calibration: {size} examples do not fill the model's batch of {batch}.")

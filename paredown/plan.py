@@ -18,8 +18,8 @@ SPARSITY = 0.5
 RECOVERY_EPOCHS = 3
 PAYS = {"size": 0.99, "memory": 0.97}  # an attempt pays below this share of the best so far
 FASTER = 1.02  # and above this speed-up, if its interval excludes 1
-CHANNEL_BYTES = 13  # of scales, zero points and the bias's scale
-LAYER_BYTES = 1400  # of the nodes around an integer layer and its neighbours, and their names
+CHANNEL_BYTES = 8  # of scales and zero points, as found in ONNX files of conv nets
+LAYER_BYTES = 1050  # of the nodes around an integer layer, and their names
 
 
 @dataclass(frozen=True)

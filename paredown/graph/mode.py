@@ -89,6 +89,8 @@ def _retarget(node: fx.Node, target: Any) -> bool:
 
 def _is_counter(node: fx.Node) -> bool:
     counter = node.args[0]
+    while isinstance(counter, fx.Node) and counter.target is aten.add_.Tensor:
+        counter = counter.args[0]  # a norm that runs twice counts twice
     return isinstance(counter, fx.Node) and str(counter.target).endswith("num_batches_tracked")
 
 
