@@ -476,6 +476,26 @@ def test_statistics_move_in_training_only(tmp_path):
         made.eval()
 
 
+class CountedTwice(nn.Module):
+    """One norm that runs twice, and so counts two batches a call."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(4)
+
+    def forward(self, x):
+        return self.norm(self.norm(x) + 1)
+
+
+def test_a_norm_that_runs_twice_counts_in_training_only():
+    model = capture(CountedTwice().eval(), (torch.randn(4, 4),))
+    before = store.encode(model)
+    model(torch.randn(4, 4))
+    assert store.encode(model) == before
+    model.train()(torch.randn(4, 4))
+    assert int(model.state_dict()["norm.num_batches_tracked"]) == 2
+
+
 def test_switching_back_and_forth_changes_nothing():
     model = capture(nn.Sequential(Attention(8, 2, 0.5), DropPath(0.3)), (torch.randn(2, 5, 8),))
     once = store.encode(model)
@@ -529,14 +549,14 @@ def line_of(text: str) -> int:
     ("kind", "line", "reason", "hint"),
     [
         (Branch, "if x.sum() > 0", "data-dependent", "torch.where or torch.cond"),
-        (Item, "return x.repeat(1, int(", "data-dependent", ""),
+        (Item, "return x.repeat(1, int(", "data-dependent", "instead of .item() or .tolist()"),
         (Numpy, "return torch.from_numpy(", "numpy", ""),
         (Raises, "raise RuntimeError(", "RuntimeError: out of cheese", "in eager mode"),
         (Random, "", "differs from one call to the next on the same input", "depend on its inputs"),
         (Nothing, "", "its output holds no tensor", ""),
     ],
 )
-def test_the_message_names_line_reason_and_hint(kind, line, reason, hint):
+def test_the_message_names_line_reason_and_hint(kind, line, reason, hint, capfd):
     with pytest.raises(UserError) as caught:
         capture(kind(), (torch.ones(2, 4),))
     text = str(caught.value)
@@ -544,6 +564,8 @@ def test_the_message_names_line_reason_and_hint(kind, line, reason, hint):
     assert reason in text and hint in text
     if line:
         assert f"{Path(__file__).name}:{line_of(line)} `{line}" in text
+    noise = capfd.readouterr()
+    assert len(noise.out + noise.err) < 300, "pages of torch's graph beside the message"
 
 
 @pytest.mark.parametrize(
@@ -556,11 +578,33 @@ def test_the_message_names_line_reason_and_hint(kind, line, reason, hint):
         (("text",), "example: holds no tensor"),
         ((torch.zeros(2, 4, dtype=torch.long),), "same dtype, but got"),
         (None, "needs the inputs as deployed"),
+        (5, "example: "),
     ],
 )
 def test_a_wrong_example(example, message):
     with pytest.raises(UserError, match=message):
         capture(small(), example)
+
+
+@pytest.mark.parametrize(
+    "dynamic",
+    [({1: "length"}, {1: "length"}), {"tokens": {1: "length"}, "masc": {1: "length"}}, 3],
+)
+def test_dynamic_that_does_not_fit_the_example(dynamic):
+    example = {"tokens": torch.randn(2, 6, 4), "mask": torch.ones(2, 6)}
+    with pytest.raises(UserError, match="dynamic: "):
+        capture(Sequence().eval(), example, dynamic)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "build",
+    [lambda: nn.LazyLinear(2), lambda: torch.jit.trace(nn.Linear(4, 2), torch.zeros(2, 4))],
+    ids=["lazy", "scripted"],
+)
+def test_modules_that_torch_export_does_not_take(build):
+    with pytest.raises(UserError):
+        capture(build(), (torch.zeros(2, 4),))
 
 
 def test_weights_that_are_not_numbers():

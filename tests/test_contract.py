@@ -478,7 +478,7 @@ def test_an_empty_recipe_round_trips():
         ('[[step]]\nname = "cast"\ndtype = "fp8"', 'expected "fp16" or "bf16", got \'fp8\''),
         ('[[step]]\nname = "cast"\n__init__ = 1', "has no setting '__init__'"),
         ('[[step]]\nname = "cast"\nneeds = ["x"]', "has no setting 'needs'"),
-        ('[[step]]\nname = "prune_weights"\nsparsity = "half"', "r, step 1: prune_weights: "),
+        ('[[step]]\nname = "prune_weights"\nsparsity = "half"', "r, step 1: "),
         ("x = " + "[" * 5000, "r: not a recipe in TOML"),
     ],
 )

@@ -488,23 +488,24 @@ def task():
 """
 
 
-def test_training_goes_on_from_its_last_epoch(user):
+@pytest.mark.parametrize(
+    ("by", "code"),
+    [(signal.SIGINT, 130), pytest.param(signal.SIGKILL, -signal.SIGKILL, marks=pytest.mark.slow)],
+)
+def test_training_goes_on_from_its_last_epoch(user, paredown_cli, by, code):
     Path("own.toml").write_text(TRAINED_INT8)
     command = ("run", user(STOP_IN_TRAINING), "--recipe", "own.toml", "--size", "0.5x", "--out")
-    whole = child(*command, "whole")
-    assert whole.returncode == 0 and whole.stdout.count("  epoch ") == 3
-    for by, code in ((signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)):
-        out = by.name
-        stopped = child(*command, out, STOP=str(int(by)))
-        assert stopped.returncode == code
-        said = "error: interrupted. What was finished is kept; the same command goes on from there."
-        assert stopped.stderr == (f"{said}\n" if code == 130 else "")
-        assert len(list(Path(out, "scratch").rglob("fine_tune.safetensors"))) == 1
-        done = child(*command, out)
-        assert done.returncode == 0 and done.stdout.count("  epoch ") == 2
-        assert "going on from fine_tune.safetensors after epoch 1" in done.stdout
-        assert not Path(out, "scratch").exists()
-        assert Path(out, "model.onnx").read_bytes() == Path("whole/model.onnx").read_bytes()
+    stopped = child(*command, "r", STOP=str(int(by)))
+    assert stopped.returncode == code
+    said = "error: interrupted. What was finished is kept; the same command goes on from there."
+    assert stopped.stderr == (f"{said}\n" if code == 130 else "")
+    assert len(list(Path("r/scratch").rglob("fine_tune.safetensors"))) == 1
+    done = child(*command, "r")
+    assert done.returncode == 0 and done.stdout.count("  epoch ") == 2
+    assert "going on from fine_tune.safetensors after epoch 1" in done.stdout
+    assert not Path("r/scratch").exists()
+    assert paredown_cli(*command, "whole")[1].count("  epoch ") == 3
+    assert Path("r/model.onnx").read_bytes() == Path("whole/model.onnx").read_bytes()
 
 
 def test_a_finished_run_is_shown_again(user, paredown_cli, monkeypatch):
