@@ -118,16 +118,22 @@ def _channels_last(model: Model) -> Iterator[fx.GraphModule]:
 
     A graph with views of its values' memory keeps the usual layout: a view would fail.
     """
-    graph: Any = model.eval().graph
-    graph.to(memory_format=torch.channels_last)
+    graph = model.eval().graph
+    _lay_out(graph, torch.channels_last)
     try:
         try:
             graph(*[item.example.clone() for item in model.inputs])
         except RuntimeError:
-            graph.to(memory_format=torch.contiguous_format)
+            _lay_out(graph, torch.contiguous_format)
         yield graph
     finally:
-        graph.to(memory_format=torch.contiguous_format)
+        _lay_out(graph, torch.contiguous_format)
+
+
+def _lay_out(graph: fx.GraphModule, layout: torch.memory_format) -> None:
+    for parameter in graph.parameters():
+        if parameter.dim() == 4:
+            parameter.data = parameter.data.contiguous(memory_format=layout)
 
 
 class _Recorder(fx.Interpreter):

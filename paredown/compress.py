@@ -9,7 +9,7 @@ import platform
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -297,7 +297,9 @@ def _run_attempt(state: _State, attempt: Attempt, best: _Best, key: str) -> dict
     try:
         stage = _apply(state, attempt.steps, best, key)
         file = _lowered(state.ledger, _stored(state.ledger, stage), stage, state.target)
-        files = {"original": state.original_file, "best": best.file, "candidate": file}
+        files = {"original": state.original_file, "candidate": file}
+        if best.stage:  # else the best so far is the original
+            files["best"] = best.file
         measured = measure(files, state.original, state.task, state.target)
     except UserError as error:
         if isinstance(error.__cause__, OSError):  # the disk's fault, not the step's
@@ -353,7 +355,8 @@ def _stored(ledger: Ledger, stage: str) -> Model:
     """The model of a stage."""
     path = ledger.get(stage, MODEL)
     if path is None:
-        raise UserError(f"{ledger.folder}: stage {stage} is gone; start the same run again.")
+        gone = FileNotFoundError(f"stage {stage}")
+        raise UserError(f"{ledger.folder}: {gone} is gone; start the same run again.") from gone
     return decode(path.read_bytes(), str(path))
 
 
@@ -394,6 +397,7 @@ def _run(
     files = {"original": state.original_file, "compressed": best.file}
     measured = measure(files, state.original, state.task, state.target, split="test")
     original, compressed = measured["original"], measured["compressed"]
+    allowed = state.goals.allowed_drop(original.measurement)
     checks = state.goals.check(compressed.measurement, original.measurement)
     return Run(
         name=state.ledger.folder.absolute().name,
@@ -410,12 +414,13 @@ def _run(
         artifact=details.artifact("model", best.file, best.steps, state.target),
         original=details.artifact("original", state.original_file, [], state.target),
         on_device={name: each.measurement for name, each in measured.items()},
-        comparison=compare(original, compressed, state.goals.allowed_drop(original.measurement)),
+        comparison=compare(original, compressed, allowed),
         checks=checks,
         met=all(check.met for check in checks),
         verdict=details.verdict(checks, bool(best.steps), bool(trials)),
         details={
             "model_sha256": identity["model"],
+            "batch_size": identity["batch_size"],
             **details.collect(
                 state.original, best.model, state.task, measured, best.file, state.target
             ),
@@ -434,11 +439,9 @@ def replay(
     run = details.load_run(folder)
     assert run.artifact is not None
     captured = capture(model, task.example, task.dynamic)
-    if _digest(captured) != run.details["model_sha256"]:
-        raise UserError(f"{folder}: the model is not the one of the run.")
-    for name, facts in run.data.items():
-        if data.fingerprint(data.split(task, name)) != facts["fingerprint"]:
-            raise UserError(f"{folder}: the {name} split is not the one of the run.")
+    changed = next(_changed(run, captured, task), None)
+    if changed:
+        raise UserError(f"{folder}: {changed} is not the one of the run.")
     with torch.random.fork_rng(devices=[]), tempfile.TemporaryDirectory() as made:
         for step in recipe.from_toml(run.artifact.recipe, "the run's recipe"):
             torch.manual_seed(run.seed)
@@ -448,3 +451,14 @@ def replay(
         chosen = runtime(run.artifact.runtime)
         path = chosen.lower(captured, Path(made) / f"replay{chosen.SUFFIX}")
         return run.artifact, hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _changed(run: Run, model: Model, task: Task) -> Iterator[str]:
+    """What is not as it was in the run."""
+    if _digest(model) != run.details["model_sha256"]:
+        yield "the model"
+    if task.batch_size != run.details["batch_size"]:
+        yield "the task's batch_size"
+    for name, facts in run.data.items():
+        if data.fingerprint(data.split(task, name)) != facts["fingerprint"]:
+            yield f"the {name} split"

@@ -185,16 +185,18 @@ def _excess(goal: str, value: float | None, bound: float) -> float:
 def decide(measured: dict[str, Measured], allowed: float | None) -> tuple[bool, str]:
     """Keep what pays on the exported file and stays within the allowed drop of the score.
 
-    ``measured`` holds the original, the best so far and the candidate, measured together.
+    ``measured`` holds the original, the candidate and the best so far, where that is not the
+    original, measured together.
     """
-    best, candidate = measured["best"].measurement, measured["candidate"].measurement
+    standing = measured.get("best", measured["original"])
+    best, candidate = standing.measurement, measured["candidate"].measurement
     drop = (measured["original"].measurement.score or 0.0) - (candidate.score or 0.0)
     if allowed is not None and drop > allowed + 1e-12:
         scale, unit = (100, " points") if candidate.score_in_points else (1, "")
         return False, (
             f"the score fell by {drop * scale:.3g}{unit}; the goal allows {allowed * scale:.3g}"
         )
-    against_best = compare(measured["best"], measured["candidate"], None)
+    against_best = compare(standing, measured["candidate"], None)
     size = candidate.size_bytes / best.size_bytes
     found = f"size {_change('size', best, candidate)} ({size:.2f}x), {against_best.speed}"
     if size <= PAYS["size"] or _faster(against_best):

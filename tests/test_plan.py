@@ -131,9 +131,15 @@ def measured(**changes):
     ],
 )
 def test_what_pays_is_kept(candidate, kept, said):
-    files = {"original": measured(), "best": measured(), "candidate": measured(**candidate)}
+    files = {"original": measured(), "candidate": measured(**candidate)}
     found, decision = decide(files, 0.01)
     assert found == kept and said in decision
+
+
+def test_what_pays_does_so_beside_the_best_so_far():
+    files = {"original": measured(), "best": measured(size_bytes=50_000)}
+    assert not decide(files | {"candidate": measured(size_bytes=60_000)}, 0.01)[0]
+    assert decide(files | {"candidate": measured(size_bytes=40_000)}, 0.01)[0]
 
 
 def test_fewest_goals_missed_ranks_first():

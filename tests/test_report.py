@@ -127,7 +127,7 @@ def details() -> dict[str, Any]:
     pruned[24] = 5_200.0
     histograms = [
         {"name": layer["name"], "edges": edges, "before": bell, "after": after}
-        for layer, after in zip(layers[:7], 4 * [bell[1:] + [0.0], pruned], strict=False)
+        for layer, after in zip(layers[:7], 4 * [[*bell[1:], 0.0], pruned], strict=False)
     ]
     flips = [
         {

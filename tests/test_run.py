@@ -1,5 +1,6 @@
 """Whole runs, from a user's file to a proven artifact: finished, missed, killed, resumed."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -167,9 +168,12 @@ def load(folder):
 
 
 def stages(folder):
-    """The keys of the finished stages, oldest first."""
-    lines = (Path(folder) / RECORDS).read_text().splitlines()
-    return [json.loads(line.split(" ", 2)[2]).get("key") for line in lines]
+    """The keys of the finished stages, oldest first; a torn record has none."""
+    keys = []
+    for line in (Path(folder) / RECORDS).read_text().splitlines():
+        with contextlib.suppress(ValueError, IndexError):
+            keys.append(json.loads(line.split(" ", 2)[2])["key"])
+    return keys
 
 
 def names(folder):
@@ -560,6 +564,7 @@ def test_replay(user, paredown_cli, monkeypatch):
 
 
 OTHER_TEST = "old = task\ndef task():\n    return old(test=images(9))\n"
+OTHER_BATCHES = "old = task\ndef task():\n    return old(batch_size=7)\n"
 OTHER_MODEL = (
     "old = model\ndef model():\n    net = old()\n    net[0].bias.data += 1\n    return net\n"
 )
@@ -567,7 +572,12 @@ OTHER_MODEL = (
 
 def test_replay_refuses_what_has_changed(user, paredown_cli):
     paredown_cli("run", user(), "--size", "10MB", "--out", "r")
-    for changes, what in ((OTHER_TEST, "the test split"), (OTHER_MODEL, "the model")):
+    others = {
+        OTHER_TEST: "the test split",
+        OTHER_MODEL: "the model",
+        OTHER_BATCHES: "the task's batch_size",
+    }
+    for changes, what in others.items():
         user(changes)
         code, _, err = paredown_cli("replay", "r")
         assert code == 1 and f"r: {what} is not the one of the run." in err
