@@ -50,7 +50,7 @@ def say(line: str) -> None:
     """One line to whoever watches."""
     console = _console.get()
     if console is not None:
-        console.print(line, highlight=False)
+        console.print(line, highlight=False, markup=False)
 
 
 def track(items: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:

@@ -115,8 +115,8 @@ def to_toml(steps: Sequence[Step]) -> str:
         name = "quantize"
         last = false
     """
-    tables = [{"name": name(step), **settings(step)} for step in steps]
-    return tomli_w.dumps({"step": tables}) if tables else ""
+    tables = [tomli_w.dumps({"name": name(step), **settings(step)}) for step in steps]
+    return "\n".join(f"[[step]]\n{table}" for table in tables)
 
 
 def from_toml(text: str, where: str = "recipe") -> list[Step]:

@@ -448,7 +448,7 @@ def share(folder, part):
     return max(1, int(int((folder / "count").read_text()) * part))
 
 
-@pytest.mark.parametrize("part", [0.15, 0.6])
+@pytest.mark.parametrize("part", [0.6])
 def test_a_killed_run_goes_on(undisturbed, monkeypatch, tmp_path, part):
     monkeypatch.chdir(undisturbed)
     out = str(tmp_path / "r")
