@@ -222,7 +222,7 @@ def optimised_nodes(path: Path) -> list[onnx.NodeProto]:
 
 
 def float_ops_on_dequantized(path: Path) -> list[str]:
-    """Weighted ops that read integers and compute in float: there the bytes were for nothing."""
+    """Ops with integer inputs and weights that compute in float: there the bytes were for nothing."""
     nodes = optimised_nodes(path)
     made_by = {output: node.op_type for node in nodes for output in node.output}
     weighted = {"Conv", "FusedConv", "NhwcFusedConv", "Gemm", "FusedGemm"}
@@ -230,7 +230,7 @@ def float_ops_on_dequantized(path: Path) -> list[str]:
         f"{node.op_type} {node.name}"
         for node in nodes
         if node.op_type in weighted
-        and any(made_by.get(name) == "DequantizeLinear" for name in node.input)
+        and sum(made_by.get(name) == "DequantizeLinear" for name in node.input) > 1
     ]
 
 

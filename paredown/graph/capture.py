@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib.util
 import inspect
+import io
 import random
 import sys
 import traceback
@@ -30,8 +32,8 @@ ONLY_EVALUATION = (
     "evaluation, so fine-tuning runs without its dropout and drop-path"
 )
 HINTS = {
-    "data-dependent": "replace the branch on a tensor's value by torch.where or torch.cond, or "
-    "decide it from a shape",
+    "data-dependent": "replace the branch on a tensor's value by torch.where or torch.cond, and "
+    "take sizes from shapes instead of .item() or .tolist()",
     "Could not guard": "replace the branch on a tensor's value by torch.where or torch.cond",
     "Could not extract specialized integer": "keep sizes in shapes instead of .item() or .tolist()",
     "Cannot branch": "replace the branch on a tensor's value by torch.where or torch.cond",
@@ -176,7 +178,11 @@ def _dynamic_of(program: Any, example: Example) -> Example:
 
 
 def _check_parameters(module: nn.Module) -> None:
+    if isinstance(module, torch.jit.ScriptModule):
+        raise UserError("model: is TorchScript; bring the nn.Module that it was scripted from.")
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        if torch.nn.parameter.is_lazy(tensor):
+            raise UserError(f"{name}: has no shape yet; run the module once before capture.")
         if tensor.device.type == "meta":
             raise UserError(f"{name}: is on the meta device; load the weights before capture.")
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
@@ -185,6 +191,9 @@ def _check_parameters(module: nn.Module) -> None:
 
 
 def _capture_module(module: nn.Module, example: Example, dynamic: Any) -> Model:
+    if not isinstance(example, (tuple, list, dict)):
+        kind = type(example).__name__
+        raise UserError(f"example: expected a tuple of inputs or a dict of keywords, got {kind}.")
     args, kwargs = ((), dict(example)) if isinstance(example, dict) else (tuple(example), {})
     leaves, arguments = structure.flatten((args, kwargs))
     if not leaves:
@@ -320,11 +329,7 @@ def _dynamic_leaves(
     """For each tensor input, its dynamic dimensions besides the batch."""
     if dynamic is None:
         return [{} for _ in structure.flatten((args, kwargs))[0]]
-    pairs = (
-        [(value, dynamic.get(name)) for name, value in kwargs.items()]
-        if kwargs
-        else list(zip(args, dynamic, strict=False))
-    )
+    pairs = _dynamic_pairs(args, kwargs, dynamic)
     found: list[dict[int, str]] = []
     for value, spec in pairs:
         for leaf in structure.flatten(value)[0]:
@@ -333,6 +338,23 @@ def _dynamic_leaves(
                 raise UserError(f"dynamic: dimension {wrong[0]} is not one of {tuple(leaf.shape)}.")
             found.append(dict(spec or {}))
     return found
+
+
+def _dynamic_pairs(
+    args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: Any
+) -> list[tuple[Any, dict[int, str] | None]]:
+    """Each input with its entry of ``dynamic``, which has the shape of the example."""
+    if kwargs and isinstance(dynamic, dict) and set(dynamic) <= set(kwargs):
+        pairs = [(value, dynamic.get(name)) for name, value in kwargs.items()]
+    elif not kwargs and isinstance(dynamic, (tuple, list)) and len(dynamic) == len(args):
+        pairs = list(zip(args, dynamic, strict=True))
+    else:
+        shape = f"a dict of {', '.join(kwargs)}" if kwargs else f"a tuple of {len(args)}"
+        raise UserError(f"dynamic: expected {shape}, as the example is; got {dynamic!r}.")
+    for _, spec in pairs:
+        if spec is not None and not isinstance(spec, dict):
+            raise UserError(f'dynamic: expected {{dimension: "name"}} or None, got {spec!r}.')
+    return pairs
 
 
 def _run(
@@ -387,8 +409,8 @@ def _export(
 
     copied.forward = flat
     try:
-        with warnings.catch_warnings():  # the exporter speaks of its own deprecations
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")  # the exporter's deprecations, and pages of its graph
             program = torch.export.export(
                 copied,
                 tuple(leaf.clone() for leaf in leaves),

@@ -34,6 +34,11 @@ MOVERS = {
     *(aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default, aten.alias.default),
     *(aten.channel_shuffle.default, aten.expand.default, aten.detach.default, operator.getitem),
 }
+# Activations that ONNX Runtime merges into a matrix product in float.
+MERGED = {
+    *(aten.relu.default, aten.leaky_relu.default, aten.sigmoid.default, aten.tanh.default),
+    *(aten.elu.default, aten.softplus.default, aten.hardsigmoid.default, aten.selu.default),
+}
 AVERAGES = {aten.avg_pool2d.default, aten.avg_pool1d.default}
 # Unary ops with an integer kernel (a table of 256 entries).
 TABLES = {aten.sigmoid.default, aten.leaky_relu.default}
@@ -195,7 +200,7 @@ def _becomes_integer(
     if node.op == "get_attr":
         return False
     if node in weighted:  # a convolution fuses only with a quantized output
-        return weighted[node].kind == "conv" or node in wanted
+        return weighted[node].kind == "conv" or node in wanted or _fuses_in_float(node)
     if node.op == "placeholder":
         return False
     inputs = [arg for arg in node.all_input_nodes if _is_float(arg)]
@@ -209,6 +214,13 @@ def _becomes_integer(
     if node.target in COMBINERS and _combines_activations(node):
         return node in wanted and any(available)
     return False
+
+
+def _fuses_in_float(node: fx.Node) -> bool:
+    """ONNX Runtime merges a plain matrix product with the activation behind it before it looks for
+    integers; a quantizer between or behind the two prevents that."""
+    users = list(node.users)
+    return node.meta["val"].dim() == 2 and len(users) == 1 and users[0].target in MERGED
 
 
 def _combines_activations(node: fx.Node) -> bool:

@@ -34,6 +34,7 @@ FUSABLE_OPS = frozenset(
         *("Concat", "AveragePool", "GlobalAveragePool", "Sigmoid", "LeakyRelu", "MaxPool"),
     }
 )
+SINGLE_OPS = frozenset({"AveragePool", "GlobalAveragePool", "Sigmoid", "LeakyRelu", "MaxPool"})
 ALWAYS_FUSED = frozenset({"Conv", "FusedConv", "Gemm", "FusedGemm"})  # whatever takes their output
 
 
@@ -143,9 +144,11 @@ def _unfused(nodes: list[Any]) -> list[str]:
     for node in nodes:
         if node.op_type not in FUSABLE_OPS:
             continue
-        sources = {made_by[name] for name in node.input if name in made_by}
+        sources = [made_by[name] for name in node.input if name in made_by]
+        operands = 1 if node.op_type in SINGLE_OPS else 2  # constants in float do not fuse
         users = set().union(*(used_by.get(name, set()) for name in node.output))
         between = node.op_type in ALWAYS_FUSED or users == {"QuantizeLinear"}
-        if sources == {"DequantizeLinear"} and between:
+        integers = len(sources) >= operands and set(sources) == {"DequantizeLinear"}
+        if integers and between:
             found.append(f"{node.op_type} {node.output[0]}")
     return found

@@ -31,8 +31,9 @@ def affine(low: float, high: float) -> tuple[float, int]:
     Zero is exact, so that padding and ReLU add no error (Jacob et al. 1712.05877).
 
     Example:
-        >>> affine(-0.5, 0.75)[1], affine(0.0, 2.55)
-        (102, (0.01, 0))
+        >>> scale, zero_point = affine(-0.5, 0.75)
+        >>> round(scale, 5), zero_point
+        (0.0049, 102)
     """
     low, high = min(low, 0.0), max(high, 0.0)
     scale = max((high - low) / LEVELS, SMALLEST_SCALE)
