@@ -222,7 +222,7 @@ def optimised_nodes(path: Path) -> list[onnx.NodeProto]:
 
 
 def float_ops_on_dequantized(path: Path) -> list[str]:
-    """Ops with integer inputs and weights that compute in float: there the bytes were for nothing."""
+    """Ops with integer inputs and weights that compute in float: bytes for nothing."""
     nodes = optimised_nodes(path)
     made_by = {output: node.op_type for node in nodes for output in node.output}
     weighted = {"Conv", "FusedConv", "NhwcFusedConv", "Gemm", "FusedGemm"}
