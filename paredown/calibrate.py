@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ from paredown.graph.model import Model
 from paredown.types import Task, UserError
 
 BINS = 2048
-BATCH = 16  # examples at a time: ranges do not depend on it, memory does
+BATCH = 8  # examples at a time: ranges do not depend on it, memory does
 SAMPLE = 1 << 16  # values of a tensor and batch that enter its histogram; the range sees them all
 
 
@@ -37,7 +38,7 @@ class Statistics:
     values: int = 0
 
     def add(self, tensor: Tensor, histogram: bool) -> None:
-        flat = tensor.detach().reshape(-1)
+        flat = _flat(tensor.detach())
         if not flat.numel():
             return
         low, high = (float(v) for v in torch.aminmax(flat))
@@ -47,7 +48,7 @@ class Statistics:
         self.values += flat.numel()
         self.low, self.high = min(self.low, low), max(self.high, high)
         if histogram:
-            self._count(flat[:: max(1, flat.numel() // SAMPLE)].float(), low, high)
+            self._count(flat[:: _stride(flat.numel())].float(), low, high)
 
     def _count(self, sample: Tensor, low: float, high: float) -> None:
         if self.counts is None:
@@ -66,6 +67,27 @@ class Statistics:
         target = ((centres - low) / (high - low) * BINS).long().clamp(0, BINS - 1)
         self.counts = torch.zeros(BINS).index_add_(0, target, self.counts)
         self.histogram_low, self.histogram_high = low, high
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """All values in the order they lie in memory, so that nothing is copied."""
+    if tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
+        tensor = tensor.permute(0, 2, 3, 1)
+    return tensor.reshape(-1)
+
+
+def _stride(values: int) -> int:
+    """A step through the values that shares no factor with them: else it would meet the same
+    columns or channels again and again.
+
+    Example:
+        >>> _stride(100), _stride(64 * 64 * 112 * 112)
+        (1, 783)
+    """
+    stride = max(1, values // SAMPLE)
+    while math.gcd(stride, values) > 1:
+        stride -= 1
+    return stride
 
 
 def observe(
