@@ -112,6 +112,7 @@ class Here(local.Probe):
 def main():
     """The command line on `Here`, killed at a failpoint by its number, or counting them."""
     local.DEVICES["local"] = Here
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell ignores it
     kill_at, count_in, passed = int(os.environ.get(KILL_AT, 0)), os.environ.get(COUNT_IN), 0
 
     def failpoint(name, short=None):
