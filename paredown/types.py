@@ -217,8 +217,9 @@ def _check_drop(allowed: float, measurement: Measurement, baseline: Measurement)
     drop = baseline.score - measurement.score
     met = drop <= allowed + 1e-12
     scale, unit = (100, " points") if baseline.score_in_points else (1, "")
-    moved = f"fell by {drop * scale:.3g}" if drop > 0 else f"rose by {-drop * scale:.3g}"
-    text = f"The score {moved}{unit}; the goal allows a fall of {allowed * scale:.3g}{unit}."
+    moved = f"{'fell' if drop > 0 else 'rose'} by {abs(drop) * scale:.3g}{unit}"
+    moved = moved if drop else "did not change"
+    text = f"The score {moved}; the goal allows a fall of {allowed * scale:.3g}{unit}."
     return GoalCheck("max_drop", allowed, drop, met, text)
 
 
