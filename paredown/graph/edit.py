@@ -25,7 +25,7 @@ def reexport(model: Model) -> ExportedProgram:
     """
     copied = model.copy().eval()
     erase_counters(copied.graph)
-    leaves = tuple(_wide(item.example, bool(item.dynamic.get(0))) for item in copied.inputs)
+    leaves = tuple(_wide(item.example, 0 in item.dynamic) for item in copied.inputs)
     shapes = tuple(dict.fromkeys(item.dynamic, Dim.AUTO) for item in copied.inputs)
     try:
         with warnings.catch_warnings():
@@ -181,7 +181,7 @@ def _set_bias(graph: fx.GraphModule, node: fx.Node, name: str) -> None:
 def set_parameter(graph: nn.Module, name: str, value: Tensor) -> None:
     """Put a trainable tensor at that name, in place of what stood there."""
     owner, leaf = owner_of(graph, name), name.rpartition(".")[2]
-    if leaf in owner._parameters or leaf in owner._buffers or hasattr(owner, leaf):
+    if hasattr(owner, leaf):
         delattr(owner, leaf)
     owner.register_parameter(leaf, nn.Parameter(value, requires_grad=value.is_floating_point()))
 

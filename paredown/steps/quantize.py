@@ -70,8 +70,7 @@ def mse_range(statistics: Statistics) -> Range:
     """The clipping with the least squared error of rounding plus clipping (Sung 1511.06488)."""
     counts, edges = _histogram(statistics)
     centres = (edges[:-1] + edges[1:]) / 2  # (BINS,)
-    best = min(_clippings(statistics), key=lambda r: _squared_error(counts, centres, r))
-    return best
+    return min(_clippings(statistics), key=lambda r: _squared_error(counts, centres, r))
 
 
 def entropy_range(statistics: Statistics) -> Range:
