@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
+from paredown.graph.mode import is_counter
 from paredown.graph.model import Model, owner_of
 from paredown.graph.sites import sites, tensor_of
 from paredown.types import UserError
@@ -42,13 +43,12 @@ def _wide(example: Tensor, dynamic: bool) -> Tensor:
 
 def erase_counters(graph: fx.GraphModule) -> None:
     """Drop the ops that count batch-norm batches: they change state at every call."""
-    for node in list(graph.graph.nodes):
-        if node.target is aten.add_.Tensor and not node.users:
+    for node in reversed(list(graph.graph.nodes)):
+        if is_counter(node) and not node.users:
             counter = node.args[0]
-            if isinstance(counter, fx.Node) and str(counter.target).endswith("num_batches_tracked"):
-                graph.graph.erase_node(node)
-                if not counter.users:
-                    graph.graph.erase_node(counter)
+            graph.graph.erase_node(node)
+            if counter.op == "get_attr" and not counter.users:
+                graph.graph.erase_node(counter)
     graph.recompile()
 
 

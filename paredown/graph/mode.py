@@ -63,7 +63,7 @@ def _switch(node: fx.Node, training: bool) -> bool:
         return _retarget(node, aten.fill_.Scalar if in_place else aten.full_like.default)
     if node.target in (aten.floor_.default, aten.floor.default):
         return _keep_floored(node)
-    if node.target is aten.add_.Tensor and _is_counter(node):
+    if is_counter(node):
         return _replace(node, 1, 0)
     return False
 
@@ -87,7 +87,10 @@ def _retarget(node: fx.Node, target: Any) -> bool:
     return True
 
 
-def _is_counter(node: fx.Node) -> bool:
+def is_counter(node: fx.Node) -> bool:
+    """Whether the op adds to a batch norm's count of batches."""
+    if node.target is not aten.add_.Tensor:
+        return False
     counter = node.args[0]
     while isinstance(counter, fx.Node) and counter.target is aten.add_.Tensor:
         counter = counter.args[0]  # a norm that runs twice counts twice
