@@ -36,6 +36,8 @@ class Model:
         inputs: the tensor inputs, in the order the graph takes them.
         arguments, outputs: the nesting of ``(args, kwargs)`` and of the output.
         masks: parameter name -> bool tensor of its shape, False where a pruned weight stays zero.
+        kept: parameter or buffer name -> {dimension: the original's indices that it still has},
+            for what structured pruning has cut.
         notes: what a user should know of the capture, in plain sentences.
 
     Example:
@@ -50,6 +52,7 @@ class Model:
     arguments: structure.Structure
     outputs: structure.Structure
     masks: dict[str, Tensor] = field(default_factory=dict)
+    kept: dict[str, dict[int, Tensor]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -83,7 +86,8 @@ class Model:
 
     def copy(self) -> Model:
         """A deep copy: nothing done to it reaches this model."""
-        return replace(self, graph=copy_graph(self.graph), masks=dict(self.masks))
+        kept = {name: dict(dims) for name, dims in self.kept.items()}
+        return replace(self, graph=copy_graph(self.graph), masks=dict(self.masks), kept=kept)
 
     def train(self, training: bool = True) -> Model:
         """Switch to training mode in place (batch norm, dropout, drop-path); returns itself."""

@@ -72,6 +72,8 @@ def encode(model: Model) -> bytes:
     }
     stored = {f"state:{name}": tensor for name, tensor in tensors.items()}
     stored |= {f"mask:{name}": mask for name, mask in model.masks.items()}
+    for name, dims in model.kept.items():
+        stored |= {f"kept:{dim}:{name}": indices for dim, indices in dims.items()}
     stored |= {f"example:{n}": item.example for n, item in enumerate(model.inputs)}
     contiguous = {k: stored[k].detach().cpu().contiguous().clone() for k in sorted(stored)}
     return to_bytes(contiguous, {"paredown": json.dumps(header)})
@@ -188,11 +190,22 @@ def decode(data: bytes, path: str) -> Model:
         )
         masks = {k.removeprefix("mask:"): v for k, v in tensors.items() if k.startswith("mask:")}
         arguments, outputs = header["arguments"], header["outputs"]
-        model = Model(graph, inputs, arguments, outputs, masks, tuple(header["notes"]))
+        notes = tuple(header["notes"])
+        model = Model(graph, inputs, arguments, outputs, masks, _kept(tensors), notes)
         _check(model)
         return model
     except Exception as error:  # there is no end to what a damaged file can fail with
         raise UserError(f"{path}: not a paredown model, or a damaged one ({error}).") from error
+
+
+def _kept(tensors: dict[str, Tensor]) -> dict[str, dict[int, Tensor]]:
+    found: dict[str, dict[int, Tensor]] = {}
+    for key, indices in tensors.items():
+        kind, _, rest = key.partition(":")
+        if kind == "kept":
+            dim, _, name = rest.partition(":")
+            found.setdefault(name, {})[int(dim)] = indices
+    return found
 
 
 def _check(model: Model) -> None:
@@ -220,6 +233,11 @@ def _check(model: Model) -> None:
     for name, mask in model.masks.items():
         if mask.dtype is not torch.bool or (name in state and state[name].shape != mask.shape):
             raise ValueError(f"the mask of {name!r} does not fit its weight")
+    for name, dims in model.kept.items():
+        for dim, indices in dims.items():
+            whole = indices.dtype is torch.int64 and indices.dim() == 1 and dim >= 0
+            if not whole or (name in state and state[name].shape[dim] != len(indices)):
+                raise ValueError(f"what is kept of {name!r} does not fit it")
 
 
 def _read(data: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -1,0 +1,444 @@
+"""Which dimensions of which tensors must be cut together.
+
+One walk over the graph gives every index of every parameter a label, and merges the labels that
+an op ties (see `rules`). What carries one label is a unit: a channel, a neuron, a head. Units
+with the same kinds of members are a group, of which any can be cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from paredown.graph.edit import refresh_values
+from paredown.graph.labels import PINNED, Result, Term, Value, Walk
+from paredown.graph.model import Model
+from paredown.graph.rules import rule_of, unknown
+from paredown.graph.sites import sites, tensor_of
+from paredown.types import UserError
+
+# group name -> (units,) bool: True for the units that stay. A group that is not named stays whole.
+Choice = dict[str, np.ndarray]
+ATTENTION = ("heads", "head_dim")
+GROUP_NORM = ("groups", "within")
+_FAILURES = (KeyError, IndexError, ValueError, TypeError, AssertionError, AttributeError)
+
+
+@dataclass(frozen=True)
+class Member:
+    """One dimension of a parameter or buffer that a group cuts.
+
+    ``indices`` (units, m) are the m indices of dimension ``dim`` that go with each unit.
+    ``role``: "out" where the dimension is the output of a convolution, linear layer or embedding,
+    "in" where it is the input of one, "scale" for a norm's weight, "other" for the rest (biases,
+    running statistics, positions).
+    """
+
+    name: str
+    dim: int
+    indices: np.ndarray
+    role: str
+
+
+@dataclass(frozen=True)
+class Group:
+    """Units (channels, neurons, heads) that are alike: each can be cut, alone, from all members.
+
+    ``exact``: a model with the units set to zero computes what the cut model computes; else
+    ``reduced_by`` names an op (a layer norm, a softmax, a mean) that sees how many there are.
+    """
+
+    name: str
+    size: int
+    members: tuple[Member, ...]
+    exact: bool
+    reduced_by: str = ""
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Of a whole model at its example inputs."""
+
+    parameters: int
+    macs: int  # multiply-adds
+    size_bytes: int  # of parameters and buffers, as they are stored
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """A parameter or buffer with the roots of its labels, per dimension; None where pinned."""
+
+    name: str
+    shape: tuple[int, ...]
+    roots: tuple[np.ndarray | None, ...]
+    trains: bool
+    item_bytes: int
+
+
+@dataclass(frozen=True)
+class Coupling:
+    """What `analyze` finds in a model.
+
+    Attributes:
+        groups: what can be cut, largest first parameter order of the graph.
+        coverage: the share of the weights of convolutions, linear layers, embeddings and
+            recurrent layers that have a dimension which can be cut.
+        pinned_by: why dimensions stay whole: op or reason -> how many indices it has pinned.
+        unknown: names of ops that no rule covers; what they touch is pinned.
+    """
+
+    groups: tuple[Group, ...]
+    coverage: float
+    pinned_by: dict[str, int]
+    unknown: tuple[str, ...]
+    values: dict[str, Value | list[Value | None]] = field(repr=False)  # node -> labels as roots
+    tensors: tuple[Tensors, ...] = field(repr=False)
+    terms: tuple[Term, ...] = field(repr=False)
+    units: dict[str, np.ndarray] = field(repr=False)  # group -> (units,) roots
+    never_zero: frozenset[tuple[str, int]] = field(repr=False)
+    labels: int = field(repr=False)
+    scale: float = field(repr=False)  # of the example's batch to the one that was walked
+
+    def alive(self, choice: Choice) -> np.ndarray:
+        """(labels,) bool: which roots stay.
+
+        Raises:
+            UserError: an unknown group, a wrong number of units, or a group that would vanish.
+        """
+        alive = np.ones(self.labels, dtype=bool)
+        for name, kept in choice.items():
+            if name not in self.units:
+                raise UserError(f"choice: no group is called {name!r}.")
+            if kept.shape != self.units[name].shape:
+                raise UserError(
+                    f"choice: group {name!r} has {len(self.units[name])} units, got {kept.shape}."
+                )
+            if not kept.any():
+                raise UserError(f"group {name!r} would vanish: keep at least one unit of it.")
+            alive[self.units[name]] = kept
+        return alive
+
+    def costs(self, choice: Choice | None = None) -> Costs:
+        """What the model costs with that choice cut."""
+        alive = self.alive(choice or {})
+        parameters = size = 0
+        for tensor in self.tensors:
+            count = 1
+            for full, roots in zip(tensor.shape, tensor.roots, strict=True):
+                count *= full if roots is None else int(alive[roots].sum())
+            parameters += count * tensor.trains
+            size += count * tensor.item_bytes
+        macs = 0
+        for term in self.terms:
+            count = term.constant
+            for roots in term.labels:
+                count *= int(alive[roots].sum())
+            macs += count
+        return Costs(parameters, round(macs * self.scale), size)
+
+    @cached_property
+    def by_name(self) -> dict[str, Group]:
+        return {group.name: group for group in self.groups}
+
+    def explain(self, name: str) -> list[str]:
+        """For each dimension of a parameter, in a sentence: its group, or that it is pinned.
+
+        Raises:
+            UserError: no such parameter; suggests the nearest.
+        """
+        tensor = next((t for t in self.tensors if t.name == name), None)
+        if tensor is None:
+            import difflib
+
+            near = difflib.get_close_matches(name, [t.name for t in self.tensors], 1, 0.0)
+            raise UserError(f"no parameter is called {name!r}; did you mean {near[0]!r}?")
+        lines = []
+        for dim, size in enumerate(tensor.shape):
+            groups = [g for g in self.groups for m in g.members if (m.name, m.dim) == (name, dim)]
+            told = ", ".join(f"group {g.name!r} ({g.size} units)" for g in groups)
+            lines.append(f"dimension {dim} of {size}: {told or 'stays whole'}")
+        return lines
+
+
+def analyze(model: Model, attention: str = "heads", group_norm: str = "groups") -> Coupling:
+    """What can be cut from a model, and what goes with it; no model code is looked at.
+
+    Args:
+        attention: "heads" cuts whole heads, "head_dim" the same dimensions of every head.
+        group_norm: "groups" cuts whole groups of a group norm, which is exact; "within" thins
+            every group alike, which is finer and not exact.
+
+    Raises:
+        UserError: a policy that does not exist.
+
+    Example:
+        >>> import torch, paredown
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> found = analyze(paredown.capture(net, (torch.zeros(1, 4),)))
+        >>> [(g.name, g.size, g.exact, len(g.members)) for g in found.groups]
+        [('0', 8, True, 3)]
+    """
+    for name, value, known in (
+        ("attention", attention, ATTENTION),
+        ("group_norm", group_norm, GROUP_NORM),
+    ):
+        if value not in known:
+            raise UserError(f"{name}: expected {' or '.join(map(repr, known))}, got {value!r}.")
+    if not _has_values(model):
+        model = model.copy()
+        refresh_values(model)
+    walk = Walk(attention, group_norm)
+    parameters: dict[int, tuple[fx.Node, Value]] = {}
+    unknowns: dict[str, None] = {}
+    for node in model.graph.graph.nodes:
+        walk.node = node
+        walk.values[node] = _walked(model.graph, walk, node, parameters, unknowns)
+    walk.node = None
+    walk.settle()
+    return _collect(model, walk, parameters, tuple(unknowns))
+
+
+def _has_values(model: Model) -> bool:
+    return all("val" in n.meta for n in model.graph.graph.nodes if n.op == "call_function")
+
+
+def _walked(
+    graph: fx.GraphModule,
+    walk: Walk,
+    node: fx.Node,
+    parameters: dict[int, tuple[fx.Node, Value]],
+    unknowns: dict[str, None],
+) -> Result:
+    if node.op == "placeholder":
+        return Value(tuple(int(s) for s in _shape(node.meta["val"])))
+    if node.op == "get_attr":
+        return _parameter(graph, walk, node, parameters)
+    if node.op == "output":
+        walk.pin_all(walk.tensors(node), "it is an output of the model")
+        return None
+    rule = rule_of(node)
+    if rule.propagate is unknown:
+        unknowns[str(node.target)] = None
+    try:
+        return rule.propagate(walk, node)
+    except _FAILURES:  # a form of the op that its rule does not foresee: safe, and told
+        unknowns[str(node.target)] = None
+        return unknown(walk, node)
+
+
+def _shape(value: Tensor) -> list[int]:
+    return [s if isinstance(s, int) else int(s.node.hint) for s in value.shape]
+
+
+def _parameter(
+    graph: fx.GraphModule, walk: Walk, node: fx.Node, found: dict[int, tuple[fx.Node, Value]]
+) -> Result:
+    """Tied parameters are one value."""
+    owner = graph
+    for part in str(node.target).split("."):
+        owner = getattr(owner, part)
+    if not isinstance(owner, Tensor):
+        return None  # the subgraph of a higher-order op
+    if id(owner) not in found:
+        value = walk.fresh(tuple(owner.shape), range(owner.dim()), constant=True)
+        found[id(owner)] = (node, value)
+    return found[id(owner)][1]
+
+
+# --- what was found --------------------------------------------------------------------------
+
+
+def _collect(
+    model: Model,
+    walk: Walk,
+    parameters: dict[int, tuple[fx.Node, Value]],
+    unknowns: tuple[str, ...],
+) -> Coupling:
+    tensors = _tensors(model, walk, parameters)
+    groups, units = _groups(model, walk, tensors)
+    values = {node.name: _rooted(walk, value) for node, value in walk.values.items()}
+    free = np.zeros(walk.labels.count, dtype=bool)
+    for roots in units.values():
+        free[roots] = True
+    pinned: dict[str, int] = {}
+    for labels, why in walk.pins:
+        pinned[why] = pinned.get(why, 0) + len(labels)
+    return Coupling(
+        groups=groups,
+        coverage=_coverage(model, tensors, free),
+        pinned_by=pinned,
+        unknown=unknowns,
+        values=values,
+        tensors=tensors,
+        terms=tuple(
+            Term(t.constant, tuple(walk.labels.find(each) for each in t.labels)) for t in walk.terms
+        ),
+        units=units,
+        never_zero=frozenset((str(node.target), dim) for node, dim in walk.never_zero),
+        labels=walk.labels.count,
+        scale=_scale(model),
+    )
+
+
+def _scale(model: Model) -> float:
+    """Of the example's batch to the one in the graph's values, which is 2 where that is 1."""
+    for node, item in zip(
+        (n for n in model.graph.graph.nodes if n.op == "placeholder"), model.inputs, strict=True
+    ):
+        shape = _shape(node.meta["val"])
+        if 0 in item.dynamic and shape and shape[0]:
+            return len(item.example) / shape[0]
+    return 1.0
+
+
+def _tensors(
+    model: Model, walk: Walk, parameters: dict[int, tuple[fx.Node, Value]]
+) -> tuple[Tensors, ...]:
+    """Every parameter and buffer once, under its first name; those no op reads stay whole."""
+    found, seen = [], set()
+    named = [*model.graph.named_parameters(), *model.graph.named_buffers()]
+    for name, tensor in named:
+        if id(tensor) in seen:
+            continue
+        seen.add(id(tensor))
+        value = parameters[id(tensor)][1] if id(tensor) in parameters else Value(())
+        blocks = [value.block(axis) for axis in range(tensor.dim())]
+        roots = [None if b is None else walk.labels.find(b.labels) for b in blocks]
+        trains = isinstance(tensor, torch.nn.Parameter)
+        found.append(
+            Tensors(name, tuple(tensor.shape), tuple(roots), trains, tensor.element_size())
+        )
+    return tuple(found)
+
+
+def _groups(
+    model: Model, walk: Walk, tensors: tuple[Tensors, ...]
+) -> tuple[tuple[Group, ...], dict[str, np.ndarray]]:
+    """Units with the same members are a group; a unit that is alone in its group stays."""
+    places = [
+        (t, dim, roots)
+        for t in tensors
+        for dim, roots in enumerate(t.roots)
+        if roots is not None and roots.any()
+    ]
+    kinds = _kinds([roots for _, _, roots in places], walk.labels.count)
+    reduced = np.zeros(walk.labels.count, dtype=np.int64)
+    for number, (labels, _) in enumerate(walk.reduced):
+        reduced[walk.labels.find(labels)] = number + 1
+    roles = _roles(model.graph)
+    groups: list[Group] = []
+    units: dict[str, np.ndarray] = {}
+    for roots in _alike(places, kinds):
+        inside = [p for p in places if np.isin(p[2], roots[0]).any()]
+        members = tuple(_member(t, dim, r, roots, roles) for t, dim, r in inside)
+        name = _group_name(members, units)
+        units[name] = roots
+        by = reduced[roots].max()
+        why = walk.reduced[by - 1][1] if by else ""
+        groups.append(Group(name, len(roots), members, not by, why))
+    return tuple(groups), units
+
+
+def _kinds(places: list[np.ndarray], labels: int) -> np.ndarray:
+    """(labels, 2) a number for each root's multiset of (parameter, dimension): sums of random
+    numbers, equal by chance once in 2^128."""
+    random = np.random.default_rng(0)
+    kinds = np.zeros((labels, 2), dtype=np.uint64)
+    for roots in places:
+        np.add.at(kinds, roots, random.integers(1, 2**63, (1, 2), dtype=np.uint64))
+    kinds[PINNED] = 0
+    return kinds
+
+
+def _alike(places: list[tuple[Tensors, int, np.ndarray]], kinds: np.ndarray) -> list[np.ndarray]:
+    """The roots of each group of two and more, in the order of their first place."""
+    if not places:
+        return []
+    present = np.concatenate([roots for _, _, roots in places])
+    roots, first = np.unique(present[present != PINNED], return_index=True)
+    if not roots.size:
+        return []
+    _, inverse = np.unique(kinds[roots], axis=0, return_inverse=True)
+    order = np.argsort(inverse.ravel(), kind="stable")
+    bounds = np.flatnonzero(np.diff(inverse.ravel()[order])) + 1
+    sets = [np.sort(each) for each in np.split(order, bounds) if len(each) > 1]
+    return [roots[each] for each in sorted(sets, key=lambda each: first[each].min())]
+
+
+def _member(
+    tensor: Tensors,
+    dim: int,
+    found: np.ndarray,
+    roots: np.ndarray,
+    roles: dict[tuple[str, int], str],
+) -> Member:
+    at = np.searchsorted(roots, found).clip(max=len(roots) - 1)
+    inside = np.flatnonzero(roots[at] == found)
+    order = inside[np.argsort(at[inside], kind="stable")]
+    return Member(
+        tensor.name, dim, order.reshape(len(roots), -1), roles.get((tensor.name, dim), "other")
+    )
+
+
+def _roles(graph: fx.GraphModule) -> dict[tuple[str, int], str]:
+    """(parameter, dimension) -> its role; tied parameters under their first name."""
+    first: dict[int, str] = {}
+    for name, tensor in [*graph.named_parameters(), *graph.named_buffers()]:
+        first.setdefault(id(tensor), name)
+    found: dict[tuple[str, int], str] = {}
+    for node in graph.graph.nodes:
+        if node.op == "call_function" and "norm" in str(node.target) and len(node.args) > 1:
+            weight = next((n for n in node.all_input_nodes[1:] if n.op == "get_attr"), None)
+            if weight is not None:
+                found[first.get(id(tensor_of(graph, str(weight.target))), ""), 0] = "scale"
+    for site in sites(graph):
+        name = first[id(tensor_of(graph, site.weight))]
+        inputs = {"embedding": 0}.get(site.kind, 1 - site.axis if site.axis < 2 else 1)
+        found[name, inputs] = "in"
+        found[name, site.axis if site.kind != "embedding" else 1] = "out"
+    return found
+
+
+def _group_name(members: tuple[Member, ...], taken: dict[str, np.ndarray]) -> str:
+    """After the layer that makes its values: the first weight whose output it is."""
+    makers = [m.name for m in members if m.role == "out"] or [m.name for m in members]
+    stem = makers[0].removesuffix(".weight")
+    name, number = stem, 1
+    while name in taken:
+        number += 1
+        name = f"{stem}#{number}"
+    return name
+
+
+def _rooted(walk: Walk, value: Result) -> Value | list[Value | None]:
+    if isinstance(value, list):
+        return [_rooted(walk, each) for each in value]  # type: ignore[misc]
+    if value is None:
+        return []
+    blocks = tuple(type(b)(b.axes, walk.labels.find(b.labels)) for b in value.blocks)
+    return Value(value.shape, tuple(b for b in blocks if b.labels.any()), value.constant)
+
+
+def _coverage(model: Model, tensors: tuple[Tensors, ...], free: np.ndarray) -> float:
+    """The share of weights that a cut in some group can remove."""
+    weights = set(_weights(model.graph))
+    total = covered = 0.0
+    for tensor in tensors:
+        if tensor.name in weights:
+            shares = [float(free[r].mean()) for r in tensor.roots if r is not None]
+            total += np.prod(tensor.shape)
+            covered += float(np.prod(tensor.shape)) * max(shares, default=0.0)
+    return covered / total if total else 0.0
+
+
+def _weights(graph: fx.GraphModule) -> Iterator[str]:
+    first = {id(tensor): name for name, tensor in graph.named_parameters()}
+    for site in sites(graph):
+        tensor = tensor_of(graph, site.weight)
+        if id(tensor) in first:
+            yield first[id(tensor)]
