@@ -18,7 +18,7 @@ test-slow: $(STAMP)
 test-all: test test-slow
 
 demo: $(STAMP)
-	$(BIN)/paredown run examples/digits.py --max-drop 2% --size 0.3x --latency 0.7x --out runs/digits
+	$(BIN)/paredown run examples/digits.py --max-drop 2% --size 0.1x --latency 0.35x --out runs/digits
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check --quiet

@@ -11,6 +11,8 @@ from paredown.runtimes import export, open
 from paredown.scores import accuracy, multilabel_accuracy, squared_error, token_accuracy
 from paredown.steps.cast import Cast
 from paredown.steps.fine_tune import FineTune
+from paredown.steps.prune_channels import PruneChannels
+from paredown.steps.prune_layers import PruneLayers
 from paredown.steps.prune_weights import PruneWeights
 from paredown.steps.quantize import Quantize
 from paredown.types import (
@@ -24,15 +26,19 @@ from paredown.types import (
     Task,
     UserError,
 )
+from paredown.verify import Exactness, verify
 
 __all__ = [
     "Artifact",
     "Cast",
+    "Exactness",
     "FineTune",
     "Goals",
     "Limit",
     "Measurement",
     "Model",
+    "PruneChannels",
+    "PruneLayers",
     "PruneWeights",
     "Quantize",
     "Run",
@@ -53,4 +59,5 @@ __all__ = [
     "report",
     "squared_error",
     "token_accuracy",
+    "verify",
 ]

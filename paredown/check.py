@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils.data import Subset
 
-from paredown import data, progress, recipe, train
+from paredown import data, progress, recipe, timing, train
 from paredown.devices import local
 from paredown.graph import structure
 from paredown.graph.capture import call_user, capture, load_file
@@ -163,21 +163,7 @@ def _first_batch(model: Model, task: Task, split: str) -> tuple[Any, Any]:
 def _fits(model: Model, task: Task, split: str) -> bool:
     """Whether the inputs of a split are those of the example; the last batch may be shorter."""
     inputs, _ = _first_batch(model, task, split)
-    leaves, nesting = structure.flatten(inputs)
-    if model.fixed_batch:
-        chosen = torch.arange(model.fixed_batch).clamp(max=len(leaves[0]) - 1)
-        leaves = [leaf[chosen] for leaf in leaves]
-    args, kwargs = data.arguments(structure.unflatten(leaves, nesting))
-    try:
-        bound = model.bind(args, kwargs)
-    except UserError as error:
-        raise UserError(f"task: its {split} split does not fit the example: {error}") from error
-    for item, leaf in zip(model.inputs, bound, strict=True):
-        if leaf.dtype != item.example.dtype:
-            raise UserError(
-                f"task: its {split} split gives {leaf.dtype} for input {item.name!r}, the example "
-                f"{item.example.dtype}; convert it in the dataset."
-            )
+    timing.leaves(model, inputs, f"task: its {split} split", model.fixed_batch)
     return True
 
 

@@ -288,14 +288,14 @@ def _try(state: _State, attempt: Attempt, best: _Best) -> tuple[Trial, _Best]:
         return trial, best
     model = _stored(state.ledger, record["stage"])
     file = _lowered(state.ledger, model, record["stage"], state.target)
-    steps = [*best.steps, *attempt.steps]
+    steps = [*best.steps, *recipe.from_toml(record["recipe"])]
     return trial, _Best(model, record["stage"], file, steps, trial.measurement)
 
 
 def _run_attempt(state: _State, attempt: Attempt, best: _Best, key: str) -> dict[str, Any]:
     began = time.monotonic()
     try:
-        stage = _apply(state, attempt.steps, best, key)
+        stage, settled = _apply(state, attempt.steps, best, key)
         file = _lowered(state.ledger, _stored(state.ledger, stage), stage, state.target)
         files = {"original": state.original_file, "candidate": file}
         if best.stage:  # else the best so far is the original
@@ -305,13 +305,15 @@ def _run_attempt(state: _State, attempt: Attempt, best: _Best, key: str) -> dict
         if isinstance(error.__cause__, OSError):  # the disk's fault, not the step's
             raise
         failed = {"kept": False, "decision": str(error), "measurement": None, "comparison": None}
-        return {"stage": "", "suffix": "", "seconds": time.monotonic() - began, **failed}
+        asked = {"stage": "", "suffix": "", "recipe": recipe.to_toml(attempt.steps)}
+        return {**asked, "seconds": time.monotonic() - began, **failed}
     allowed = state.goals.allowed_drop(measured["original"].measurement)
     against_original = compare(measured["original"], measured["candidate"], allowed)
     kept, decision = plan.decide(measured, allowed)
     return {
         "stage": stage,
         "suffix": MODEL,
+        "recipe": settled,
         "seconds": time.monotonic() - began,
         "kept": kept,
         "decision": decision,
@@ -320,24 +322,28 @@ def _run_attempt(state: _State, attempt: Attempt, best: _Best, key: str) -> dict
     }
 
 
-def _apply(state: _State, steps: Sequence[Step], best: _Best, key: str) -> str:
-    """The stage after the attempt's steps, each finished one being a stage of its own.
+def _apply(state: _State, steps: Sequence[Step], best: _Best, key: str) -> tuple[str, str]:
+    """The stage after the attempt's steps, each finished one being a stage of its own; and the
+    steps as settled, in TOML.
 
     Every step begins from the stored form, so that an interrupted run takes the same way.
     """
-    stage = ""
+    stage, settled = "", []
     for count, step in enumerate(steps, 1):
         partial = stage_key({"partial": key, "steps": recipe.to_toml(steps[:count])})
         record = state.ledger.done(partial)
         scratch = state.ledger.folder / "scratch" / partial
         if record is None:
             model = _stored(state.ledger, stage) if stage else best.model
+            step = recipe.settle(step, model, state.task, state.target)
             made = _apply_step(state, model, step, scratch)
             record = {"stage": state.ledger.put(encode(made), MODEL), "suffix": MODEL}
+            record["recipe"] = recipe.to_toml([step])
             state.ledger.finish(partial, record)
         shutil.rmtree(scratch, ignore_errors=True)
         stage = record["stage"]
-    return stage
+        settled.append(record["recipe"])
+    return stage, "\n".join(settled)
 
 
 def _apply_step(state: _State, model: Model, step: Step, scratch: Path) -> Model:
@@ -363,7 +369,7 @@ def _stored(ledger: Ledger, stage: str) -> Model:
 def _trial(attempt: Attempt, record: dict[str, Any]) -> Trial:
     measurement, comparison = record["measurement"], record["comparison"]
     return Trial(
-        steps=[recipe.line(step) for step in attempt.steps],
+        steps=[recipe.line(step) for step in recipe.from_toml(record["recipe"])],
         title=attempt.title,
         reason=attempt.reason,
         expected=attempt.expected,

@@ -3,37 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from paredown import data, stats
+from paredown import data, stats, timing
 from paredown.devices import local
 from paredown.graph import structure
 from paredown.graph.model import Model
 from paredown.progress import track
-from paredown.runtimes import runtime
 from paredown.types import Comparison, Measurement, Target, Task, UserError
 
-# A file is up to 2 % faster in one process than in the next, for as long as they live. Seen with
-# one process each: a "speed-up" of a file over itself in 11 of 24 measurements; with a fresh one
-# for each round: in 3 of 50, as a 95 % interval should. So a round is a fresh process of each file.
-ROUNDS = 10
-TURNS = 2  # in a round: one forth, one back
-BUDGET_MS = 3000.0  # timed inferences of one file in total, where they are quick enough
-WARMUP_MS = 100.0  # in each process
-MAX_WARMUP = 50  # inferences
-MAX_SAMPLES = 2000  # more would not narrow the interval between rounds
-CYCLE = 8  # different inputs that the latency is measured on
-CYCLE_BYTES = 2**28
 MAX_PREDICTIONS = 20_000
 
 
@@ -55,17 +40,6 @@ class Measured:
 
 
 @dataclass
-class _Timing:
-    """What was timed of one file so far."""
-
-    rounds: list[np.ndarray] = field(default_factory=list)  # ms
-    energies_mj: list[float | None] = field(default_factory=list)  # per inference, one a turn
-    peaks_bytes: list[int | None] = field(default_factory=list)  # one a round
-    samples: int = 0  # a turn
-    warmup: int = 0  # inferences before each turn, to bring the caches back
-
-
-@dataclass
 class _Scoring:
     """What was scored of one file so far."""
 
@@ -80,7 +54,7 @@ def measure(
     task: Task,
     target: Target,
     split: str = "validation",
-    rounds: int = ROUNDS,
+    rounds: int = timing.ROUNDS,
     timeout_s: float = local.TIMEOUT_S,
 ) -> dict[str, Measured]:
     """Measure exported files beside each other: all open at once, each in a fresh process.
@@ -100,21 +74,15 @@ def measure(
             data does not fit the model; or ``task.score`` does not give one finite number per
             example.
     """
-    examples, opened = data.split(task, split), local.device(target.device)
-    runtime_file = Path(runtime(target.runtime).__file__)
-
-    def start(name: str) -> local.Probe:
-        return opened(files[name], runtime_file, target.threads, timeout_s)
-
-    with tempfile.TemporaryDirectory(prefix="paredown-") as made:
-        folder = Path(made)
-        with _open(files, start) as probes:
-            _check_signatures(probes, model)
-            scorings = _score(probes, model, task, split, folder)
-            places = {name: probe.describe() for name, probe in probes.items()}
-        batches, inputs = _deployed(model, examples, split)
-        where = {"batch": str(_batch(model)), "inputs": inputs}
-        timings = _time(list(files), start, batches, folder, rounds)
+    examples = data.split(task, split)
+    with timing.opened(files, target, timeout_s) as probes:
+        _check_signatures(probes, model)
+        scorings = _score(probes, model, task, split)
+        places = {name: probe.describe() for name, probe in probes.items()}
+    batches, inputs = timing.deployed(model, examples, split)
+    batch = timing.deployed_batch(model)
+    where = {"batch": str(batch), "inputs": inputs}
+    timings = timing.interleaved(files, target, batches, rounds, timeout_s=timeout_s)
     in_points = all(
         bool(((scores >= 0) & (scores <= 1)).all())
         for each in scorings.values()
@@ -127,7 +95,7 @@ def measure(
             ),
             timings[name],
             scorings[name],
-            _batch(model),
+            batch,
         )
         for name, file in files.items()
     }
@@ -179,15 +147,6 @@ def size_bytes(file: Path) -> int:
     return file.stat().st_size + (weights.stat().st_size if weights.is_file() else 0)
 
 
-@contextmanager
-def _open(
-    names: Iterable[str], start: Callable[[str], local.Probe]
-) -> Iterator[dict[str, local.Probe]]:
-    """A fresh process for each file, until the block ends."""
-    with ExitStack() as stack:
-        yield {name: stack.enter_context(start(name)) for name in names}
-
-
 def _check_signatures(probes: dict[str, local.Probe], model: Model) -> None:
     for probe in probes.values():
         for kind, found, expected in (
@@ -201,124 +160,11 @@ def _check_signatures(probes: dict[str, local.Probe], model: Model) -> None:
                 )
 
 
-# Inputs
-
-
-def _batch(model: Model) -> int:
-    """Examples per inference as deployed."""
-    example = model.inputs[0].example
-    return example.shape[0] if example.dim() else 1
-
-
-def _leaves(model: Model, inputs: Any, padded_to: int) -> list[Tensor]:
-    """The tensors of a batch in the model's order, the last example repeated up to ``padded_to``.
-
-    Raises:
-        UserError: the split's inputs have other shapes or dtypes than the captured ones.
-    """
-    tensors, nesting = structure.flatten(inputs)
-    padded = [_padded(tensor, padded_to) for tensor in tensors]
-    args, kwargs = data.arguments(structure.unflatten(padded, nesting))
-    leaves = model.bind(args, kwargs)
-    for item, leaf in zip(model.inputs, leaves, strict=True):
-        if leaf.dtype != item.example.dtype:
-            raise UserError(
-                f"input {item.name!r}: expected {item.example.dtype} as in the example, the split "
-                f"gives {leaf.dtype}; convert it in the dataset."
-            )
-    return leaves
-
-
-def _padded(tensor: Tensor, length: int) -> Tensor:
-    if len(tensor) == length:
-        return tensor
-    return torch.cat([tensor, tensor[-1:].expand(length - len(tensor), *tensor.shape[1:])])
-
-
-def _arrays(model: Model, leaves: list[Tensor]) -> list[np.ndarray]:
-    found = []
-    for item, leaf in zip(model.inputs, leaves, strict=True):
-        try:
-            found.append(leaf.detach().cpu().contiguous().numpy())
-        except TypeError as error:
-            raise UserError(
-                f"input {item.name!r}: {leaf.dtype} cannot be given to a runtime; take float32."
-            ) from error
-    return found
-
-
-def _deployed(model: Model, examples: Any, split: str) -> tuple[list[list[np.ndarray]], str]:
-    """Several inputs as deployed for the latency, and what they are."""
-    batch, found, total = _batch(model), [], 0
-    shapes = [item.example.shape for item in model.inputs]
-    for inputs, _ in itertools.islice(data.batches(examples, batch), CYCLE):
-        leaves = _leaves(model, inputs, batch)
-        if [leaf.shape for leaf in leaves] == shapes:
-            found.append(_arrays(model, leaves))
-            total += sum(array.nbytes for array in found[-1])
-        if total > CYCLE_BYTES and len(found) > 1:
-            break
-    if found:
-        count = min(len(found) * batch, data.size(examples))
-        return found, f"the first {count} examples of {split}, {batch} at a time"
-    own = _arrays(model, [item.example for item in model.inputs])
-    return [own], f"the deployed example, as {split} holds none of its shapes"
-
-
-# Latency, memory and energy
-
-
-def _time(
-    names: list[str],
-    start: Callable[[str], local.Probe],
-    batches: list[list[np.ndarray]],
-    folder: Path,
-    rounds: int,
-) -> dict[str, _Timing]:
-    """Time the files in turn, in fresh processes every round; warm-up apart."""
-    first, cycle = folder / "first.npz", folder / "cycle.npz"
-    local.write_batches(first, batches[:1])
-    local.write_batches(cycle, batches)
-    timings = {name: _Timing() for name in names}
-    for number in track(range(rounds), "timing"):
-        order = names if number % 2 == 0 else names[::-1]
-        with _open(order, start) as probes:
-            for name in order:
-                _warm(probes[name], timings[name], first, cycle, rounds * TURNS)
-            turns: dict[str, list[np.ndarray]] = {name: [] for name in names}
-            for turn in range(TURNS):
-                for name in order if turn % 2 == 0 else order[::-1]:
-                    timing = timings[name]
-                    latencies, energy = probes[name].time(cycle, timing.samples, timing.warmup)
-                    turns[name].append(latencies)
-                    timing.energies_mj.append(energy)
-        for name in names:
-            timings[name].rounds.append(np.concatenate(turns[name]))
-    return timings
-
-
-def _warm(probe: local.Probe, timing: _Timing, first: Path, cycle: Path, turns: int) -> None:
-    """The first inferences of a process: its peak memory, then until it is warm."""
-    cold, _ = probe.time(first, 1)
-    timing.peaks_bytes.append(probe.memory())
-    warm, _ = probe.time(cycle, max(1, min(MAX_WARMUP, int(WARMUP_MS / cold[0]))))
-    if not timing.samples:
-        timing.samples, timing.warmup = _plan(float(np.median(warm)), turns)
-
-
-def _plan(latency_ms: float, turns: int) -> tuple[int, int]:
-    """Samples of a turn, and inferences before them that bring the caches back."""
-    samples = min(MAX_SAMPLES, int(BUDGET_MS / latency_ms))
-    if samples < stats.MIN_SAMPLES_P99:
-        return max(1, samples // turns), int(latency_ms < BUDGET_MS / turns / 2)
-    return -(-samples // turns), 2  # rounded up, so that the p99 keeps its samples
-
-
 # Scores
 
 
 def _score(
-    probes: dict[str, local.Probe], model: Model, task: Task, split: str, folder: Path
+    probes: dict[str, local.Probe], model: Model, task: Task, split: str
 ) -> dict[str, _Scoring]:
     """Score every file on the whole split, one batch in memory at a time."""
     examples = data.split(task, split)
@@ -327,23 +173,32 @@ def _score(
     found = {
         name: _Scoring(predictions=[] if count <= MAX_PREDICTIONS else None) for name in probes
     }
-    given = folder / "inputs.npz"
     total = -(-count // size)
-    for inputs, target in track(data.batches(examples, size), f"scoring {split}", total):
-        length = len(structure.flatten(inputs)[0][0])
-        leaves = _leaves(model, inputs, fixed or length)
-        local.write_batches(given, [_arrays(model, leaves)])
-        for name, probe in probes.items():
-            [arrays] = probe.run(given, folder / "outputs.npz")
-            outputs = [_cut(torch.from_numpy(array), len(leaves[0]), length) for array in arrays]
-            _add(found[name], outputs, model, task, target, length)
+    with tempfile.TemporaryDirectory(prefix="paredown-") as folder:
+        given, made = Path(folder) / "inputs.npz", Path(folder) / "outputs.npz"
+        for inputs, target in track(data.batches(examples, size), f"scoring {split}", total):
+            length = len(structure.flatten(inputs)[0][0])
+            leaves = timing.leaves(model, inputs, f"task: its {split} split", fixed)
+            local.write_batches(given, [timing.arrays(model, leaves)])
+            for name, probe in probes.items():
+                [arrays] = probe.run(given, made)
+                outputs = [
+                    _cut(torch.from_numpy(array), len(leaves[0]), length) for array in arrays
+                ]
+                _add(found[name], outputs, model, task, target, length)
+    _check_finite(found, probes, count, split)
+    return found
+
+
+def _check_finite(
+    found: dict[str, _Scoring], probes: dict[str, local.Probe], count: int, split: str
+) -> None:
     for name, probe in probes.items():
         for output, bad in found[name].bad.items():
             raise UserError(
                 f"{probe.file}: output {output!r} holds NaN or infinite values for {bad} of "
                 f"{count} examples of {split}."
             )
-    return found
 
 
 def _cut(output: Tensor, padded: int, length: int) -> Tensor:
@@ -412,12 +267,10 @@ def _checked(task: Task, output: Any, target: Any, length: int) -> Tensor:
 # Together
 
 
-def _measured(start: Measurement, timing: _Timing, scoring: _Scoring, batch: int) -> Measured:
+def _measured(start: Measurement, timed: timing.Timing, scoring: _Scoring, batch: int) -> Measured:
     scores = torch.cat(scoring.scores)
     mean = stats.mean_interval(scores.numpy())
-    latency = stats.quantiles(np.concatenate(timing.rounds))
-    energy, source = _energy(timing)
-    peaks = [peak for peak in timing.peaks_bytes if peak is not None]
+    latency = stats.quantiles(np.concatenate(timed.rounds))
     measurement = dataclasses.replace(
         start,
         score=mean.estimate,
@@ -429,16 +282,8 @@ def _measured(start: Measurement, timing: _Timing, scoring: _Scoring, batch: int
         latency_ms_p99=latency.p99,
         latency_samples=latency.n,
         throughput_per_s=1000 * batch / latency.p50,
-        memory_bytes=int(np.median(peaks)) if peaks else None,
-        energy_mj=energy,
-        energy_source=source,
+        memory_bytes=timed.peak_bytes,
+        energy_mj=timed.energy_mj,
+        energy_source="unavailable" if timed.energy_mj is None else "measured",
     )
-    return Measured(measurement, scores, timing.rounds, scoring.predictions)
-
-
-def _energy(timing: _Timing) -> tuple[float | None, Literal["measured", "unavailable"]]:
-    """Millijoules per inference, where every turn has a reading."""
-    known = [energy for energy in timing.energies_mj if energy is not None]
-    if not known or len(known) < len(timing.energies_mj):
-        return None, "unavailable"
-    return float(np.mean(known)), "measured"  # every turn has as many samples
+    return Measured(measurement, scores, timed.rounds, scoring.predictions)

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from paredown import recipe
+from paredown.graph.coupling import analyze
 from paredown.graph.model import Model
 from paredown.graph.sites import sites, tensor_of
 from paredown.measure import Measured, compare
 from paredown.steps import step_class
-from paredown.types import GOALS, Comparison, Goals, Measurement, Step, Task, human
+from paredown.types import GOALS, Comparison, Goals, Limit, Measurement, Step, Task, human
 
 QUANTIZABLE = ("conv", "linear", "matmul")  # kinds of layers with an integer kernel
 RECOVERING = ("fine_tune",)  # steps that win back accuracy for the one before them
-SPARSITY = 0.5
 RECOVERY_EPOCHS = 3
 PAYS = {"size": 0.99, "memory": 0.97}  # an attempt pays below this share of the best so far
 FASTER = 1.02  # and above this speed-up, if its interval excludes 1
 CHANNEL_BYTES = 8  # of scales and zero points, as found in ONNX files of conv nets
 LAYER_BYTES = 1050  # of the nodes around an integer layer, and their names
+INT8_TIME = 0.5  # of float, as found on convolutional nets: more often less than more
+MARGIN = 0.85  # of the share that would do: what is expected and what comes differ
+ROUND = 0.6  # the least share that one round of pruning leaves; smaller cuts are easier to mend
+NARROW = 0.5  # share to leave where no amount is asked for
+NARROWEST = 0.02  # a smaller share is no model any more
 
 
 @dataclass(frozen=True)
@@ -53,37 +59,95 @@ def plan(
 ) -> list[Recipe]:
     """Recipes for these goals, the most promising first.
 
-    Without data to train with, post-training quantization is all there is; where the task can
-    train, pruning with fine-tuning goes before it, since quantization comes last. Later recipes
-    are tried only where the earlier ones miss a goal. ``seed`` is that of the training.
+    Where 8-bit integers alone should do, they come first. Where more is asked for, channels are
+    cut before it, in rounds with fine-tuning between where the task can train, else once with a
+    least-squares fit; a deeper cut follows, for where the first one misses. Later recipes are
+    tried only where the earlier ones miss a goal. ``seed`` is that of the training.
     """
     trains = not task.missing({"train", "loss"})
     recipes = []
     if not task.missing({"calibration"}) and _quantizable(model):
         int8 = _int8(model, baseline)
-        recipes = [_int8_alone(int8)]
+        share, amount = needed_share(model, goals, baseline)
+        recipes = [_int8_alone(int8, goals)] if share >= 1 else []
+        if analyze(model).groups:
+            first = NARROW if share >= 1 else share * MARGIN
+            for kept in (first, first / 2):
+                prune = _prune(task, max(NARROWEST, kept), amount, seed)
+                recipes.append(_narrow(task, goals, prune, int8))
         if trains:
-            recipes = [_pruned_and_quantized(goals, int8, seed), _int8_trained(int8, seed)]
+            recipes.append(_int8_trained(int8, seed))
+        elif share < 1:
+            recipes.append(_int8_alone(int8, goals))
     return [*recipes, _sixteen_bit(baseline)]
 
 
-def _pruned_and_quantized(goals: Goals, int8: Attempt, seed: int) -> Recipe:
-    prune = Attempt(
-        (
-            _make("prune_weights", sparsity=SPARSITY),
-            _make("fine_tune", epochs=RECOVERY_EPOCHS, seed=seed),
-        ),
-        "Prune half of the weights",
-        "half of a trained network's weights can usually go; whether zeros pay is up to the "
-        "runtime's file format and kernels, so it is measured",
-        "accuracy about kept; smaller only if the file stores zeros compactly, faster only if "
-        "the kernels skip them",
-    )
+def needed_share(model: Model, goals: Goals, baseline: Measurement) -> tuple[float, str]:
+    """The share that may stay for the goals, int8 included, and of what: "parameters" where the
+    size asks for the most, else "macs".
+
+    1 and more where 8-bit integers should do by themselves.
+    """
+    size = time = math.inf
+    if isinstance(goals.size, Limit):
+        bound = goals.size.absolute(baseline.size_bytes)
+        size = bound / expected_int8_bytes(model, baseline.size_bytes)
+    for goal in ("latency", "energy", "throughput"):
+        limit, value = getattr(goals, goal), baseline.quantity(goal)
+        if limit is not None and value:
+            asked = limit.absolute(value) / value
+            time = min(time, (1 / asked if goal == "throughput" else asked) / INT8_TIME)
+    return (size, "parameters") if size <= time else (time, "macs")
+
+
+@dataclass(frozen=True)
+class _Rounds:
+    """How channels are cut: ``attempts`` that leave ``share`` of ``amount`` together."""
+
+    share: float
+    amount: str
+    attempts: tuple[Attempt, ...]
+
+
+def _prune(task: Task, share: float, amount: str, seed: int) -> _Rounds:
+    """Small cuts with training between where there is something to train with, else one."""
+    trains = not task.missing({"train", "loss"})
+    rounds = max(1, math.ceil(math.log(share) / math.log(ROUND))) if trains else 1
+    ratio = round(1 - share ** (1 / rounds), 3)
+    steps = [_make("prune_channels", ratio=ratio, amount=amount, reconstruct=True)]
+    if trains:
+        steps.append(_make("fine_tune", epochs=RECOVERY_EPOCHS, lr=1e-3, seed=seed))
+    named = "multiply-adds" if amount == "macs" else amount
+    made = [
+        Attempt(
+            tuple(steps),
+            f"Cut channels, round {number} of {rounds}" if rounds > 1 else "Cut channels",
+            "the whole channels, neurons and heads that matter least go; what is left is a "
+            "smaller dense model, smaller and faster on every runtime",
+            f"{(1 - ratio) ** number:.2f}x of the {named}",
+        )
+        for number in range(1, rounds + 1)
+    ]
+    return _Rounds(share, named, tuple(made))
+
+
+def _narrow(task: Task, goals: Goals, prune: _Rounds, int8: Attempt) -> Recipe:
+    rounds = len(prune.attempts)
+    if task.missing({"train", "loss"}):
+        how = "fitting what reads them by least squares, since there is nothing to train with"
+    else:
+        how = f"in {_counted(rounds)}, each with a least-squares fit and fine-tuning"
     reason = (
-        f"{_asked(goals)}, and the task can train: prune first, fine-tune, and quantize last, so "
-        "that the integer ranges are those of the final weights"
+        f"{_asked(goals)}: leave {prune.share:.0%} of the {prune.amount}, {how}, and quantize "
+        "last, so that the integer ranges are those of the final weights"
     )
-    return Recipe("Prune, then int8", reason, (prune, int8))
+    small = replace(int8, expected="a quarter of the bytes left; 1 to 3 times as fast")
+    title = f"Cut channels to {prune.share:.0%}, then int8"
+    return Recipe(title, reason, (*prune.attempts, small))
+
+
+def _counted(rounds: int) -> str:
+    return "one round" if rounds == 1 else f"{rounds} rounds"
 
 
 def _asked(goals: Goals) -> str:
@@ -101,8 +165,8 @@ def _asked(goals: Goals) -> str:
     return f"{listed} {'are' if others else 'is'} asked for"
 
 
-def _int8_alone(int8: Attempt) -> Recipe:
-    reason = "nothing to train with: post-training quantization needs calibration data alone"
+def _int8_alone(int8: Attempt, goals: Goals) -> Recipe:
+    reason = f"{_asked(goals)}: 8-bit integers need calibration data alone, and no training"
     return Recipe("int8", reason, (int8,))
 
 

@@ -16,7 +16,7 @@ from paredown import progress
 from paredown.graph.capture import capture
 from paredown.graph.model import Model
 from paredown.steps import STEPS, step_class
-from paredown.types import Step, Task, UserError
+from paredown.types import Step, Target, Task, UserError
 
 NONE = "none"  # TOML has no null
 
@@ -43,6 +43,12 @@ def apply(model: Model | nn.Module, steps: Sequence[Step], task: Task) -> Model:
         progress.say(f"  {line(step)}")
         made = apply_step(made, step, task)
     return made
+
+
+def settle(step: Step, model: Model, task: Task, target: Target) -> Step:
+    """The step with all amounts that must be measured on the target found, so that it repeats."""
+    settled: Step = step.settle(model, task, target) if hasattr(step, "settle") else step
+    return settled
 
 
 def apply_step(model: Model, step: Step, task: Task) -> Model:

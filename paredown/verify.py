@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from paredown.graph.capture import capture
 from paredown.graph.coupling import analyze
-from paredown.graph.model import Model
+from paredown.graph.model import Model, kept_since
 from paredown.graph.sites import tensor_of
 from paredown.types import UserError
 
@@ -59,32 +59,24 @@ def verify(
     if not isinstance(original, Model):
         original = capture(original, tuple(item.example for item in after.inputs))
     leaves = list(inputs) if inputs else [item.example for item in original.inputs]
-    kept = _new(original, after)
+    kept = _cut_since(original, after)
     masked, cut = _masked(original, kept), _cut(original, after, kept)
     outputs = [_run(model, leaves) for model in (original, masked, cut)]
     return Exactness(_error(outputs[2], outputs[1]), _error(outputs[1], outputs[0]))
 
 
-def _new(before: Model, after: Model) -> dict[str, dict[int, Tensor]]:
+def _cut_since(before: Model, after: Model) -> dict[str, dict[int, Tensor]]:
     """What ``after`` keeps of each parameter, in the indices of ``before``."""
-    state = dict(_named(before))
-    found: dict[str, dict[int, Tensor]] = {}
+    state, found = _named(before), kept_since(before, after)
     for name, tensor in _named(after).items():
         if name not in state:
             raise UserError(f"verify: {name!r} is no parameter of the model before the cut.")
-        for dim, indices in after.kept.get(name, {}).items():
-            earlier = before.kept.get(name, {}).get(dim)
-            if earlier is not None:
-                indices = torch.searchsorted(earlier, indices)
-            if tensor.shape[dim] != state[name].shape[dim]:
-                found.setdefault(name, {})[dim] = indices
-        shape = [
-            len(found.get(name, {}).get(dim, range(size)))
-            for dim, size in enumerate(state[name].shape)
-        ]
-        if list(tensor.shape) != shape:
+        was, dims = state[name].shape, found.get(name, {})
+        shape = [len(dims[dim]) if dim in dims else size for dim, size in enumerate(was)]
+        inside = all(len(i) == 0 or int(i[-1]) < was[dim] for dim, i in dims.items())
+        if list(tensor.shape) != shape or not inside:
             raise UserError(
-                f"verify: {name!r} is {tuple(tensor.shape)} and was {tuple(state[name].shape)}, "
+                f"verify: {name!r} is {tuple(tensor.shape)} and was {tuple(was)}, "
                 "which is not a cut that this model tells of."
             )
     return found

@@ -333,9 +333,12 @@ def _groups(
     roles = _roles(model.graph)
     groups: list[Group] = []
     units: dict[str, np.ndarray] = {}
-    for roots in _alike(places, kinds):
-        inside = [p for p in places if np.isin(p[2], roots[0]).any()]
-        members = tuple(_member(t, dim, r, roots, roles) for t, dim, r in inside)
+    alike = _alike(places, kinds)
+    for roots, inside in zip(alike, _inside(places, alike, walk.labels.count), strict=True):
+        members = tuple(
+            Member(t.name, dim, indices, roles.get((t.name, dim), "other"))
+            for t, dim, indices in inside
+        )
         name = _group_name(members, units)
         units[name] = roots
         by = reduced[roots].max()
@@ -370,19 +373,27 @@ def _alike(places: list[tuple[Tensors, int, np.ndarray]], kinds: np.ndarray) -> 
     return [roots[each] for each in sorted(sets, key=lambda each: first[each].min())]
 
 
-def _member(
-    tensor: Tensors,
-    dim: int,
-    found: np.ndarray,
-    roots: np.ndarray,
-    roles: dict[tuple[str, int], str],
-) -> Member:
-    at = np.searchsorted(roots, found).clip(max=len(roots) - 1)
-    inside = np.flatnonzero(roots[at] == found)
-    order = inside[np.argsort(at[inside], kind="stable")]
-    return Member(
-        tensor.name, dim, order.reshape(len(roots), -1), roles.get((tensor.name, dim), "other")
-    )
+def _inside(
+    places: list[tuple[Tensors, int, np.ndarray]], groups: list[np.ndarray], labels: int
+) -> list[list[tuple[Tensors, int, np.ndarray]]]:
+    """For each group the dimensions it cuts, with the (units, m) indices that go with each unit.
+
+    One pass over the places, each sorted once: linear but for that, however many groups there are.
+    """
+    found: list[list[tuple[Tensors, int, np.ndarray]]] = [[] for _ in groups]
+    starts = np.cumsum([0, *map(len, groups)])
+    numbers = np.full(labels, -1)  # root -> the unit's number, counted through all groups
+    if groups:
+        numbers[np.concatenate(groups)] = np.arange(starts[-1])
+    for tensor, dim, roots in places:
+        units = numbers[roots]
+        order = np.argsort(units, kind="stable")[(units < 0).sum() :]
+        group = np.searchsorted(starts, units[order], side="right") - 1
+        bounds = np.flatnonzero(np.diff(group)) + 1
+        for part in np.split(order, bounds) if order.size else ():
+            number = int(np.searchsorted(starts, units[part[0]], side="right")) - 1
+            found[number].append((tensor, dim, part.reshape(len(groups[number]), -1)))
+    return found
 
 
 def _roles(graph: fx.GraphModule) -> dict[tuple[str, int], str]:

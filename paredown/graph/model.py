@@ -174,6 +174,19 @@ def copy_graph(graph: fx.GraphModule) -> fx.GraphModule:
     return made
 
 
+def kept_since(before: Model, after: Model) -> dict[str, dict[int, Tensor]]:
+    """What ``after``, cut from ``before``, keeps of it: as ``Model.kept``, in its indices."""
+    found: dict[str, dict[int, Tensor]] = {}
+    for name, dims in after.kept.items():
+        for dim, indices in dims.items():
+            earlier = before.kept.get(name, {}).get(dim)
+            if earlier is not None:
+                indices = torch.searchsorted(earlier, indices)
+            if earlier is None or len(indices) < len(earlier):
+                found.setdefault(name, {})[dim] = indices
+    return found
+
+
 def keep_state(source: nn.Module, target: nn.Module, persistent: set[str]) -> None:
     """Every parameter and buffer of ``source``, also those that no op uses."""
     for name, parameter in source.named_parameters(remove_duplicate=False):

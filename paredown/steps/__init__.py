@@ -9,6 +9,8 @@ from paredown.types import Step, UserError
 
 STEPS = {
     "prune_weights": "paredown.steps.prune_weights:PruneWeights",
+    "prune_channels": "paredown.steps.prune_channels:PruneChannels",
+    "prune_layers": "paredown.steps.prune_layers:PruneLayers",
     "fine_tune": "paredown.steps.fine_tune:FineTune",
     "quantize": "paredown.steps.quantize:Quantize",
     "cast": "paredown.steps.cast:Cast",

@@ -79,6 +79,7 @@ def entropy_range(statistics: Statistics) -> Range:
     As TensorRT's calibrator (Migacz, GTC 2017), for ranges with and without a negative side.
     """
     counts, edges = _histogram(statistics)
+    counts = _without_zeros(counts, edges)
     return min(_clippings(statistics), key=lambda r: _divergence(counts, edges, r))
 
 
@@ -109,19 +110,44 @@ def _squared_error(counts: Tensor, centres: Tensor, clip: Range) -> float:
     return float((counts * error).sum())
 
 
+def _without_zeros(counts: Tensor, edges: Tensor) -> Tensor:
+    """Counts (BINS,) with no more in the bins that hold 0 than beside them.
+
+    Zero is exact at any scale. Half of what leaves a ReLU is zero; taken for values that rounding
+    spreads over their level, it would ask for the finest level, and so for clipping all else.
+
+    Example:
+        >>> _without_zeros(torch.tensor([90.0, 6.0, 5.0]), torch.tensor([0.0, 1.0, 2.0, 3.0]))
+        tensor([6., 6., 5.])
+    """
+    here = ((edges[:-1] <= 0) & (edges[1:] >= 0)).nonzero().flatten().tolist()
+    if not here:
+        return counts
+    beside = [float(counts[n]) for n in (here[0] - 1, here[-1] + 1) if 0 <= n < len(counts)]
+    made = counts.clone()
+    made[here] = made[here].clamp(max=sum(beside) / len(beside))
+    return made
+
+
 def _divergence(counts: Tensor, edges: Tensor, clip: Range) -> float:
+    """Divergence of p from q: p is what clipping leaves, the clipped counts in its end bins; q is
+    what lay inside the range, the counts of each level spread over the bins of p that it holds.
+    """
     centres = (edges[:-1] + edges[1:]) / 2
-    scale, zero = affine(*clip)
-    levels = (torch.round(centres / scale) + zero).clamp(0, LEVELS).long()
-    total = torch.zeros(LEVELS + 1).index_add_(0, levels, counts)
-    filled = torch.zeros(LEVELS + 1).index_add_(0, levels, (counts > 0).float()).clamp(min=1)
-    inside = (centres >= clip[0]) & (centres <= clip[1])
-    spread = torch.where(counts > 0, (total / filled)[levels], 0.0) * inside
-    kept = counts * inside
-    p, q = counts / counts.sum(), spread / spread.sum().clamp(min=1e-12)
-    seen = p > 0
-    if not bool(kept.sum() > 0):
+    inside = ((centres >= clip[0]) & (centres <= clip[1])).nonzero().flatten()
+    if not len(inside) or not bool(counts[inside].any()):
         return float("inf")
+    first, last = int(inside[0]), int(inside[-1])
+    kept = counts[first : last + 1]  # (K,)
+    p = kept.clone()
+    p[0] += counts[:first].sum()
+    p[-1] += counts[last + 1 :].sum()
+    scale, zero = affine(*clip)
+    levels = (torch.round(centres[first : last + 1] / scale) + zero).clamp(0, LEVELS).long()
+    total = torch.zeros(LEVELS + 1).index_add_(0, levels, kept)
+    filled = torch.zeros(LEVELS + 1).index_add_(0, levels, (p > 0).float()).clamp(min=1)
+    q = (total / filled)[levels] / kept.sum()
+    p, seen = p / p.sum(), p > 0
     return float((p[seen] * torch.log(p[seen] / q[seen].clamp(min=1e-9))).sum())
 
 

@@ -1,0 +1,466 @@
+"""Structured pruning: whole channels, neurons and heads go, and the model becomes smaller."""
+
+from __future__ import annotations
+
+import bisect
+import difflib
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from paredown import progress
+from paredown.graph.coupling import Choice, Coupling, Group, analyze
+from paredown.graph.cut import cut
+from paredown.graph.model import Model
+from paredown.graph.quantized import quantizers
+from paredown.reconstruct import reconstruct
+from paredown.steps import criteria
+from paredown.timing import speedup
+from paredown.types import Target, Task, UserError
+
+AMOUNTS = ("channels", "parameters", "macs", "latency")
+CHANNELS = 8  # kernels are quickest where a width is a multiple of this
+MEASUREMENTS = 6  # of the latency, each of which exports two files and opens fresh processes
+CLOSE = 0.01  # a latency this near to the one asked is not improved on: timing is no finer
+
+# --- mathematics -----------------------------------------------------------------------------
+
+
+def widths(size: int, least: int, multiple: int) -> list[int]:
+    """The widths that a group may be cut to, from wide to narrow.
+
+    Multiples, where the group has at least two of them; any width where it is smaller.
+
+    Example:
+        >>> widths(20, 3, 8), widths(6, 3, 8)
+        ([16, 8], [5, 4, 3])
+    """
+    multiple = multiple if size >= 2 * multiple else 1
+    return [width for width in range(size - 1, max(least, 1) - 1, -1) if width % multiple == 0]
+
+
+def comparable(scores: Tensor) -> Tensor:
+    """Scores over their mean.
+
+    A layer's weights can be ten times another's without its channels mattering ten times as much
+    (a batch norm behind it takes the factor out), so only how a unit stands beside the others of
+    its group is compared across groups. Scores that are all zero stay zero.
+
+    Shapes: (units,) -> (units,).
+
+    Example:
+        >>> comparable(torch.tensor([1.0, 3.0]))
+        tensor([0.5000, 1.5000])
+    """
+    mean = scores.mean()
+    return scores / mean if mean > 0 else scores
+
+
+def prices(scores: Tensor, narrower: Sequence[int]) -> Tensor:
+    """What each cut to the next of the narrower widths takes: the mean score of its units.
+
+    Shapes: scores (units,) -> (len(narrower),), rising.
+
+    Example:
+        >>> prices(torch.tensor([4.0, 1.0, 2.0, 3.0]), [3, 1])
+        tensor([1.0000, 2.5000])
+    """
+    gone = [0, *(len(scores) - width for width in narrower)]
+    rising = scores.sort().values
+    means = [rising[a:b].mean() for a, b in itertools.pairwise(gone)]
+    # rounding must not let a later cut come out cheaper than the one that it follows
+    return torch.stack(means).cummax(0).values
+
+
+def largest(scores: Tensor, width: int) -> Tensor:
+    """True for the ``width`` units of highest score; of equal ones those of higher index stay.
+
+    Shapes: (units,) -> (units,) bool.
+
+    Example:
+        >>> largest(torch.tensor([2.0, 5.0, 1.0, 2.0]), 2)
+        tensor([False,  True, False,  True])
+    """
+    stays = torch.ones_like(scores, dtype=torch.bool)
+    stays[scores.argsort(stable=True)[: len(scores) - width]] = False
+    return stays
+
+
+# --- the order of the cuts -------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rung:
+    """The cut of one group to its next narrower width; those of lower price come first."""
+
+    price: float
+    group: int  # its place among the groups
+    width: int
+    units: int  # that go with this cut
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """All cuts in their order: the first ``n`` of them are a choice, for every ``n``."""
+
+    groups: tuple[Group, ...]
+    scores: tuple[Tensor, ...]  # (units,) of each group
+    rungs: tuple[Rung, ...]
+
+    def __len__(self) -> int:
+        return len(self.rungs)
+
+    def choice(self, count: int) -> Choice:
+        """The units that stay after the first ``count`` cuts."""
+        narrowest = {rung.group: rung.width for rung in self.rungs[:count]}
+        return {
+            self.groups[place].name: largest(self.scores[place], width).cpu().numpy()
+            for place, width in narrowest.items()
+        }
+
+    def first(self, reaches: Callable[[Choice], bool]) -> int:
+        """The least count of cuts whose choice reaches an amount, or ``len(self) + 1``."""
+        counts = range(1, len(self) + 1)
+        return 1 + bisect.bisect_left(counts, True, key=lambda n: reaches(self.choice(n)))
+
+
+def ladder(
+    groups: Sequence[Group], scores: Sequence[Tensor], narrower: Sequence[Sequence[int]], scope: str
+) -> Ladder:
+    """Order the cuts: "global" by what they take, "uniform" by the share gone of their group."""
+    rungs = []
+    for place, (score, allowed) in enumerate(zip(scores, narrower, strict=True)):
+        if not allowed:
+            continue
+        size = len(score)
+        shares = [1 - width / size for width in allowed]
+        order = shares if scope == "uniform" else prices(comparable(score), allowed).tolist()
+        rungs += [
+            Rung(price, place, width, wider - width)
+            for price, (wider, width) in zip(
+                order, itertools.pairwise([size, *allowed]), strict=True
+            )
+        ]
+    rungs.sort(key=lambda rung: (rung.price, rung.group, -rung.width))
+    return Ladder(tuple(groups), tuple(scores), tuple(rungs))
+
+
+# --- the step --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PruneChannels:
+    """Cut whole channels, neurons and attention heads out of the model (structured).
+
+    It pays on every runtime and device, in size, latency and memory alike, since what is left
+    is a smaller dense model. It costs accuracy: fine-tune after it, or between several small cuts.
+
+    Args:
+        ratio: share of ``amount`` to remove, above 0 and below 1.
+        amount: "channels": of the units of the groups that may be cut, or a little less, as far
+            as ``round_to`` and ``min_width`` allow. "parameters" or "macs" (multiply-adds): of
+            the whole model's, at least. "latency": of the exported file's, measured; see `settle`.
+        criterion: what tells the units that matter least: "l1" or "l2" (the weights that make a
+            unit and those that read it), "geometric_median", "bn_scale", "taylor" (needs a loss
+            and labelled data), "weight_activation" (needs calibration data), or "random", the
+            control. Groups that the criterion cannot judge stay whole.
+        scope: "global" compares the units of all groups, each score over its group's mean;
+            "uniform" takes the same share from every group.
+        round_to: the widths that remain are a multiple of so many channels in groups that have
+            two of them or more; a head of 64 channels is such a multiple by itself. None takes
+            8; 1 allows every width.
+        min_width: units that every group keeps.
+        max_ratio: share of any one group that "global" may remove, so that no layer collapses
+            (arXiv 2006.05467).
+        exclude: names or globs of layers or parameters: the groups that they belong to stay whole.
+        exact_only: leave the groups whole in which an op (a layer norm, a softmax) sees how many
+            units there are; elsewhere, removing a unit is the same as setting it to zero.
+        attention: "heads" removes whole heads, "head_dim" the same dimensions of all heads.
+        group_norm: "groups" removes whole groups of a group norm, "within" channels within them.
+        reconstruct: fit what reads the cut channels to the original's outputs by least squares
+            on calibration data, without labels, so that a cut loses far less even where no
+            training follows. False needs no data.
+        seed: of "random", and of the batches that "taylor" draws.
+
+    Raises:
+        UserError: a setting is out of its range; a name in ``exclude`` fits nothing; nothing can
+            be cut; or the amount cannot be reached, with the most that can be.
+
+    Example:
+        >>> import paredown
+        >>> layers = [torch.nn.Linear(8, 32), torch.nn.ReLU(), torch.nn.Linear(32, 4)]
+        >>> model = paredown.capture(torch.nn.Sequential(*layers), (torch.zeros(1, 8),))
+        >>> pruned = PruneChannels(0.5, reconstruct=False).apply(model, None)
+        >>> pruned.state_dict()["0.weight"].shape
+        torch.Size([16, 8])
+    """
+
+    # What a step needs depends on its criterion. `Step` reads it off an instance, which shadows
+    # this with its own; the class itself promises only what every instance needs.
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    ratio: float = 0.5
+    amount: str = "channels"
+    criterion: str = "l2"
+    scope: str = "global"
+    round_to: int | None = None
+    min_width: int = 1
+    max_ratio: float = 0.9
+    exclude: tuple[str, ...] = ()
+    exact_only: bool = False
+    attention: str = "heads"
+    group_norm: str = "groups"
+    reconstruct: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_share("ratio", self.ratio, self.ratio < 1, "above 0 and below 1")
+        _check_share("max_ratio", self.max_ratio, self.max_ratio <= 1, "above 0 and at most 1")
+        _check_name("amount", self.amount, AMOUNTS)
+        _check_name("scope", self.scope, ("global", "uniform"))
+        _check_name("attention", self.attention, ("heads", "head_dim"))
+        _check_name("group_norm", self.group_norm, ("groups", "within"))
+        _check_count("min_width", self.min_width)
+        if self.round_to is not None:
+            _check_count("round_to", self.round_to)
+        if isinstance(self.exclude, str):
+            raise UserError(f"exclude: expected a tuple of names, got the text {self.exclude!r}.")
+        object.__setattr__(self, "exclude", tuple(self.exclude))
+        needs = criteria.criterion(self.criterion).needs
+        needs |= {"calibration"} if self.reconstruct else set()
+        object.__setattr__(self, "needs", needs)
+
+    def apply(self, model: Model, task: Task) -> Model:
+        """A smaller copy; ``kept`` says what it still has of the original."""
+        if self.amount == "latency":
+            return self.settle(model, task, Target()).apply(model, task)
+        coupling = analyze(model, self.attention, self.group_norm)
+        choice = self.choose(model, task, coupling)
+        made = cut(model, coupling, choice)
+        if self.reconstruct:
+            reconstruct(model, made, task)
+        progress.say(_told(coupling, choice))
+        return made
+
+    def choose(self, model: Model, task: Task, coupling: Coupling) -> Choice:
+        """The units of each group that stay; groups that are not named stay whole.
+
+        Raises:
+            UserError: nothing can be cut, or the amount cannot be reached.
+        """
+        cuts = self.cuts(model, task, coupling)
+        if self.amount == "channels":
+            return self._by_channels(cuts)
+        return self._by_cost(cuts, coupling)
+
+    def cuts(self, model: Model, task: Task, coupling: Coupling) -> Ladder:
+        """All cuts that the settings allow, in the order in which they are made."""
+        groups = _eligible(self, model, coupling)
+        scores = criteria.score(self.criterion, model, task, groups, self.seed)
+        groups = [group for group in groups if group.name in scores]
+        made = ladder(
+            groups,
+            [scores[group.name] for group in groups],
+            [widths(g.size, self._least(g), self._multiple(g)) for g in groups],
+            self.scope,
+        )
+        if not made.rungs:
+            raise UserError(
+                f"PruneChannels: changed nothing; all {len(groups)} groups are as narrow as "
+                f"min_width={self.min_width} and round_to={self.round_to} allow already."
+            )
+        return made
+
+    def _least(self, group: Group) -> int:
+        if self.scope == "uniform":
+            return self.min_width
+        # 10 * (1 - 0.9) is 0.99999...: a hair must not cost or save a unit
+        return max(self.min_width, math.ceil(group.size * (1 - self.max_ratio) - 1e-9))
+
+    def _multiple(self, group: Group) -> int:
+        """How many units make a multiple of ``round_to`` channels."""
+        wanted = CHANNELS if self.round_to is None else self.round_to
+        made = [m.indices.shape[1] for m in group.members if m.role == "out"]
+        return wanted // math.gcd(wanted, *made) if made else wanted
+
+    def _by_channels(self, cuts: Ladder) -> Choice:
+        units = sum(group.size for group in cuts.groups)
+        most = sum(g.size - min(g.size, self._least(g)) for g in cuts.groups)
+        if most < math.floor(self.ratio * units + 1e-9):
+            raise self._unreachable(most / units, "channels")
+        if self.scope == "uniform":
+            count = sum(rung.price <= self.ratio + 1e-9 for rung in cuts.rungs)
+        else:
+            gone, count = 0, 0
+            while count < len(cuts) and gone + cuts.rungs[count].units <= self.ratio * units + 1e-9:
+                gone, count = gone + cuts.rungs[count].units, count + 1
+        if count == 0:
+            raise UserError(
+                f"PruneChannels: changed nothing; the first cut takes {cuts.rungs[0].units} units, "
+                f"more than the share asked, {self.ratio:.4g} of {units}. Ask for a higher ratio, "
+                "or set round_to=1."
+            )
+        return cuts.choice(count)
+
+    def _by_cost(self, cuts: Ladder, coupling: Coupling) -> Choice:
+        count = cuts.first(lambda choice: _saved(coupling, choice, self.amount) >= self.ratio)
+        if count > len(cuts):
+            most = _saved(coupling, cuts.choice(len(cuts)), self.amount)
+            raise self._unreachable(most, self.amount)
+        return cuts.choice(count)
+
+    def _unreachable(self, most: float, what: str) -> UserError:
+        return UserError(
+            f"ratio: a share of {self.ratio:.4g} of the {what} was asked; with these settings at "
+            f"most {math.floor(most * 1e4) / 1e4:.4g} can be removed. Lower the ratio, or allow "
+            "more by min_width, max_ratio, round_to, exclude or exact_only."
+        )
+
+    def settle(self, model: Model, task: Task, target: Target) -> PruneChannels:
+        """The same step with the share of multiply-adds that removes ``ratio`` of the latency.
+
+        Measured latencies differ from run to run, so the share that they lead to is found once
+        and kept: the settled step gives the same bytes again. It exports and times the files of
+        at most six cuts; any other amount is settled as it is.
+
+        Raises:
+            UserError: the smallest model is not quick enough; says what it reaches.
+        """
+        if self.amount != "latency":
+            return self
+        coupling = analyze(model, self.attention, self.group_norm)
+        cuts = self.cuts(model, task, coupling)
+
+        def removed(choice: Choice) -> float:
+            return 1 - 1 / speedup(model, cut(model, coupling, choice), target).estimate
+
+        def by_macs(share: float) -> Choice:
+            return cuts.choice(cuts.first(lambda c: _saved(coupling, c, "macs") >= share))
+
+        most = math.floor(_saved(coupling, cuts.choice(len(cuts)), "macs") * 1000) / 1000
+        share = _search(lambda share: removed(by_macs(share)), self.ratio, most)
+        return replace(self, amount="macs", ratio=share)
+
+
+def _check_share(name: str, value: float, holds: bool, expected: str) -> None:
+    if not (holds and value > 0):  # NaN holds nothing
+        raise UserError(f"{name}: expected a share {expected}, got {value!r}.")
+
+
+def _check_name(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        near = difflib.get_close_matches(str(value), known, 1, 0.0)[0]
+        raise UserError(
+            f"{name}: {value!r} is not one of {', '.join(known)}; did you mean {near!r}?"
+        )
+
+
+def _check_count(name: str, value: int) -> None:
+    if not isinstance(value, int) or value < 1:
+        raise UserError(f"{name}: expected a whole number from 1 up, got {value!r}.")
+
+
+def _eligible(step: PruneChannels, model: Model, coupling: Coupling) -> list[Group]:
+    """The groups that the settings let it cut; one of buffers alone (positions) holds no weight."""
+    if quantizers(model.graph):
+        raise UserError("PruneChannels: the model is quantized; cut channels before Quantize.")
+    _check_exclude(step.exclude, model)
+    named = dict(model.graph.named_parameters(remove_duplicate=False))
+    found = [
+        group
+        for group in coupling.groups
+        if any(member.name in named for member in group.members)
+        and not any(_matches(member.name, step.exclude) for member in group.members)
+    ]
+    if not found:
+        raise UserError(
+            "PruneChannels: the model has no channels that can be cut"
+            + (" besides those excluded." if step.exclude else ".")
+        )
+    exact = [group for group in found if group.exact]
+    if step.exact_only and not exact:
+        raise UserError(
+            f"exact_only: none of the {len(found)} groups can be cut exactly; an op "
+            f"({', '.join(sorted({g.reduced_by for g in found}))}) sees how many units there are. "
+            "Set exact_only=False, and fine-tune after the cut."
+        )
+    return exact if step.exact_only else found
+
+
+def _check_exclude(exclude: tuple[str, ...], model: Model) -> None:
+    weights = [name for name, _ in model.graph.named_parameters(remove_duplicate=False)]
+    names = sorted({*weights, *map(_layer, weights)})
+    for pattern in exclude:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            near = difflib.get_close_matches(pattern, names, 1, 0.0)
+            hint = f"; did you mean {near[0]!r}?" if near else "."
+            raise UserError(f"exclude: no layer or weight is called {pattern!r}{hint}")
+
+
+def _layer(weight: str) -> str:
+    return weight.rpartition(".")[0] or weight
+
+
+def _matches(weight: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatchcase(weight, p) or fnmatchcase(_layer(weight), p) for p in patterns)
+
+
+def _saved(coupling: Coupling, choice: Choice, amount: str) -> float:
+    """The share of the whole model's parameters or multiply-adds that a choice removes."""
+    before = int(getattr(coupling.costs(), amount))
+    return 1 - int(getattr(coupling.costs(choice), amount)) / before if before else 0.0
+
+
+def _search(removed: Callable[[float], float], asked: float, most: float) -> float:
+    """The least share of multiply-adds tried, to 3 digits, that removes the latency asked.
+
+    After ``most``, it tries where the line between the nearest tries on both sides meets what
+    was asked, since latency mostly follows the multiply-adds, and in turn half way between them,
+    since it does not always.
+    """
+    low, high = (0.0, 0.0), (most, removed(most))  # (share, share of the latency that it removes)
+    if high[1] < asked:
+        raise UserError(
+            f"ratio: a share of {asked:.4g} of the latency was asked; the smallest model that "
+            f"these settings allow removes {max(high[1], 0.0):.2g} of it, as measured. Lower the "
+            "ratio, or allow more by min_width, max_ratio, round_to, exclude or exact_only."
+        )
+    for number in range(MEASUREMENTS - 1):
+        span = high[0] - low[0]
+        if high[1] - asked <= CLOSE or span < 0.005:
+            break
+        place = (asked - low[1]) / (high[1] - low[1]) if number % 2 == 0 else 0.5
+        share = round(low[0] + span * min(max(place, 0.1), 0.9), 3)  # so that both ends close in
+        found = (share, removed(share))
+        low, high = (low, found) if found[1] >= asked else (found, high)
+    return high[0]
+
+
+def _told(coupling: Coupling, choice: Choice) -> str:
+    before, after = coupling.costs(), coupling.costs(choice)
+    gone = sum(int((~keep).sum()) for keep in choice.values())
+    units = sum(group.size for group in coupling.groups)
+    return (
+        f"  {len(choice)} of {len(coupling.groups)} groups cut, {gone} of {units} units gone; "
+        f"{_short(before.parameters)} to {_short(after.parameters)} parameters, "
+        f"{_short(before.macs)} to {_short(after.macs)} multiply-adds"
+    )
+
+
+def _short(count: int) -> str:
+    """A count with three significant digits.
+
+    Example:
+        >>> _short(1234567), _short(85200), _short(960)
+        ('1.23 M', '85.2 k', '960')
+    """
+    for unit, scale in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.3g} {unit}"
+    return str(count)
