@@ -22,7 +22,9 @@ from paredown.compress import compress, replay, versions
 from paredown.details import load_run
 from paredown.devices.local import DEVICES
 from paredown.graph.capture import capture
+from paredown.graph.coupling import analyze
 from paredown.graph.model import Model
+from paredown.inspect import WIDEST, inspect_model, shown
 from paredown.plan import Recipe, plan
 from paredown.report import comparison, report
 from paredown.runtimes import RUNTIMES
@@ -186,6 +188,51 @@ def _measurement_rows(m: Measurement) -> list[tuple[str, str]]:
             rows.append(("peak memory" if name == "memory" else name, human(name, value)))
     rows.append(("where", ", ".join(f"{k} {v}" for k, v in m.where.items())))
     return rows
+
+
+@app.command("inspect")
+def inspect_verb(
+    file: Annotated[
+        Path, typer.Argument(help="Python file, exported .pt2 or saved .safetensors model.")
+    ],
+    attention: Annotated[
+        str, typer.Option(help='Units in attention: "heads", or "head_dim", those of every head.')
+    ] = "heads",
+    group_norm: Annotated[
+        str, typer.Option(help='Units of a group norm: "groups", or "within", channels of each.')
+    ] = "groups",
+    parameter: Annotated[
+        str | None, typer.Option(help="Say of this parameter alone which groups cut it.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Say what structured pruning can cut, what goes with it, and what stays whole; run no data."""
+    with _working(as_json):
+        model = _captured(file)[0] if file.suffix == ".py" else _opened(file)
+        coupling = analyze(model, attention, group_norm)
+    if parameter is not None:
+        dims = coupling.explain(parameter)
+        if as_json:
+            _print_json({"parameter": parameter, "dimensions": dims})
+        else:
+            print("\n".join(dims))
+        return
+    found = inspect_model(model, coupling)
+    if as_json:
+        _print_json(found.to_json())
+    else:
+        console = Console(width=None if sys.stdout.isatty() else WIDEST)
+        for part in shown(found, console.width):
+            console.print(part, highlight=False)
+
+
+def _opened(file: Path) -> Model:
+    if file.suffix not in (".pt2", ".safetensors"):
+        raise UserError(
+            f"{file}: expected a Python file with model() and task(), a .pt2 program or a saved "
+            ".safetensors model."
+        )
+    return capture(file)
 
 
 @app.command("plan")

@@ -4,6 +4,7 @@ import math
 import re
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 import torch
@@ -12,11 +13,14 @@ from torch import Tensor, nn
 from docs import make_architectures as page
 from paredown.graph import store, structure
 from paredown.graph.capture import ONLY_EVALUATION, capture
+from paredown.graph.coupling import analyze
+from paredown.graph.cut import cut
 from paredown.graph.model import Model
 from paredown.runtimes import onnxruntime
 from paredown.steps.prune_weights import PruneWeights
 from paredown.steps.quantize import Quantize
 from paredown.types import UserError
+from paredown.verify import verify
 from tests.architectures import (
     ARCHITECTURES,
     FAILING,
@@ -87,6 +91,7 @@ def test_architecture(name, tmp_path):
     check_training(model)
     check_storage(module, model, tmp_path)
     check_pruning(model, tmp_path)
+    check_cutting(model, example, tmp_path)
     check_onnx(name, model, example, tmp_path)
 
 
@@ -165,6 +170,42 @@ def check_pruning(model, folder):
     )
     loaded = reload(pruned, folder)
     assert all(torch.equal(mask, loaded.masks[key]) for key, mask in pruned.masks.items())
+
+
+def check_cutting(model, example, folder):
+    """Half of every group goes; where the mathematics allows it, that is as if it were zero."""
+    coupling = analyze(model)
+    assert coupling.groups
+    half = {g.name: np.arange(g.size) >= g.size // 2 for g in coupling.groups}
+    small = cut(model, coupling, half)
+    expected = coupling.costs(half)
+    assert sum(p.numel() for p in small.parameters()) == expected.parameters
+    assert expected.parameters < coupling.costs().parameters and expected.macs > 0
+    for batch in (1, 2, 3):
+        leaves = tensors(with_batch(example, batch))
+        with torch.no_grad():
+            ours, theirs = small.graph(*leaves), model.graph(*leaves)
+        assert [t.shape for t in ours] == [t.shape for t in theirs]
+    again = analyze(small)
+    assert again.costs() == expected
+    exact = {g.name: half[g.name] for g in coupling.groups if g.exact}
+    if exact:
+        found = verify(model, cut(model, coupling, exact))
+        assert found.error < 1e-4 and found.change > 1e-3
+    check_file_of_cut(small, with_batch(example, 3), folder)
+    reload(small, folder)
+
+
+def check_file_of_cut(small, inputs, folder):
+    leaves = tensors(inputs)
+    path = onnxruntime.lower(small, folder / "small.onnx")  # asserts parity on the example
+    got = onnxruntime.open(path)(*[leaf.numpy() for leaf in leaves])
+    with torch.no_grad():
+        expected = small.graph(*[leaf.clone() for leaf in leaves])
+    for ours, theirs in zip(expected, got, strict=True):
+        finite = ours.isfinite()
+        error = float((torch.from_numpy(theirs) - ours)[finite].double().norm())
+        assert error <= 1e-3 * float(ours[finite].double().norm()) + 1e-6
 
 
 def reload(model: Model, folder: Path) -> Model:

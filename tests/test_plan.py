@@ -1,6 +1,7 @@
 """What is planned for which goals, what is expected of it, and what of it is kept."""
 
 import dataclasses
+import math
 from pathlib import Path
 
 import numpy as np
@@ -50,24 +51,65 @@ def needs(item):
     return {need for step in item.steps for need in step.needs}
 
 
-def test_size_without_training_data_is_int8_alone(model):
-    recipes = plan(model, task(calibration=images()), Goals(size="0.3x"), BASELINE)
-    assert titles(recipes) == [["8-bit integers"], ["16-bit floats"]]
+@pytest.fixture(scope="module")
+def wide():
+    """A model whose weights are most of its file, and its baseline."""
+    captured = paredown.capture(conv_net(64), task().example)
+    size = sum(tensor.nbytes for tensor in captured.state_dict().values())
+    return captured, dataclasses.replace(BASELINE, size_bytes=size)
+
+
+def trainable():
+    return dataclasses.replace(task(train=images()), loss=F.cross_entropy)
+
+
+def cuts(item):
+    return [step for step in item.steps if isinstance(step, paredown.PruneChannels)]
+
+
+def test_int8_comes_first_where_it_should_do(wide):
+    model, baseline = wide
+    recipes = plan(model, task(calibration=images()), Goals(size="0.3x"), baseline)
+    assert titles(recipes)[0] == ["8-bit integers"] and titles(recipes)[-1] == ["16-bit floats"]
     assert recipes[0].steps == [paredown.Quantize()]
     assert not any("train" in needs(item) for item in recipes)
-    assert "nothing to train with" in recipes[0].reason
-
-
-def test_latency_with_training_data_prunes_before_int8(model):
-    trained = task(train=images())
-    trained = dataclasses.replace(trained, loss=F.cross_entropy)
-    recipes = plan(model, trained, Goals(latency="0.5x"), BASELINE)
-    assert titles(recipes)[0] == ["Prune half of the weights", "8-bit integers"]
-    prune, tune, int8 = recipes[0].steps
-    assert isinstance(prune, paredown.PruneWeights) and isinstance(tune, paredown.FineTune)
-    assert int8 == paredown.Quantize()
-    assert recipes[0].reason.startswith("latency is asked for, and the task can train")
+    assert "size is asked for" in recipes[0].reason
     assert all(a.reason and a.expected for item in recipes for a in item.attempts)
+
+
+def test_more_than_int8_gives_is_cut_from_the_channels_in_rounds(wide):
+    model, baseline = wide
+    recipes = plan(model, trainable(), Goals(size="0.1x", latency="0.4x"), baseline)
+    first, deeper = recipes[0], recipes[1]
+    assert first.reason.startswith("size and latency are asked for: leave ")
+    for item in (first, deeper):
+        assert item.steps[-1] == paredown.Quantize()
+        assert item.steps[:-1:2] == cuts(item) and cuts(item)[0].amount == "parameters"
+        assert all(isinstance(step, paredown.FineTune) for step in item.steps[1:-1:2])
+    left = [math.prod(1 - step.ratio for step in cuts(item)) for item in (first, deeper)]
+    assert left[0] == pytest.approx(2 * left[1], rel=0.02) and left[0] < 0.4
+    assert all(a.reason and a.expected for item in recipes for a in item.attempts)
+
+
+def test_latency_is_won_by_fewer_multiply_adds(wide):
+    model, baseline = wide
+    recipes = plan(model, trainable(), Goals(latency="0.2x"), baseline)
+    assert {step.amount for item in recipes for step in cuts(item)} == {"macs"}
+    throughput = plan(
+        model,
+        trainable(),
+        Goals(throughput="5x"),
+        dataclasses.replace(baseline, throughput_per_s=1000.0),
+    )
+    assert [item.steps for item in throughput] == [item.steps for item in recipes]
+
+
+def test_without_training_channels_are_cut_once_and_refitted(wide):
+    model, baseline = wide
+    recipes = plan(model, task(calibration=images()), Goals(size="0.1x"), baseline)
+    assert titles(recipes)[0] == ["Cut channels", "8-bit integers"]
+    assert cuts(recipes[0])[0].reconstruct and "least squares" in recipes[0].reason
+    assert ["8-bit integers"] in titles(recipes)
 
 
 def test_the_seed_is_that_of_the_training(model):

@@ -324,6 +324,16 @@ class Pooling(nn.Module):
         return x + 0.5 * y * (1 + torch.tanh(0.8 * (y + 0.045 * y**3)))
 
 
+def test_a_shortcut_in_another_precision_is_one():
+    class Precise(nn.Linear):
+        def forward(self, x):
+            x = x.half()
+            return x.float() + super().forward(x.float()).tanh()
+
+    model = capture(nn.Sequential(*[Precise(4, 4) for _ in range(3)]), (torch.randn(2, 4),))
+    assert check_removal(model) == 3
+
+
 def test_a_branch_without_weights_goes_with_its_block_and_never_alone():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(3, 8, 1), *[Pooling() for _ in range(3)], nn.Flatten())
@@ -497,7 +507,16 @@ QUICK = (
     *("resnet8", "resnet_preactivation", "mobilenet_v2", "convnext", "vit", "bert", "llama"),
     *("albert", "gpt_neox", "conformer"),
 )
-NONE: set[str] = set()
+# No identity shortcut: without any, all of them projected, or joined by other ops than addition.
+NONE = {
+    *("big_transfer", "repvgg", "vgg", "alexnet", "densenet", "googlenet", "inception"),
+    *("squeezenet", "conv3d", "mobilenet_v1", "shufflenet_v2", "mixnet", "ds_cnn"),
+    *("unet", "unet_bilinear", "fcn", "deeplab", "hrnet", "pyramid_detector"),
+    *("autoencoder", "vae", "dcgan", "lstm", "gru_bidirectional", "crnn", "gru_cell"),
+    *("nbeats", "image_and_table", "recommender", "pointnet", "mlp", "outputs_tuple"),
+    *("outputs_dict", "outputs_dataclass", "tied_language_model", "group_norm"),
+    *("siamese", "spectral_critic"),
+}
 
 
 def case(name: str):

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import Dataset, TensorDataset
 
-from paredown import progress, train
+from paredown import batches, progress, train
 from paredown.graph.capture import capture
 from paredown.graph.model import Model
 from paredown.steps.fine_tune import FineTune
@@ -99,14 +99,16 @@ def test_the_same_seed_gives_the_same_bits_and_leaves_the_callers_alone(model):
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-@pytest.mark.parametrize("patience", [None, 3])
+@pytest.mark.parametrize(
+    "others", [{}, {"patience": 3}, {"group_lasso": 2.0}], ids=["plain", "patience", "lasso"]
+)
 def test_a_killed_training_goes_on_to_the_same_bits(
-    model, tmp_path, monkeypatch, said, optimizer, patience
+    model, tmp_path, monkeypatch, said, optimizer, others
 ):
-    settings = replace(FAST, optimizer=optimizer, patience=patience)
+    settings = replace(FAST, optimizer=optimizer, **others)
     whole, cut = model.copy(), model.copy()
     history = fit(whole, TASK, settings)
-    write, path = train._write, tmp_path / "run" / "c.safetensors"
+    write, path = train.write, tmp_path / "run" / "c.safetensors"
     path.parent.mkdir()
 
     def kill(*args):
@@ -114,11 +116,11 @@ def test_a_killed_training_goes_on_to_the_same_bits(
         if args[-1].epoch == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(train, "_write", kill)
+    monkeypatch.setattr(train, "write", kill)
     with pytest.raises(KeyboardInterrupt):
         fit(cut, TASK, settings, path)
     assert path.exists() and not same(cut, whole)
-    monkeypatch.setattr(train, "_write", write)
+    monkeypatch.setattr(train, "write", write)
     again = model.copy()
     assert fit(again, TASK, settings, path) == history
     assert same(again, whole)
@@ -197,7 +199,7 @@ def test_out_of_memory_halves_the_batch_and_keeps_its_gradient(model, monkeypatc
     whole, halved = plain.copy(), plain.copy()
     fit(whole, TASK, FAST)
     said.clear()
-    call, sizes = train._call, []
+    call, sizes = batches.call, []
 
     def short(model, inputs):
         if len(inputs) > 5:
@@ -205,7 +207,7 @@ def test_out_of_memory_halves_the_batch_and_keeps_its_gradient(model, monkeypatc
         sizes.append(len(inputs))
         return call(model, inputs)
 
-    monkeypatch.setattr(train, "_call", short)
+    monkeypatch.setattr(batches, "call", short)
     history = fit(halved, TASK, FAST)
     assert len(history) == 4 and max(sizes) <= 5
     for name, weight in whole.state_dict().items():
@@ -218,7 +220,7 @@ def test_too_little_memory_for_one_example_is_said(model, monkeypatch):
     def never(model, inputs):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
-    monkeypatch.setattr(train, "_call", never)
+    monkeypatch.setattr(batches, "call", never)
     with pytest.raises(UserError, match="out of memory at a batch of 1, which cannot be split"):
         fit(model, TASK, FAST)
 
@@ -271,14 +273,14 @@ def test_a_wrong_score_is_explained(model, score, message):
 
 
 def test_evaluation_halves_a_batch_that_is_too_large(model, monkeypatch, said):
-    expected, call = evaluate(model, TASK.validation, TASK), train._call
+    expected, call = evaluate(model, TASK.validation, TASK), batches.call
 
     def short(model, inputs):
         if len(inputs) > 6:
             raise MemoryError
         return call(model, inputs)
 
-    monkeypatch.setattr(train, "_call", short)
+    monkeypatch.setattr(batches, "call", short)
     assert torch.equal(evaluate(model, TASK.validation, TASK), expected)
     assert "out of memory at a batch of 16" in said[0]
 
@@ -367,6 +369,9 @@ def test_a_task_without_loss_or_data_is_refused(model):
         ({"warmup": 1.0}, "warmup: expected a share of the steps, below 1, got 1.0"),
         ({"clip_norm": 0}, "clip_norm: expected a number above 0, or None, got 0"),
         ({"batch_size": 0}, "batch_size: expected a whole number from 1 up, got 0"),
+        ({"group_lasso": -0.1}, "group_lasso: expected a strength from 0 up; 0 is off, got -0.1"),
+        ({"group_lasso": float("nan")}, "group_lasso: expected a strength from 0 up.* got nan"),
+        ({"group_lasso": float("inf")}, "group_lasso: expected a strength from 0 up.* got inf"),
         ({"patience": 0}, "patience: expected a whole number of epochs from 1 up, got 0"),
         ({"device": "tpu"}, 'device: expected "cpu", "cuda" or "auto", got \'tpu\''),
     ],

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from paredown.graph.edit import refresh_values
 from paredown.graph.labels import PINNED, Result, Term, Value, Walk
 from paredown.graph.model import Model
 from paredown.graph.rules import rule_of, unknown
+from paredown.graph.rules.values import has_values, values_of
 from paredown.graph.sites import sites, tensor_of
 from paredown.types import UserError
 
@@ -100,6 +100,7 @@ class Coupling:
     tensors: tuple[Tensors, ...] = field(repr=False)
     terms: tuple[Term, ...] = field(repr=False)
     units: dict[str, np.ndarray] = field(repr=False)  # group -> (units,) roots
+    whole: frozenset[str] = field(repr=False)  # the nodes of those ops, which no cut rewrites
     never_zero: frozenset[tuple[str, int]] = field(repr=False)
     labels: int = field(repr=False)
     scale: float = field(repr=False)  # of the example's batch to the one that was walked
@@ -189,22 +190,20 @@ def analyze(model: Model, attention: str = "heads", group_norm: str = "groups") 
     ):
         if value not in known:
             raise UserError(f"{name}: expected {' or '.join(map(repr, known))}, got {value!r}.")
-    if not _has_values(model):
+    if not has_values(model):
+        values = values_of(model)
         model = model.copy()
-        refresh_values(model)
+        for node in model.graph.graph.nodes:
+            node.meta["val"] = values[node.name]
     walk = Walk(attention, group_norm)
     parameters: dict[int, tuple[fx.Node, Value]] = {}
-    unknowns: dict[str, None] = {}
+    unknowns: dict[str, str] = {}
     for node in model.graph.graph.nodes:
         walk.node = node
         walk.values[node] = _walked(model.graph, walk, node, parameters, unknowns)
     walk.node = None
     walk.settle()
-    return _collect(model, walk, parameters, tuple(unknowns))
-
-
-def _has_values(model: Model) -> bool:
-    return all("val" in n.meta for n in model.graph.graph.nodes if n.op == "call_function")
+    return _collect(model, walk, parameters, unknowns)
 
 
 def _walked(
@@ -212,7 +211,7 @@ def _walked(
     walk: Walk,
     node: fx.Node,
     parameters: dict[int, tuple[fx.Node, Value]],
-    unknowns: dict[str, None],
+    unknowns: dict[str, str],
 ) -> Result:
     if node.op == "placeholder":
         return Value(tuple(int(s) for s in _shape(node.meta["val"])))
@@ -223,11 +222,11 @@ def _walked(
         return None
     rule = rule_of(node)
     if rule.propagate is unknown:
-        unknowns[str(node.target)] = None
+        unknowns[node.name] = str(node.target)
     try:
         return rule.propagate(walk, node)
     except _FAILURES:  # a form of the op that its rule does not foresee: safe, and told
-        unknowns[str(node.target)] = None
+        unknowns[node.name] = str(node.target)
         return unknown(walk, node)
 
 
@@ -257,7 +256,7 @@ def _collect(
     model: Model,
     walk: Walk,
     parameters: dict[int, tuple[fx.Node, Value]],
-    unknowns: tuple[str, ...],
+    unknowns: dict[str, str],
 ) -> Coupling:
     tensors = _tensors(model, walk, parameters)
     groups, units = _groups(model, walk, tensors)
@@ -272,7 +271,8 @@ def _collect(
         groups=groups,
         coverage=_coverage(model, tensors, free),
         pinned_by=pinned,
-        unknown=unknowns,
+        unknown=tuple(dict.fromkeys(unknowns.values())),
+        whole=frozenset(unknowns),
         values=values,
         tensors=tensors,
         terms=tuple(
@@ -326,7 +326,8 @@ def _groups(
         for dim, roots in enumerate(t.roots)
         if roots is not None and roots.any()
     ]
-    kinds = _kinds([roots for _, _, roots in places], walk.labels.count)
+    parts = [np.unique(walk.labels.find(labels)) for labels in walk.parts]
+    kinds = _kinds([*(roots for _, _, roots in places), *parts], walk.labels.count)
     reduced = np.zeros(walk.labels.count, dtype=np.int64)
     for number, (labels, _) in enumerate(walk.reduced):
         reduced[walk.labels.find(labels)] = number + 1
@@ -339,6 +340,10 @@ def _groups(
             Member(t.name, dim, indices, roles.get((t.name, dim), "other"))
             for t, dim, indices in inside
         )
+        if not any(
+            t.trains or m.role != "other" for (t, _, _), m in zip(inside, members, strict=True)
+        ):
+            continue  # only constants, as a table of frequencies: nothing that a layer computes
         name = _group_name(members, units)
         units[name] = roots
         by = reduced[roots].max()
@@ -348,8 +353,12 @@ def _groups(
 
 
 def _kinds(places: list[np.ndarray], labels: int) -> np.ndarray:
-    """(labels, 2) a number for each root's multiset of (parameter, dimension): sums of random
-    numbers, equal by chance once in 2^128."""
+    """(labels, 2) a number for each root's multiset of places: sums of random numbers, equal by
+    chance once in 2^128.
+
+    Places are dimensions of parameters, and the parts that an op takes of a dimension: each part
+    keeps units of its own then, and none is ever left empty.
+    """
     random = np.random.default_rng(0)
     kinds = np.zeros((labels, 2), dtype=np.uint64)
     for roots in places:

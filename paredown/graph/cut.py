@@ -13,6 +13,7 @@ from paredown.graph.edit import refresh_values
 from paredown.graph.labels import Value
 from paredown.graph.model import Model, owner_of
 from paredown.graph.rules import rewrite_of
+from paredown.graph.rules.values import values_of
 from paredown.graph.sites import tensor_of
 from paredown.types import UserError
 
@@ -83,17 +84,27 @@ def cut(model: Model, coupling: Coupling, choice: Choice) -> Model:
     state = Cut(coupling, choice)
     for node in made.graph.graph.nodes:
         rewrite = rewrite_of(node) if node.op == "call_function" else None
-        if rewrite is not None and coupling.values[node.name]:
+        if rewrite is not None and coupling.values[node.name] and node.name not in coupling.whole:
             rewrite(state, node)
     _slice(made, coupling, choice)
     made.graph.graph.lint()
     made.graph.recompile()
-    try:
-        refresh_values(made)
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"the cut graph does not run: {reason}") from error
+    _run(made)
     return made
+
+
+def _run(made: Model) -> None:
+    """Give every op its new shape; where the data decides one, by running the model."""
+    try:
+        try:
+            refresh_values(made)
+        except Exception:  # fake tensors cannot tell; if the graph is wrong, running it says so
+            values = values_of(made)
+            for node in made.graph.graph.nodes:
+                node.meta["val"] = values[node.name]
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"the cut graph does not run: {reason}") from error
 
 
 def mask(model: Model, coupling: Coupling, choice: Choice) -> Model:

@@ -114,6 +114,7 @@ class Walk:
         self.labels = Labels()
         self.values: dict[fx.Node, Result] = {}
         self.reduced: list[tuple[np.ndarray, str]] = []  # labels, the op that reduces over them
+        self.parts: list[np.ndarray] = []  # labels of which one at least must stay
         self.pins: list[tuple[np.ndarray, str]] = []  # labels, why they are pinned
         self.terms: list[Term] = []
         self.joints: list[tuple[np.ndarray, frozenset[int]]] = []  # labels, dims never to be cut
@@ -264,8 +265,11 @@ class Walk:
     # --- the end -----------------------------------------------------------------------------
 
     def settle(self) -> None:
-        """Each joint block that no op took apart is cut along the axis that leaves most to cut."""
-        for labels, fixed in self.joints:
+        """Each joint block that no op took apart is cut along the axis that leaves most to cut.
+
+        Those with an axis that must stay come first: they have the least choice.
+        """
+        for labels, fixed in sorted(self.joints, key=lambda joint: not joint[1]):
             roots = self.labels.find(labels)
             varying = [d for d in range(roots.ndim) if not (roots == roots.take([0], d)).all()]
             allowed = [d for d in varying if d not in fixed]

@@ -17,6 +17,11 @@ class FineTune:
     It pays after every step that loses accuracy, and between the steps of a gradual schedule.
     The settings are those of `paredown.train.Training`.
 
+    ``group_lasso`` pays where training is long enough (ten epochs and more) for whole channels to
+    reach zero while the score holds: a `PruneChannels` then takes them for nothing. Cut short, or
+    too strong, it costs score; and where the cut is followed by ``reconstruct``, a moderate cut
+    does as well without it.
+
     Raises:
         UserError: a setting is out of its range, or the model has nothing to train.
 
@@ -29,17 +34,19 @@ class FineTune:
 
     needs: ClassVar[frozenset[str]] = frozenset({"train", "loss"})
 
-    epochs: float = 1
-    optimizer: str = "adamw"
-    lr: float = 5e-4
-    momentum: float = 0.9
-    weight_decay: float = 0.01
-    warmup: float = 0.05
-    clip_norm: float | None = 1.0
-    batch_size: int | None = None
-    patience: int | None = None
-    seed: int = 0
-    device: str = "auto"
+    # the names again, so that a recipe stays flat; defaults and checks are Training's
+    epochs: float = Training.epochs
+    optimizer: str = Training.optimizer
+    lr: float = Training.lr
+    momentum: float = Training.momentum
+    weight_decay: float = Training.weight_decay
+    warmup: float = Training.warmup
+    clip_norm: float | None = Training.clip_norm
+    batch_size: int | None = Training.batch_size
+    group_lasso: float = Training.group_lasso
+    patience: int | None = Training.patience
+    seed: int = Training.seed
+    device: str = Training.device
 
     def __post_init__(self) -> None:
         self.training()

@@ -165,11 +165,28 @@ def branches(graph: fx.GraphModule) -> list[Branch]:
         for operand in node.all_input_nodes:
             above[node] |= above[operand]
         for branch in _readings(node):
-            earlier = found.get(branch.shortcut)
-            sources = [branch.shortcut, *([earlier.shortcut] if earlier else [])]
-            if node not in found and any(above[branch.inner] & bit[s] for s in sources):
+            leads = any(above[branch.inner] & bit[x] for x in _sources(branch, found))
+            if leads and node not in found:
                 found[node] = branch
     return list(found.values())
+
+
+_SAME_VALUES = frozenset(
+    {
+        *("aten::to", "aten::_to_copy", "aten::clone", "aten::contiguous", "aten::dropout"),
+        *("aten::view", "aten::reshape", "aten::permute", "aten::transpose", "aten::flatten"),
+    }
+)
+
+
+def _sources(branch: Branch, known: dict[fx.Node, Branch]) -> set[fx.Node]:
+    """The x of ``x + f(x)``: under another dtype or shape too, and that of ``x + f(x) + g(x)``."""
+    node = branch.shortcut
+    found = {node}
+    while getattr(getattr(node.target, "_schema", None), "name", "") in _SAME_VALUES:
+        node = node.all_input_nodes[0]
+        found.add(node)
+    return found | ({known[node].shortcut} if node in known else set())
 
 
 def _readings(node: fx.Node) -> list[Branch]:
@@ -311,7 +328,7 @@ def units(graph: fx.GraphModule, by: str) -> list[Unit]:
     Args:
         by: "branch", or "block": the deepest item of a list of modules of one class that holds a
             branch's weights (``layers.3``), else a module numbered in its name (``layer3``).
-            Where there is neither, and where a module runs more than once, branches stay apart.
+            Where there is neither, branches stay apart. A module is a unit each time it runs.
     """
     kinds, known = _kinds(graph), {branch.add: branch for branch in branches(graph)}
     groups: list[tuple[str, list[Branch], set[str]]] = []
@@ -322,10 +339,11 @@ def units(graph: fx.GraphModule, by: str) -> list[Unit]:
             continue  # such as an activation's x + 0.04 x^3
         paths = [_module_path(node, kinds) for node in _reading(graph, gone, below)]
         path = _common(paths)
+        ends = [path for path in (paths[0], paths[-1]) if path]
         home = _repeated(path, kinds) if by == "block" else None
         last = next((g for g in reversed(groups) if home and g[0] == home), None)
         if last is None or (last[2] & weights and not all(b.add in gone for b in last[1])):
-            groups.append((home or path or f"{paths[0]}..{paths[-1]}", [branch], weights))
+            groups.append((home or path or "..".join(ends) or branch.add.name, [branch], weights))
         else:
             last[1].append(branch)
             last[2].update(weights)
@@ -382,9 +400,7 @@ def _below(
     Attention scores, to which each layer adds one positional bias, are no branch of that bias,
     although its use in the layer before leads to them.
     """
-    below = {branch.shortcut}
-    if branch.shortcut in known:
-        below.add(known[branch.shortcut].shortcut)  # of x + f(x) + g(x)
+    below = _sources(branch, known)
     for node in graph.graph.nodes:
         passes = node in gone or node not in known
         if passes and not below.isdisjoint(node.all_input_nodes):

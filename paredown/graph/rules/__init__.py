@@ -32,6 +32,7 @@ from paredown.graph.rules.images import (
     spatial,
     unfold,
 )
+from paredown.graph.rules.lookups import embedding_bag, fixed_along, gather, index_add, scatter
 from paredown.graph.rules.norms import (
     along,
     channel_norm,
@@ -68,9 +69,12 @@ from paredown.graph.rules.products import (
     addmm,
     attention,
     baddbmm,
+    bilinear,
+    distances,
     einsum,
     linear,
     matmul,
+    outer,
     rewrite_attention,
 )
 from paredown.graph.rules.recurrent import recurrent, recurrent_cell
@@ -119,7 +123,11 @@ RULES: dict[str, Rule] = {
     **_named("baddbmm", Rule(baddbmm)),
     **_named("matmul mm bmm mv dot vdot inner", Rule(matmul)),
     **_named("einsum", Rule(einsum)),
+    **_named("bilinear", Rule(bilinear)),
+    **_named("cdist _cdist_forward", Rule(distances)),
+    **_named("outer ger", Rule(outer)),
     **_named("embedding", Rule(embedding)),
+    **_named("embedding_bag _embedding_bag", Rule(embedding_bag)),
     **_named(
         "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution",
         Rule(convolution, rewrite_convolution),
@@ -157,6 +165,7 @@ RULES: dict[str, Rule] = {
     **_named("slice", Rule(slice_rule, rewrite_slice)),
     **_named("narrow", Rule(narrow, rewrite_narrow)),
     **_named("split split_with_sizes chunk unsafe_chunk unsafe_split", Rule(split, rewrite_split)),
+    **_named("tensor_split", Rule(split, rewrite_split)),
     **_named("select", Rule(select, rewrite_select)),
     **_named("unbind", Rule(unbind)),
     **_named("index", Rule(index_rule)),
@@ -169,8 +178,8 @@ RULES: dict[str, Rule] = {
         "max_pool3d_with_indices upsample_nearest1d upsample_nearest2d upsample_nearest3d "
         "upsample_linear1d upsample_bilinear2d upsample_bicubic2d upsample_trilinear3d "
         "_upsample_bilinear2d_aa _upsample_bicubic2d_aa _upsample_nearest_exact2d "
-        "grid_sampler grid_sampler_2d reflection_pad1d reflection_pad2d replication_pad1d "
-        "replication_pad2d",
+        "grid_sampler grid_sampler_2d grid_sampler_3d reflection_pad1d reflection_pad2d "
+        "reflection_pad3d replication_pad1d replication_pad2d replication_pad3d",
         Rule(spatial),
     ),
     **_named("pixel_shuffle", Rule(pixel_shuffle)),
@@ -185,9 +194,19 @@ RULES: dict[str, Rule] = {
     **_named("zeros ones full empty rand randn", Rule(filled, rewrite_sizes)),
     **_named("new_zeros new_ones new_full new_empty", Rule(filled, rewrite_sizes)),
     **_named(
-        "arange linspace eye scalar_tensor meshgrid gather scatter topk sort argsort one_hot",
+        "arange linspace eye scalar_tensor meshgrid one_hot bucketize searchsorted "
+        "affine_grid_generator",
         Rule(pinned),
     ),
+    **_named(
+        "topk sort argsort msort kthvalue cummax cummin fft_fft fft_ifft fft_rfft fft_irfft "
+        "fft_hfft fft_ihfft fft_fft2 fft_ifft2 fft_rfft2 fft_irfft2 fft_fftn fft_ifftn fft_rfftn "
+        "fft_irfftn fft_fftshift fft_ifftshift rot90",
+        Rule(fixed_along),
+    ),
+    **_named("gather", Rule(gather)),
+    **_named("scatter scatter_add scatter_reduce", Rule(scatter)),
+    **_named("index_add index_copy", Rule(index_add)),
     **_named("view_as_real view_as_complex", Rule(as_real)),
     **_named("slice_scatter select_scatter", Rule(copy_part)),
     **_named("type_as to", Rule(first_operand)),
@@ -197,7 +216,8 @@ RULES: dict[str, Rule] = {
         "rand_like randn_like bernoulli masked_fill where float real imag conj fake_quantize "
         "hardswish hardsigmoid hardtanh relu6 celu selu rrelu softplus threshold mish addcmul "
         "addcdiv lerp gelu silu leaky_relu elu log_sigmoid clamp_min clamp_max clamp type "
-        "__and__ __or__ __xor__ polar complex _conj resolve_conj floor_divide square rsqrt",
+        "__and__ __or__ __xor__ polar complex _conj resolve_conj floor_divide square rsqrt "
+        "multiply divide subtract true_divide negative absolute nan_to_num",
         Rule(elementwise),
     ),
 }

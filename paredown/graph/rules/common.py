@@ -33,6 +33,12 @@ def set_argument(node: fx.Node, name: str, value: Any) -> None:
         node.update_kwarg(name, value)
 
 
+def number(size: Any) -> int:
+    """A size in plain numbers: one that the graph computes stands for its example's."""
+    value = size.meta["val"] if isinstance(size, fx.Node) else size
+    return value if isinstance(value, int) else int(value.node.hint)
+
+
 def out_shape(node: fx.Node) -> tuple[int, ...]:
     return shape_of(node.meta["val"])
 

@@ -108,6 +108,8 @@ def part_of(walk: Walk, x: Value, dim: int, part: slice, shape: tuple[int, ...])
                 walk.fix(block, dim, part)
             index = tuple(part if a == dim else slice(None) for a in block.axes)
             block = Block(block.axes, block.labels[index])
+            if shape[dim] < x.shape[dim]:
+                walk.parts.append(block.labels)
         blocks.append(block)
     return walk.made(shape, blocks, x.constant)
 

@@ -103,6 +103,29 @@ def einsum(walk: Walk, node: fx.Node) -> Result:
     return contract(walk, list(zip(operands, terms, strict=True)), out)
 
 
+def bilinear(walk: Walk, node: fx.Node) -> Result:
+    """``x w y`` with a weight (out, x, y)."""
+    named = arguments(node)
+    x, y, weight = (walk.value(named[n]) for n in ("input1", "input2", "weight"))
+    rows = "abcdefgh"[: len(x.shape) - 1]
+    made = contract(walk, [(x, rows + "i"), (y, rows + "j"), (weight, "oij")], rows + "o")
+    return _add_bias(walk, made, named["bias"])
+
+
+def distances(walk: Walk, node: fx.Node) -> Result:
+    """Between all pairs of rows (..., M, K) and (..., N, K): what both lack counts for nothing."""
+    first, second = (walk.value(n) for n in node.all_input_nodes[:2])
+    rows = "abcdefgh"[: len(first.shape) - 2]
+    if len(first.shape) != len(second.shape):
+        return unknown(walk, node)
+    return contract(walk, [(first, rows + "mk"), (second, rows + "nk")], rows + "mn")
+
+
+def outer(walk: Walk, node: fx.Node) -> Result:
+    first, second = (walk.value(n) for n in (node.args[0], node.args[1]))
+    return contract(walk, [(first, "m"), (second, "n")], "mn")
+
+
 def attention(walk: Walk, node: fx.Node) -> Result:
     """Scaled dot products: heads are the third axis from the end."""
     named = arguments(node)

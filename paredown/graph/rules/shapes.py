@@ -129,7 +129,8 @@ def squeeze(walk: Walk, node: fx.Node) -> Result:
 
 def rewrite_squeeze(cut: Cut, node: fx.Node) -> None:
     x = cut.value(node.args[0])
-    if "dim" not in arguments(node):
+    sizes = [cut.size(node.args[0], a) for a in range(len(x.shape))]
+    if "dim" not in arguments(node) and sizes.count(1) > x.shape.count(1):
         node.target = aten.squeeze.dims
         node.args = (node.args[0], [a for a, s in enumerate(x.shape) if s == 1])
 
@@ -174,7 +175,7 @@ def expand_as(walk: Walk, node: fx.Node) -> Result:
 
 def repeat(walk: Walk, node: fx.Node) -> Result:
     x, shape = walk.value(node.args[0]), out_shape(node)
-    repeats: Any = arguments(node)["repeats"]
+    repeats = _repeats(node, len(shape))
     shift = len(shape) - len(x.shape)
     tiled = [a for a in range(len(x.shape)) if repeats[a + shift] != 1]
     x = walk.separate(x, only=tiled)
@@ -198,30 +199,38 @@ def repeat(walk: Walk, node: fx.Node) -> Result:
     return walk.made(shape, good, x.constant)
 
 
+def _repeats(node: fx.Node, rank: int) -> list[Any]:
+    """How often each axis of the result is repeated; tile leaves out leading ones."""
+    named = arguments(node)
+    given = list(named["dims"] if "dims" in named else named["repeats"])
+    return [1] * (rank - len(given)) + given
+
+
 def rewrite_repeat(cut: Cut, node: fx.Node) -> None:
-    repeats = list(arguments(node)["repeats"])
     x = cut.value(node.args[0])
+    repeats = _repeats(node, len(cut.value(node).shape))
     shift = len(repeats) - len(x.shape)
     for axis, count in enumerate(repeats):
         old = x.shape[axis - shift] if axis >= shift else 1
         new = cut.count(node, axis)
         if old == 1 and isinstance(count, int) and new is not None:
             repeats[axis] = new
-    set_argument(node, "repeats", repeats)
+    set_argument(node, "dims" if "dims" in arguments(node) else "repeats", repeats)
 
 
 def repeat_interleave(walk: Walk, node: fx.Node) -> Result:
     named = arguments(node)
     x, times, dim = walk.value(node.args[0]), named.get("repeats"), named.get("dim")
-    if not isinstance(times, int) or dim is None or named.get("output_size") is not None:
+    if dim is None:
         return unknown(walk, node)
     dim %= len(x.shape)
     x = walk.separate(x, only=[dim])
+    if not isinstance(times, int) or x.shape[dim] == 1 or named.get("output_size") is not None:
+        walk.pin_all(walk.tensors(node)[1:])
+        return walk.made(out_shape(node), walk.pin_axes(x, [dim]).blocks, x.constant)
     blocks = [
         Block(b.axes, np.repeat(b.labels, times)) if b.axes == (dim,) else b for b in x.blocks
     ]
-    if x.shape[dim] == 1:
-        return unknown(walk, node)
     return walk.made(out_shape(node), blocks, x.constant)
 
 

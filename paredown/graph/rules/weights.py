@@ -9,7 +9,7 @@ import numpy as np
 from torch import fx
 
 from paredown.graph.labels import Block, Result, Value, Walk
-from paredown.graph.rules.common import arguments, out_shape, set_argument
+from paredown.graph.rules.common import arguments, number, out_shape, set_argument
 
 if TYPE_CHECKING:
     from paredown.graph.cut import Cut
@@ -30,7 +30,7 @@ def convolution(walk: Walk, node: fx.Node) -> Result:
     named = arguments(node)
     transposed = is_transposed(node)
     x, weight = walk.value(named["input"]), walk.value(named["weight"])
-    groups, rank = int(named.get("groups", 1)), len(weight.shape) - 2
+    groups, rank = number(named.get("groups", 1)), len(weight.shape) - 2
     channels = len(x.shape) - rank - 1
     spatial = range(channels + 1, len(x.shape))
     x = walk.separate(x, avoid=spatial)
@@ -42,7 +42,9 @@ def convolution(walk: Walk, node: fx.Node) -> Result:
     ins, one, two = walk.axis(x, channels), walk.axis(weight, 0), walk.axis(weight, 1)
     first = x.shape[channels] if transposed else shape[channels]
     link = _transposed if transposed else _forward
-    outs, one, two = link(walk, groups, ins, one, two, (x.shape[channels], shape[channels]))
+    widths = (x.shape[channels], shape[channels])
+    whole = isinstance(named.get("groups", 1), int) and whole_groups(walk, groups, ins, widths)
+    outs, one, two = link(walk, groups, ins, one, two, (widths[1], whole))
     area = math.prod(weight.shape[2:]) * math.prod(x.shape if transposed else shape)
     walk.count(area // first, one, two, sizes=weight.shape[:2])  # places may be cut: an upper bound
     blocks = [b for b in x.blocks if b.axes != (channels,)]
@@ -64,12 +66,12 @@ def _is_pointwise(named: dict[str, Any], weight: Value) -> bool:
     return still and all(size == 1 for size in weight.shape[2:])
 
 
-def _forward(walk: Walk, groups: int, ins: Any, one: Any, two: Any, widths: Any) -> Linked:
+def _forward(walk: Walk, groups: int, ins: Any, one: Any, two: Any, outer: Any) -> Linked:
     """Weight (out, in / groups, ...): labels of the output, and of the weight's two axes."""
     if groups == 1:
         ins = walk.tie(ins, two)
         return one, one, ins
-    if whole_groups(walk, groups, ins, widths):
+    if outer[1]:
         _by_group(walk, groups, ins, one)
         if two is not None:
             walk.pin(two)
@@ -80,13 +82,13 @@ def _forward(walk: Walk, groups: int, ins: Any, one: Any, two: Any, widths: Any)
     return one, one, two
 
 
-def _transposed(walk: Walk, groups: int, ins: Any, one: Any, two: Any, widths: Any) -> Linked:
+def _transposed(walk: Walk, groups: int, ins: Any, one: Any, two: Any, outer: Any) -> Linked:
     """Weight (in, out / groups, ...): labels of the output, and of the weight's two axes."""
     ins = walk.tie(ins, one)
     if groups == 1:
         return two, ins, two
-    if whole_groups(walk, groups, ins, widths):
-        outs = walk.labels.fresh(widths[1])
+    if outer[1]:
+        outs = walk.labels.fresh(outer[0])
         _by_group(walk, groups, ins, outs)
         if two is not None:
             walk.pin(two)
@@ -124,11 +126,13 @@ def _inside(walk: Walk, groups: int, labels: np.ndarray | None) -> np.ndarray | 
 def rewrite_convolution(cut: Cut, node: fx.Node) -> None:
     named = arguments(node)
     groups = named.get("groups", 1)
-    if groups == 1:
+    if groups == 1 or not isinstance(groups, int):  # as many as the batch has examples: stays so
         return
     weight, x = cut.value(named["weight"]), cut.value(named["input"])
     channels = len(x.shape) - len(weight.shape) + 1
     whole = node if is_transposed(node) else named["input"]  # whose channels the groups share out
+    if cut.count(whole, channels) is None and cut.count(named["weight"], 1) is None:
+        return
     set_argument(node, "groups", cut.size(whole, channels) // cut.size(named["weight"], 1))
 
 
