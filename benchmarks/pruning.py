@@ -40,6 +40,11 @@ from paredown.graph.model import Model
 OURS, THEIRS = "paredown", "torch-pruning"
 LONG_S = 900.0  # the time limit where an end is known
 SIZE = 224  # px
+PRELOADED = (  # the last five are what the first capture of a process would load
+    *("paredown", "torch_pruning", "tests.architectures", "shapes", "sklearn.datasets"),
+    *("torch._dynamo", "torch.export._trace", "torch._functorch.aot_autograd"),
+    *("torch._export.non_strict_utils", "torch._inductor.sizevars"),
+)
 BATCH, RATE, DECAY = 64, 1e-3, 0.01  # of all training
 
 
@@ -57,7 +62,7 @@ class Effort:
     training: int = 12  # epochs, of the net that has no kept weights
 
 
-QUICK = Effort(24, 20.0, 2, (1 / 3,), ("global",), 1, 1, 6)
+QUICK = Effort(24, 30.0, 2, (1 / 3,), ("global",), 1, 1, 6)
 
 
 def run(quick: bool) -> list[Result]:
@@ -74,9 +79,7 @@ def _prepare() -> None:
     folders = [str(tables.ROOT), str(tables.ROOT / "benchmarks")]
     os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(folders)}
     sys.path[:0] = [folder for folder in folders if folder not in sys.path]
-    multiprocessing.get_context("forkserver").set_forkserver_preload(
-        ["torch", "paredown", "torch_pruning", "tests.architectures", "shapes"]
-    )
+    multiprocessing.get_context("forkserver").set_forkserver_preload(list(PRELOADED))
 
 
 def limited(limit_s: float, function: Callable[..., dict], *arguments: Any) -> dict[str, Any]:
@@ -103,6 +106,7 @@ def side_by_side(jobs: Sequence[tuple[Any, ...]], limit_s: float, at_once: int) 
                 continue
             del running[receiver]
             receiver.close()
+            process.join(1.0 if "why" not in found[place] else 0.0)
             process.kill()
             process.join()
     return [found[place] for place in range(len(jobs))]
@@ -268,8 +272,8 @@ def _coverage(effort: Effort) -> Result:
         f"pruning: half of every group of {count} architectures",
         f"{_versions()}; heads and per-architecture code not given, output layers ignored for "
         f"{THEIRS}; cut: every group found lost half, and it ran at another batch size with the "
-        f"same output shapes; {effort.limit_s:.0f} s each at most, {tables.cores()} at a time, 1 thread each; "
-        "parameters and seconds: medians over the architectures that both cut",
+        f"same output shapes; {effort.limit_s:.0f} s each at most, {tables.cores()} at a time, 1 "
+        "thread each; parameters and seconds: medians over the architectures that both cut",
         rows,
     )
     tables.show(Result(result.name, result.conditions, _summed(rows)), COVERAGE)
@@ -579,8 +583,8 @@ def _compared(net: str, answers: list[dict[str, Any]], effort: Effort) -> Result
     result = Result(
         f"pruning: accuracy on digits, {net} (whole: {original})",
         f"{_versions()}; L2 norm over the group; 800 images that no training has seen; "
-        f"{effort.epochs} epochs of one loop for both (AdamW, {RATE}, batch {BATCH}, cosine); mean "
-        f"(lowest-highest) of {effort.seeds} seeds, {held}",
+        f"epochs of one loop for both: {effort.epochs} (AdamW, {RATE}, batch {BATCH}, cosine); mean "
+        f"(lowest-highest) over seeds: {effort.seeds}; {held}",
         rows,
         _bars(rows),
     )

@@ -1,4 +1,4 @@
-"""The benchmarks: python benchmarks/run.py [int8|calibration|finetune|all] [--quick]."""
+"""The benchmarks: python benchmarks/run.py [int8|calibration|finetune|pruning|all] [--quick]."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import importlib.util
 import os
 import sys
 
-BENCHMARKS = ("int8", "calibration", "finetune")
+BENCHMARKS = ("int8", "calibration", "finetune", "pruning")
+PEERS = ("nncf", "openvino", "torch_pruning")
 
 
 def main() -> None:
@@ -16,9 +17,9 @@ def main() -> None:
     parser.add_argument("benchmark", nargs="?", choices=[*BENCHMARKS, "all"], default="all")
     parser.add_argument("--quick", action="store_true", help="few rounds and examples: a rough run")
     chosen = parser.parse_args()
-    missing = [name for name in ("nncf", "openvino") if importlib.util.find_spec(name) is None]
+    missing = [name for name in PEERS if importlib.util.find_spec(name) is None]
     if missing:
-        sys.exit(f"{' and '.join(missing)}: not installed; pip install -e '.[bench]'")
+        sys.exit(f"{', '.join(missing)}: not installed; pip install -e '.[bench]'")
     import tables
 
     load, cores = os.getloadavg()[0], tables.cores()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,16 +18,15 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
-from paredown import data, progress
+from paredown import lockstep, progress
 from paredown.graph.model import Model, kept_since
 from paredown.graph.quantized import quantizers
 from paredown.graph.sites import Site, sites, tensor_of
+from paredown.lockstep import Lane, advance, run
 from paredown.types import Task, UserError
 
 ROWS = 20_000  # of a layer's inputs, at most, that are looked at: those fitted and those held out
 FEATURES = 4_608  # 512 channels of 3 x 3; of a layer with more inputs only the bias is refitted
-BATCHES = 32  # that the examples are run in; one in ten is held out
-MEMORY = 1 << 30  # bytes of values between layers that both models together may hold at a time
 FACTORS = (1.0, 1e2, 1e4)  # times the ridge; the held-out rows choose
 ROUNDING = 1e-10  # share of the target's energy below which an error is that of float32
 
@@ -295,41 +294,7 @@ def _plain(model: Model, site: Site) -> bool:
     return plain and tensor_of(model.graph, site.bias).dim() == 1
 
 
-# --- both models in lock step ----------------------------------------------------------------
-
-
-class _Lane(fx.Interpreter):
-    """One batch on its way through a graph, a node at a time."""
-
-    def __init__(self, graph: fx.GraphModule, values: Sequence[Tensor]):
-        super().__init__(graph)
-        inputs = [value.clone() for value in values]  # an op may write into them
-        self.args_iter = iter(self.graph.process_inputs(*inputs))
-
-    def step(self, node: fx.Node, seed: int) -> Any:
-        """Run the node; what it draws at random is the same in both models."""
-        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
-            torch.manual_seed(seed)  # for each op it would take longer than the op
-        self.env[node] = self.run_node(node)
-        return self.env[node]
-
-    def forget(self, node: fx.Node) -> None:
-        """Free what ``node`` was the last to use."""
-        for done in self.user_to_last_uses.get(node, []):
-            del self.env[done]
-
-    def held_bytes(self) -> int:
-        """Of the values in memory, parameters aside."""
-        values = [value for node, value in self.env.items() if node.op != "get_attr"]
-        return sum(t.nbytes for v in values for t in _tensors(v))
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _tensors(item)
+# --- the whole model -------------------------------------------------------------------------
 
 
 def reconstruct(
@@ -385,38 +350,23 @@ def reconstruct(
     _check(before, after, ridge, examples)
     layers, kept = _refittable(after), kept_since(before, after)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        batches = _batches(before.eval(), after.eval(), task, examples)
-        old = [_Lane(before.graph, batch) for batch in batches]
-        new = [_Lane(after.graph, batch) for batch in batches]
+        batches = lockstep.batches(before.eval(), after.eval(), task, examples)
+        old = [Lane(before.graph, batch) for batch in batches]
+        new = [Lane(after.graph, batch) for batch in batches]
         ahead = iter(before.graph.graph.nodes)
         shared = {node.name for node in before.graph.graph.nodes}
         count = len(after.graph.graph.nodes)
         for node in progress.track(after.graph.graph.nodes, "reconstruct", count):
-            goal = _advance(old, ahead, node.name) if node.name in shared else None
-            got = _run(new, node)
+            goal = advance(old, ahead, node.name) if node.name in shared else None
+            got = run(new, node)
             site = layers.get(node)
             if site is not None and goal is not None:
                 inputs = [lane.env[site.input] for lane in new]
                 channels = kept.get(site.weight, {}).get(site.axis)
                 if _refit_site(after, site, inputs, goal, got, channels, ridge):
-                    _run(new, node)
+                    run(new, node)
             for lane in new:
                 lane.forget(node)
-
-
-def _run(lanes: list[_Lane], node: fx.Node) -> list[Any]:
-    return [lane.step(node, seed) for seed, lane in enumerate(lanes)]
-
-
-def _advance(lanes: list[_Lane], ahead: Iterator[fx.Node], name: str) -> list[Any]:
-    """Run up to the node of that name; its value in each batch."""
-    for node in ahead:
-        values = _run(lanes, node)
-        for lane in lanes:
-            lane.forget(node)
-        if node.name == name:
-            return values
-    raise AssertionError(f"{name} comes too early")
 
 
 def _check(before: Model, after: Model, ridge: float, examples: int) -> None:
@@ -433,32 +383,3 @@ def _check(before: Model, after: Model, ridge: float, examples: int) -> None:
             "reconstruct: the ops of the two models come in different orders; `after` must be a "
             "cut copy of `before`."
         )
-
-
-def _batches(before: Model, after: Model, task: Task, examples: int) -> list[list[Tensor]]:
-    """The inputs of random batches of the calibration split, as many as memory allows."""
-    split = data.split(task, "calibration")
-    size = data.size(split)
-    least = before.fixed_batch or 1
-    if size < least:
-        raise UserError(f"calibration: {size} examples do not fill the model's batch of {least}.")
-    first = _bound(before, split, least, 1)[0]
-    fitting = int(MEMORY / max(1, _peak(before, first) + _peak(after, first)) * least)
-    count = max(least, min(examples, size, fitting))
-    batch = before.fixed_batch or max(1, min(task.batch_size, count // BATCHES))
-    return _bound(before, split, batch, count // batch)
-
-
-def _bound(model: Model, split: Any, batch: int, count: int) -> list[list[Tensor]]:
-    found = itertools.islice(data.batches(split, batch, shuffle=True), count)
-    return [model.bind(*data.arguments(inputs)) for inputs, _ in found]
-
-
-def _peak(model: Model, values: Sequence[Tensor]) -> int:
-    """The most bytes that one batch's values take, views counted as copies."""
-    lane, most = _Lane(model.graph, values), 0
-    for node in model.graph.graph.nodes:
-        lane.step(node, 0)
-        most = max(most, lane.held_bytes())
-        lane.forget(node)
-    return most

@@ -19,14 +19,8 @@ from paredown.graph.coupling import Coupling, Group, Member, analyze
 from paredown.graph.model import Model
 from paredown.steps import criteria, prune_channels
 from paredown.steps.criteria import CRITERIA, unit_slices
-from paredown.steps.prune_channels import (
-    PruneChannels,
-    comparable,
-    ladder,
-    largest,
-    prices,
-    widths,
-)
+from paredown.steps.ladder import comparable, ladder, largest, prices, widths
+from paredown.steps.prune_channels import PruneChannels
 from paredown.steps.prune_weights import PruneWeights
 from paredown.steps.quantize import Quantize
 from paredown.timing import speedup

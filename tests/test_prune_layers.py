@@ -8,26 +8,22 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor, fx, nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import Dataset, TensorDataset
 
 from paredown import progress
 from paredown.graph.capture import capture
 from paredown.graph.model import Model
+from paredown.graph.residual import Branch, at_most, branches, lost, remove, units
 from paredown.graph.sites import sites
 from paredown.runtimes import onnxruntime
 from paredown.steps.cast import Cast
 from paredown.steps.fine_tune import FineTune
 from paredown.steps.prune_layers import (
-    Branch,
     PruneLayers,
     block_influence,
-    branches,
-    lost,
     prepared,
     relative_change,
-    remove,
     squared_norms,
-    units,
 )
 from paredown.steps.prune_weights import PruneWeights
 from paredown.steps.quantize import Quantize
@@ -608,27 +604,77 @@ def test_what_would_leave_no_model_is_not_offered():
         assert units(graph, "block") == units(graph, "branch") == []
 
 
-def test_what_cannot_go_after_the_others_is_told():
-    class Conditioned(nn.Module):
-        """Its second input is read by both branches alone."""
+class Conditioned(nn.Module):
+    """Each block reads some of the other inputs, which nothing else does."""
 
-        def __init__(self):
-            super().__init__()
-            self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
-            self.head = nn.Linear(4, 4)
+    def __init__(self, reads: tuple[str, ...]):
+        super().__init__()
+        self.reads, self.head = reads, nn.Linear(4, 4)
+        self.blocks = nn.ModuleList([nn.Linear(4, 4) for _ in reads])
 
-        def forward(self, x, y):
-            x = x + self.first(x * y)
-            return self.head(x + self.second(x * y))
+    def forward(self, x: Tensor, y: Tensor, z: Tensor) -> Tensor:
+        for block, read in zip(self.blocks, self.reads, strict=True):
+            x = x + block(x * y if read == "y" else x * z if read == "z" else x * y * z)
+        return self.head(x)
 
-    pair = (torch.randn(2, 4), torch.randn(2, 4))
-    rows = TensorDataset(torch.randn(6, 4), torch.zeros(6))
-    both = [((x, x + 1), y) for x, y in rows]
-    task = replace(task_of(pair[0]), example=pair, calibration=both)
-    model = capture(Conditioned(), pair)
-    assert len(sites(PruneLayers(1).apply(model, task).graph)) == 2
-    with pytest.raises(UserError, match="count: 1 of the blocks cannot be removed after the"):
-        PruneLayers(2).apply(model, task)
+
+class Unread(Dataset):
+    """Twelve examples that nobody may look at."""
+
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, index: int):
+        raise AssertionError("an example was read")
+
+
+def conditioned(*reads: str) -> tuple[Model, Task]:
+    torch.manual_seed(0)
+    x = torch.randn(6, 1, 4)
+    example = (x[0], x[0] + 1, x[0] + 2)
+    rows = [((row[0], row[0] + 1, row[0] + 2), 0) for row in x]
+    return capture(Conditioned(reads), example), replace(
+        task_of(x[0]), example=example, calibration=rows
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"count": 4},
+            r"count: expected at most 2, .* removed \(an input .* more\), got 4; ask for",
+        ),
+        ({"count": 3}, r"count: expected at most 2, the blocks that can be removed \(an .* got 3"),
+        ({"ratio": 0.8}, r"ratio: 0\.8 of the 4 blocks is 3, and 2 can be .* ask for 0\.5 or less"),
+    ],
+)
+@pytest.mark.parametrize("criterion", ["output_change", "cosine"])
+def test_what_cannot_go_after_the_others_is_told_before_any_work(settings, message, criterion):
+    model, task = conditioned("y", "y", "z", "z")
+    blind = replace(task, calibration=Unread())
+    with pytest.raises(UserError, match=message):
+        PruneLayers(**{"criterion": criterion, **settings}).apply(model, blind)
+    left = PruneLayers(2, criterion=criterion).apply(model, task)
+    assert {site.weight for site in sites(left.graph)} in [
+        {f"blocks.{y}.weight", f"blocks.{z}.weight", "head.weight"} for y in (0, 1) for z in (2, 3)
+    ]
+
+
+@pytest.mark.parametrize("criterion", ["output_change", "cosine"])
+def test_a_block_goes_only_if_as_many_as_asked_can_still_follow(criterion):
+    """The first block changes nothing, yet without it neither of the others could go."""
+    model, task = conditioned("yz", "y", "z")
+    with torch.no_grad():
+        model.graph.blocks.get_submodule("0").weight.mul_(1e-6)
+        model.graph.blocks.get_submodule("0").bias.zero_()
+    found = units(model.graph, "block")
+    assert [at_most(model.graph, found, count) for count in (1, 2, 3)] == [1, 2, 2]
+    one, two = (PruneLayers(n, criterion=criterion).apply(model, task) for n in (1, 2))
+    assert {site.weight for site in sites(one.graph)} == {
+        *("blocks.1.weight", "blocks.2.weight", "head.weight")
+    }
+    assert {site.weight for site in sites(two.graph)} == {"blocks.0.weight", "head.weight"}
 
 
 def test_the_inner_blocks_of_a_block_are_counted_once():

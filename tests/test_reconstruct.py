@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
-from paredown import data
+from paredown import data, lockstep
 from paredown import reconstruct as module
 from paredown.graph import store, structure
 from paredown.graph.capture import capture
@@ -488,14 +488,14 @@ def test_a_fixed_batch_is_filled(count):
 def test_memory_bounds_the_examples(monkeypatch):
     x = torch.randn(200, 5)
     before, after = cut_pair(x)
-    one = module._peak(before, [x[:1]]) + module._peak(after, [x[:1]])
-    monkeypatch.setattr(module, "MEMORY", 50 * one)
-    batches = module._batches(before, after, data_task(x), 512)
+    one = lockstep.peak_bytes(before, [x[:1]]) + lockstep.peak_bytes(after, [x[:1]])
+    monkeypatch.setattr(lockstep, "MEMORY", 50 * one)
+    batches = lockstep.batches(before, after, data_task(x), 512)
     assert sum(len(values[0]) for values in batches) == 50
-    monkeypatch.setattr(module, "MEMORY", 1)
+    monkeypatch.setattr(lockstep, "MEMORY", 1)
     reconstruct(before, after, data_task(x))  # one example at least
     monkeypatch.undo()
-    assert sum(len(b[0]) for b in module._batches(before, after, data_task(x), 90)) == 90
+    assert sum(len(b[0]) for b in lockstep.batches(before, after, data_task(x), 90)) == 90
 
 
 @pytest.mark.parametrize(

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import bisect
 import difflib
-import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from typing import ClassVar
-
-import torch
-from torch import Tensor
 
 from paredown import progress
 from paredown.graph.coupling import Choice, Coupling, Group, analyze
 from paredown.graph.cut import cut
 from paredown.graph.model import Model
+from paredown.graph.names import check_exclude, fits, with_layer
 from paredown.graph.quantized import quantizers
 from paredown.reconstruct import reconstruct
 from paredown.steps import criteria
+from paredown.steps.ladder import Ladder, ladder, widths
 from paredown.timing import speedup
 from paredown.types import Target, Task, UserError
 
@@ -28,130 +24,6 @@ AMOUNTS = ("channels", "parameters", "macs", "latency")
 CHANNELS = 8  # kernels are quickest where a width is a multiple of this
 MEASUREMENTS = 6  # of the latency, each of which exports two files and opens fresh processes
 CLOSE = 0.01  # a latency this near to the one asked is not improved on: timing is no finer
-
-# --- mathematics -----------------------------------------------------------------------------
-
-
-def widths(size: int, least: int, multiple: int) -> list[int]:
-    """The widths that a group may be cut to, from wide to narrow.
-
-    Multiples, where the group has at least two of them; any width where it is smaller.
-
-    Example:
-        >>> widths(20, 3, 8), widths(6, 3, 8)
-        ([16, 8], [5, 4, 3])
-    """
-    multiple = multiple if size >= 2 * multiple else 1
-    return [width for width in range(size - 1, max(least, 1) - 1, -1) if width % multiple == 0]
-
-
-def comparable(scores: Tensor) -> Tensor:
-    """Scores over their mean.
-
-    A layer's weights can be ten times another's without its channels mattering ten times as much
-    (a batch norm behind it takes the factor out), so only how a unit stands beside the others of
-    its group is compared across groups. Scores that are all zero stay zero.
-
-    Shapes: (units,) -> (units,).
-
-    Example:
-        >>> comparable(torch.tensor([1.0, 3.0]))
-        tensor([0.5000, 1.5000])
-    """
-    mean = scores.mean()
-    return scores / mean if mean > 0 else scores
-
-
-def prices(scores: Tensor, narrower: Sequence[int]) -> Tensor:
-    """What each cut to the next of the narrower widths takes: the mean score of its units.
-
-    Shapes: scores (units,) -> (len(narrower),), rising.
-
-    Example:
-        >>> prices(torch.tensor([4.0, 1.0, 2.0, 3.0]), [3, 1])
-        tensor([1.0000, 2.5000])
-    """
-    gone = [0, *(len(scores) - width for width in narrower)]
-    rising = scores.sort().values
-    means = [rising[a:b].mean() for a, b in itertools.pairwise(gone)]
-    # rounding must not let a later cut come out cheaper than the one that it follows
-    return torch.stack(means).cummax(0).values
-
-
-def largest(scores: Tensor, width: int) -> Tensor:
-    """True for the ``width`` units of highest score; of equal ones those of higher index stay.
-
-    Shapes: (units,) -> (units,) bool.
-
-    Example:
-        >>> largest(torch.tensor([2.0, 5.0, 1.0, 2.0]), 2)
-        tensor([False,  True, False,  True])
-    """
-    stays = torch.ones_like(scores, dtype=torch.bool)
-    stays[scores.argsort(stable=True)[: len(scores) - width]] = False
-    return stays
-
-
-# --- the order of the cuts -------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Rung:
-    """The cut of one group to its next narrower width; those of lower price come first."""
-
-    price: float
-    group: int  # its place among the groups
-    width: int
-    units: int  # that go with this cut
-
-
-@dataclass(frozen=True)
-class Ladder:
-    """All cuts in their order: the first ``n`` of them are a choice, for every ``n``."""
-
-    groups: tuple[Group, ...]
-    scores: tuple[Tensor, ...]  # (units,) of each group
-    rungs: tuple[Rung, ...]
-
-    def __len__(self) -> int:
-        return len(self.rungs)
-
-    def choice(self, count: int) -> Choice:
-        """The units that stay after the first ``count`` cuts."""
-        narrowest = {rung.group: rung.width for rung in self.rungs[:count]}
-        return {
-            self.groups[place].name: largest(self.scores[place], width).cpu().numpy()
-            for place, width in narrowest.items()
-        }
-
-    def first(self, reaches: Callable[[Choice], bool]) -> int:
-        """The least count of cuts whose choice reaches an amount, or ``len(self) + 1``."""
-        counts = range(1, len(self) + 1)
-        return 1 + bisect.bisect_left(counts, True, key=lambda n: reaches(self.choice(n)))
-
-
-def ladder(
-    groups: Sequence[Group], scores: Sequence[Tensor], narrower: Sequence[Sequence[int]], scope: str
-) -> Ladder:
-    """Order the cuts: "global" by what they take, "uniform" by the share gone of their group."""
-    rungs = []
-    for place, (score, allowed) in enumerate(zip(scores, narrower, strict=True)):
-        if not allowed:
-            continue
-        size = len(score)
-        shares = [1 - width / size for width in allowed]
-        order = shares if scope == "uniform" else prices(comparable(score), allowed).tolist()
-        rungs += [
-            Rung(price, place, width, wider - width)
-            for price, (wider, width) in zip(
-                order, itertools.pairwise([size, *allowed]), strict=True
-            )
-        ]
-    rungs.sort(key=lambda rung: (rung.price, rung.group, -rung.width))
-    return Ladder(tuple(groups), tuple(scores), tuple(rungs))
-
-
-# --- the step --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -193,7 +65,7 @@ class PruneChannels:
             be cut; or the amount cannot be reached, with the most that can be.
 
     Example:
-        >>> import paredown
+        >>> import paredown, torch
         >>> layers = [torch.nn.Linear(8, 32), torch.nn.ReLU(), torch.nn.Linear(32, 4)]
         >>> model = paredown.capture(torch.nn.Sequential(*layers), (torch.zeros(1, 8),))
         >>> pruned = PruneChannels(0.5, reconstruct=False).apply(model, None)
@@ -370,13 +242,14 @@ def _eligible(step: PruneChannels, model: Model, coupling: Coupling) -> list[Gro
     """The groups that the settings let it cut; one of buffers alone (positions) holds no weight."""
     if quantizers(model.graph):
         raise UserError("PruneChannels: the model is quantized; cut channels before Quantize.")
-    _check_exclude(step.exclude, model)
     named = dict(model.graph.named_parameters(remove_duplicate=False))
+    known = (name for weight in named for name in with_layer(weight))
+    check_exclude(step.exclude, known, "layer or weight")
     found = [
         group
         for group in coupling.groups
         if any(member.name in named for member in group.members)
-        and not any(_matches(member.name, step.exclude) for member in group.members)
+        and not any(fits(with_layer(member.name), step.exclude) for member in group.members)
     ]
     if not found:
         raise UserError(
@@ -391,24 +264,6 @@ def _eligible(step: PruneChannels, model: Model, coupling: Coupling) -> list[Gro
             "Set exact_only=False, and fine-tune after the cut."
         )
     return exact if step.exact_only else found
-
-
-def _check_exclude(exclude: tuple[str, ...], model: Model) -> None:
-    weights = [name for name, _ in model.graph.named_parameters(remove_duplicate=False)]
-    names = sorted({*weights, *map(_layer, weights)})
-    for pattern in exclude:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            near = difflib.get_close_matches(pattern, names, 1, 0.0)
-            hint = f"; did you mean {near[0]!r}?" if near else "."
-            raise UserError(f"exclude: no layer or weight is called {pattern!r}{hint}")
-
-
-def _layer(weight: str) -> str:
-    return weight.rpartition(".")[0] or weight
-
-
-def _matches(weight: str, patterns: tuple[str, ...]) -> bool:
-    return any(fnmatchcase(weight, p) or fnmatchcase(_layer(weight), p) for p in patterns)
 
 
 def _saved(coupling: Coupling, choice: Choice, amount: str) -> float:

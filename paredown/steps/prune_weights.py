@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from paredown.graph.model import Model
+from paredown.graph.names import check_exclude, fits, with_layer
 from paredown.graph.sites import Site, sites, tensor_of
 from paredown.types import Step, Task, UserError
 
@@ -218,17 +217,12 @@ def _prunable(model: Model, exclude: tuple[str, ...]) -> list[list[Site]]:
         groups.setdefault(id(weight), []).append(site)
         if site.kind == "embedding" or not weight.is_floating_point():
             spared.add(id(weight))
-    names = {_layer(s.weight) for uses in groups.values() for s in uses}
-    names |= {s.weight for uses in groups.values() for s in uses}
-    for pattern in exclude:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            near = difflib.get_close_matches(pattern, sorted(names), 1, 0.0)
-            hint = f"; did you mean {near[0]!r}?" if near else "."
-            raise UserError(f"exclude: no layer or weight is called {pattern!r}{hint}")
+    names = (n for uses in groups.values() for site in uses for n in with_layer(site.weight))
+    check_exclude(exclude, names, "layer or weight")
     found = [
         uses
         for key, uses in groups.items()
-        if key not in spared and not any(_matches(site.weight, exclude) for site in uses)
+        if key not in spared and not any(fits(with_layer(site.weight), exclude) for site in uses)
     ]
     if not found:
         raise UserError(
@@ -236,14 +230,6 @@ def _prunable(model: Model, exclude: tuple[str, ...]) -> list[list[Site]]:
             + (" besides those excluded." if exclude else ".")
         )
     return found
-
-
-def _layer(weight: str) -> str:
-    return weight.rpartition(".")[0] or weight
-
-
-def _matches(weight: str, patterns: tuple[str, ...]) -> bool:
-    return any(fnmatchcase(weight, p) or fnmatchcase(_layer(weight), p) for p in patterns)
 
 
 def _kept(model: Model, uses: list[Site]) -> Tensor:

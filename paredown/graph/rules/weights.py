@@ -40,13 +40,14 @@ def convolution(walk: Walk, node: fx.Node) -> Result:
     weight = walk.pin_axes(weight, range(2, len(weight.shape)))
     shape = out_shape(node)
     ins, one, two = walk.axis(x, channels), walk.axis(weight, 0), walk.axis(weight, 1)
-    first = x.shape[channels] if transposed else shape[channels]
     link = _transposed if transposed else _forward
     widths = (x.shape[channels], shape[channels])
     whole = isinstance(named.get("groups", 1), int) and whole_groups(walk, groups, ins, widths)
     outs, one, two = link(walk, groups, ins, one, two, (widths[1], whole))
-    area = math.prod(weight.shape[2:]) * math.prod(x.shape if transposed else shape)
-    walk.count(area // first, one, two, sizes=weight.shape[:2])  # places may be cut: an upper bound
+    images = math.prod(shape[:channels]) * math.prod(weight.shape[2:])
+    places = [(x if transposed else Value(shape)).shape[a] for a in spatial]
+    cuttable = [walk.axis(x, a) for a in spatial]
+    walk.count(images, one, two, *cuttable, sizes=[*weight.shape[:2], *places])
     blocks = [b for b in x.blocks if b.axes != (channels,)]
     blocks += [] if outs is None else [Block((channels,), outs)]
     return _channel_bias(walk, Value(shape, tuple(blocks)), named["bias"], channels)

@@ -1,0 +1,96 @@
+"""Two versions of a model run side by side, batch by batch, a node at a time."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from paredown import data
+from paredown.graph.model import Model
+from paredown.types import Task, UserError
+
+BATCHES = 32  # that the examples are run in, unless the model's batch is fixed
+MEMORY = 1 << 30  # bytes of values between layers that both models together may hold at a time
+
+
+class Lane(fx.Interpreter):
+    """One batch on its way through a graph, a node at a time."""
+
+    def __init__(self, graph: fx.GraphModule, values: Sequence[Tensor]):
+        super().__init__(graph)
+        inputs = [value.clone() for value in values]  # an op may write into them
+        self.args_iter = iter(self.graph.process_inputs(*inputs))
+
+    def step(self, node: fx.Node, seed: int) -> Any:
+        """Run the node; what it draws at random is the same in both models."""
+        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+            torch.manual_seed(seed)  # for each op it would take longer than the op
+        self.env[node] = self.run_node(node)
+        return self.env[node]
+
+    def forget(self, node: fx.Node) -> None:
+        """Free what ``node`` was the last to use."""
+        for done in self.user_to_last_uses.get(node, []):
+            del self.env[done]
+
+    def held_bytes(self) -> int:
+        """Of the values in memory, parameters aside."""
+        values = [value for node, value in self.env.items() if node.op != "get_attr"]
+        return sum(t.nbytes for v in values for t in _tensors(v))
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _tensors(item)
+
+
+def run(lanes: list[Lane], node: fx.Node) -> list[Any]:
+    """Run one node in every batch; its values."""
+    return [lane.step(node, seed) for seed, lane in enumerate(lanes)]
+
+
+def advance(lanes: list[Lane], ahead: Iterator[fx.Node], name: str) -> list[Any]:
+    """Run up to the node of that name; its value in each batch."""
+    for node in ahead:
+        values = run(lanes, node)
+        for lane in lanes:
+            lane.forget(node)
+        if node.name == name:
+            return values
+    raise AssertionError(f"{name} comes too early")
+
+
+def batches(before: Model, after: Model, task: Task, examples: int) -> list[list[Tensor]]:
+    """The inputs of random batches of the calibration split, as many as memory allows."""
+    split = data.split(task, "calibration")
+    size = data.size(split)
+    least = before.fixed_batch or 1
+    if size < least:
+        raise UserError(f"calibration: {size} examples do not fill the model's batch of {least}.")
+    first = _bound(before, split, least, 1)[0]
+    fitting = int(MEMORY / max(1, peak_bytes(before, first) + peak_bytes(after, first)) * least)
+    count = max(least, min(examples, size, fitting))
+    batch = before.fixed_batch or max(1, min(task.batch_size, count // BATCHES))
+    return _bound(before, split, batch, count // batch)
+
+
+def _bound(model: Model, split: Any, batch: int, count: int) -> list[list[Tensor]]:
+    found = itertools.islice(data.batches(split, batch, shuffle=True), count)
+    return [model.bind(*data.arguments(inputs)) for inputs, _ in found]
+
+
+def peak_bytes(model: Model, values: Sequence[Tensor]) -> int:
+    """The most bytes that one batch's values take, views counted as copies."""
+    lane, most = Lane(model.graph, values), 0
+    for node in model.graph.graph.nodes:
+        lane.step(node, 0)
+        most = max(most, lane.held_bytes())
+        lane.forget(node)
+    return most
