@@ -195,8 +195,9 @@ class PruneLayers:
         examples: at most so many of the calibration split are run.
 
     Raises:
-        UserError: a setting is out of its range; the model has no residual block or fewer than
-            asked; a name in ``exclude`` fits nothing; no calibration data; or it is quantized.
+        UserError: a setting is out of its range; the model has no residual block, or fewer than
+            asked can go; a name in ``exclude`` fits nothing; no calibration data; or it is
+            quantized.
 
     Example:
         >>> import paredown
