@@ -192,13 +192,16 @@ def test_a_whole_run(undisturbed, monkeypatch):
     assert Run.from_json(run.to_json()) == run
     assert run.met and run.verdict == "Every goal is met by the exported file."
     assert run.artifact.size_bytes == Path("whole/model.onnx").stat().st_size
-    assert run.artifact.size_bytes <= 0.5 * run.original.size_bytes
-    assert recipe.load("whole/recipe.toml") == [paredown.Quantize()]
+    assert run.artifact.size_bytes <= 0.25 * run.original.size_bytes
+    steps = recipe.load("whole/recipe.toml")
+    kinds = [paredown.PruneChannels, paredown.FineTune, paredown.Quantize]
+    assert [type(step) for step in steps] == kinds
     prune, int8 = run.trials
-    assert not prune.kept and "does not pay in the exported file" in prune.decision
-    assert int8.kept and "size 59" in int8.decision and "faster" in int8.decision
-    titles = ["Prune, then int8", "int8 with fine-tuning", "fp16"]
-    assert [row["title"] for row in run.plan] == titles
+    assert prune.kept and "size 59" in prune.decision and "faster" in prune.decision
+    assert int8.kept and len(prune.steps) == 2
+    titles = [row["title"] for row in run.plan]
+    assert titles[0].startswith("Cut channels to ") and titles[0].endswith(", then int8")
+    assert titles[-2:] == ["int8 with fine-tuning", "fp16"]
     assert run.on_device["compressed"].split == "test" and run.baseline.split == "validation"
     assert run.comparison.speedup > 2  # on `Here`, in proportion to the size
     predict = paredown.open("whole/model.onnx")
@@ -209,7 +212,9 @@ def test_a_whole_run(undisturbed, monkeypatch):
 def test_details_are_filled(undisturbed):
     found = load(undisturbed / "whole").details
     assert {row["dtype_after"] for row in found["layers"]} == {"int8"} and len(found["layers"]) == 4
-    assert all(sum(row["before"]) == sum(row["after"]) for row in found["histograms"])
+    sums = [(sum(row["before"]), sum(row["after"])) for row in found["histograms"]]
+    assert all(before >= after > 0 for before, after in sums)
+    assert any(before > after for before, after in sums)  # channels went
     assert len(found["histograms"]) == 4
     assert found["classes"][0]["name"] == "north-west"
     assert sum(row["examples"] for row in found["classes"]) == 60
@@ -225,8 +230,10 @@ def test_a_missed_goal_keeps_the_best_file_and_says_which(user, paredown_cli):
     assert code == 3 and not run.met
     assert "Goals missed. Size is" in run.verdict and "the goal is at most 1 B" in run.verdict
     assert "The best file is kept." in run.verdict and run.verdict in out
-    assert [trial.title for trial in run.trials][1] == "8-bit integers"
-    assert len(run.trials) == 4  # every recipe was tried
+    assert "8-bit integers" in [trial.title for trial in run.trials]
+    assert len(run.trials) == sum(len(row["steps"]) for row in run.plan) - sum(
+        step.startswith("FineTune") for row in run.plan for step in row["steps"]
+    )  # every attempt of every recipe was tried
     assert run.artifact.size_bytes < 0.5 * run.original.size_bytes
 
 
@@ -290,7 +297,8 @@ def test_without_training_data_int8_is_all_there_is(user, paredown_cli):
     code, _, _ = paredown_cli("run", user(NO_TRAIN), "--size", "0.5x", "--out", "r")
     run = load("r")
     assert code == 0 and [trial.steps for trial in run.trials] == [["Quantize()"]]
-    assert "nothing to train with" in run.plan[0]["reason"]
+    assert "no training" in run.plan[0]["reason"]
+    assert not any("FineTune" in step for row in run.plan for step in row["steps"])
 
 
 def test_the_runtime_pytorch(user, paredown_cli):
@@ -298,8 +306,7 @@ def test_the_runtime_pytorch(user, paredown_cli):
     run = load("r")
     assert code == 0 and run.artifact.path == "model.safetensors"
     assert run.artifact.runtime == "pytorch" and "torch" in run.baseline.where["runtime"]
-    assert recipe.load("r/recipe.toml") == [paredown.Cast()]
-    assert paredown_cli("replay", "r")[0] == 0
+    assert run.met and paredown_cli("replay", "r")[0] == 0
 
 
 def test_the_same_on_real_processes(user, monkeypatch):
@@ -415,7 +422,7 @@ def child(*words, cwd=None, **environment):
     )
 
 
-COMMAND = ("run", "net.py", "--size", "0.5x", "--max-drop", "50%")
+COMMAND = ("run", "net.py", "--size", "0.25x", "--max-drop", "50%")
 
 
 @pytest.fixture(scope="session")
@@ -657,9 +664,10 @@ def task():
 
 def test_a_step_that_cannot_be_applied_is_undone_with_its_reason(user, here):
     model, task = load_user(Path(user(LABEL_MISSING)))
-    run = paredown.compress(model, task, Goals(size="0.5x"), out="r")
-    assert run.met and not run.trials[0].kept and run.trials[0].measurement is None
-    assert run.trials[0].decision == "FineTune(epochs=3): failed: ValueError: no such label"
+    run = paredown.compress(model, task, Goals(size="0.25x"), out="r")
+    assert not run.trials[0].kept and run.trials[0].measurement is None
+    assert run.trials[0].decision.endswith("failed: ValueError: no such label")
+    assert run.trials[0].decision.startswith("FineTune(epochs=3")
 
 
 def test_the_callers_random_numbers_are_left_alone(user, here):
