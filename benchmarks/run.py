@@ -1,4 +1,4 @@
-"""The benchmarks: python benchmarks/run.py [int8|calibration|finetune|pruning|all] [--quick]."""
+"""The benchmarks: python benchmarks/run.py [NAME] [--quick], NAME being one of BENCHMARKS."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import importlib.util
 import os
 import sys
 
-BENCHMARKS = ("int8", "calibration", "finetune", "pruning")
+BENCHMARKS = ("int8", "calibration", "finetune", "pruning", "widths")
 PEERS = ("nncf", "openvino", "torch_pruning")
 
 

@@ -300,7 +300,8 @@ def shown(found: Inspection, width: int) -> Iterator[Table | Text]:
     """The inspection as a person reads it, in ``width`` columns, 70 at least."""
     whole = found.costs
     yield Text(
-        f"{found.name}: {short(whole.parameters)} parameters, {short(whole.macs)} multiply-adds, "
+        f"{found.name}: {human('count', whole.parameters)} parameters, "
+        f"{human('count', whole.macs)} multiply-adds, "
         f"{human('size', whole.size_bytes)}"
     )
     for note in found.notes:
@@ -342,8 +343,8 @@ def groups_table(groups: tuple[Unit, ...], width: int) -> Table:
             f"{group.units} {group.unit}",
             broken(_within(len(group.members), group.layers), columns["tensors"]),
             broken("yes" if group.exact else f"no: seen by {group.seen_by}", columns["exact"]),
-            short(saved.parameters),
-            short(saved.macs),
+            human("count", saved.parameters),
+            human("count", saved.macs),
             human("size", saved.size_bytes),
         )
     return table
@@ -384,16 +385,3 @@ def broken(names: str, width: int) -> str:
             else:
                 lines.append(piece)
     return "\n".join(lines)
-
-
-def short(count: int) -> str:
-    """A count with three significant digits.
-
-    Example:
-        >>> short(1234567), short(85200), short(960)
-        ('1.23 M', '85.2 k', '960')
-    """
-    for unit, scale in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if count >= scale:
-            return f"{count / scale:.3g} {unit}"
-    return str(count)

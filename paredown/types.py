@@ -247,7 +247,14 @@ def human(goal: str, value: float) -> str:
     Example:
         >>> human("size", 1234567), human("latency", 0.0421), human("throughput", 1530.2)
         ('1.23 MB', '42.1 us', '1530 /s')
+        >>> human("count", 85200), human("count", 960)
+        ('85.2 k', '960')
     """
+    if goal == "count":
+        for unit, scale in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+            if value >= scale:
+                return f"{value / scale:.3g} {unit}"
+        return f"{value:.0f}"
     if goal in ("size", "memory"):
         for unit, scale in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
             if value >= scale:

@@ -15,7 +15,8 @@ from torch import nn
 import paredown
 from paredown.graph.coupling import analyze
 from paredown.graph.cut import cut
-from paredown.inspect import WIDEST, broken, inspect_model, short
+from paredown.inspect import WIDEST, broken, inspect_model
+from paredown.types import human
 from tests.architectures import ARCHITECTURES, make
 from tests.test_house import commands, complaint, readme
 from tests.test_run import here, paredown_cli, user  # noqa: F401
@@ -238,7 +239,7 @@ def test_long_names_wrap_without_loss(width):
 def test_words_break_after_dots_and_figures_are_short():
     assert broken("one.two three", 8) == "one.two\nthree"
     assert "".join(broken("a.very_long.name_here", 6).split("\n")) == "a.very_long.name_here"
-    assert [short(n) for n in (0, 999, 1000, 2.5e9)] == ["0", "999", "1 k", "2.5 G"]
+    assert [human("count", n) for n in (0, 999, 1000, 2.5e9)] == ["0", "999", "1 k", "2.5 G"]
 
 
 # --- the page --------------------------------------------------------------------------------

@@ -18,10 +18,12 @@ from paredown.reconstruct import reconstruct
 from paredown.steps import criteria
 from paredown.steps.ladder import Ladder, ladder, widths
 from paredown.timing import speedup
-from paredown.types import Target, Task, UserError
+from paredown.types import Target, Task, UserError, human
 
 AMOUNTS = ("channels", "parameters", "macs", "latency")
-CHANNELS = 8  # kernels are quickest where a width is a multiple of this
+# Kernels are quickest where a width is a multiple of these (benchmarks/widths.py: in float, 72
+# channels take 1.7 times as long as 64, and 62 as long as 64 and a third more; integers mind less).
+CHANNELS, WIDE = 8, 16
 MEASUREMENTS = 6  # of the latency, each of which exports two files and opens fresh processes
 CLOSE = 0.01  # a latency this near to the one asked is not improved on: timing is no finer
 
@@ -46,7 +48,7 @@ class PruneChannels:
             "uniform" takes the same share from every group.
         round_to: the widths that remain are a multiple of so many channels in groups that have
             two of them or more; a head of 64 channels is such a multiple by itself. None takes
-            8; 1 allows every width.
+            16 in groups of 64 channels and more, 8 in smaller ones; 1 allows every width.
         min_width: units that every group keeps.
         max_ratio: share of any one group that "global" may remove, so that no layer collapses
             (arXiv 2006.05467).
@@ -157,8 +159,9 @@ class PruneChannels:
 
     def _multiple(self, group: Group) -> int:
         """How many units make a multiple of ``round_to`` channels."""
-        wanted = CHANNELS if self.round_to is None else self.round_to
         made = [m.indices.shape[1] for m in group.members if m.role == "out"]
+        usual = WIDE if group.size * max(made, default=1) >= 4 * WIDE else CHANNELS
+        wanted = usual if self.round_to is None else self.round_to
         return wanted // math.gcd(wanted, *made) if made else wanted
 
     def _by_channels(self, cuts: Ladder) -> Choice:
@@ -303,19 +306,6 @@ def _told(coupling: Coupling, choice: Choice) -> str:
     units = sum(group.size for group in coupling.groups)
     return (
         f"  {len(choice)} of {len(coupling.groups)} groups cut, {gone} of {units} units gone; "
-        f"{_short(before.parameters)} to {_short(after.parameters)} parameters, "
-        f"{_short(before.macs)} to {_short(after.macs)} multiply-adds"
+        f"{human('count', before.parameters)} to {human('count', after.parameters)} parameters, "
+        f"{human('count', before.macs)} to {human('count', after.macs)} multiply-adds"
     )
-
-
-def _short(count: int) -> str:
-    """A count with three significant digits.
-
-    Example:
-        >>> _short(1234567), _short(85200), _short(960)
-        ('1.23 M', '85.2 k', '960')
-    """
-    for unit, scale in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if count >= scale:
-            return f"{count / scale:.3g} {unit}"
-    return str(count)
