@@ -51,7 +51,7 @@ def verify(
         >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
         >>> model = paredown.capture(net, (torch.randn(3, 4),))
         >>> task = paredown.Task(example=(torch.zeros(1, 4),), score=None)
-        >>> small = paredown.PruneChannels(0.5).apply(model, task)
+        >>> small = paredown.PruneChannels(0.5, reconstruct=False).apply(model, task)
         >>> verify(model, small).error < 1e-5
         True
     """

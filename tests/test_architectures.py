@@ -323,6 +323,37 @@ def test_every_op_that_can_runs_on_integers(name, tmp_path):
     assert census.bytes_by_dtype["int8"] >= weights
 
 
+@pytest.mark.parametrize("name", FUSED)
+def test_cut_and_quantized_both_gains_multiply(name, tmp_path):
+    """With a quarter of every group gone the same ops fuse, and int8 saves its share of it."""
+    entry = ARCHITECTURES[name]
+    module, example = make(name)
+    model = capture(module, example, entry.dynamic)
+    coupling = analyze(model)
+    quarter = {g.name: np.arange(g.size) >= g.size // 4 for g in coupling.groups if g.size >= 4}
+    small = cut(model, coupling, quarter)
+    task = page.calibration_task(entry, example)
+    files = {
+        kind: onnxruntime.lower(each, tmp_path / f"{kind}.onnx")
+        for kind, each in (
+            ("whole", model),
+            ("small", small),
+            ("int8", Quantize("int8").apply(model, task)),
+            ("both", Quantize("int8").apply(small, task)),
+        )
+    }
+    census = onnxruntime.census(files["both"])
+    assert census.integer_ops == FUSED[name] and census.unfused == ()
+    sizes = {kind: weight_bytes(path) for kind, path in files.items()}
+    expected = sizes["small"] * sizes["int8"] / sizes["whole"]
+    assert sizes["both"] == pytest.approx(expected, rel=0.1) and sizes["both"] < sizes["small"] / 2
+
+
+def weight_bytes(path: Path) -> int:
+    tensors_ = onnx.load(str(path)).graph.initializer
+    return sum(onnx.numpy_helper.to_array(t).nbytes for t in tensors_)
+
+
 # --- what fails ------------------------------------------------------------------------------
 
 FAILS_WITH = {
