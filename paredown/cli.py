@@ -395,4 +395,7 @@ def _why(run: Run) -> str:
     """What differs between the run and this replay."""
     now = versions()
     changed = [f"{n} was {v}, is {now.get(n)}" for n, v in run.versions.items() if now.get(n) != v]
-    return "; ".join(changed) or "made with the same versions, so on another kind of processor"
+    return "; ".join(changed) or (
+        "made with the same versions, so on another kind of processor, or with another number of "
+        "threads (OMP_NUM_THREADS), which changes how sums are rounded"
+    )

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from paredown import recipe
+from paredown import data, recipe
 from paredown.graph.coupling import analyze
 from paredown.graph.model import Model
 from paredown.graph.sites import sites, tensor_of
@@ -16,7 +16,8 @@ from paredown.types import GOALS, Comparison, Goals, Limit, Measurement, Step, T
 
 QUANTIZABLE = ("conv", "linear", "matmul")  # kinds of layers with an integer kernel
 RECOVERING = ("fine_tune",)  # steps that win back accuracy for the one before them
-RECOVERY_EPOCHS = 3
+RECOVERY_EPOCHS = (3, 10)  # at least and at most, in between as many as
+RECOVERY_STEPS = 100  # updates take
 PAYS = {"size": 0.99, "memory": 0.97}  # an attempt pays below this share of the best so far
 FASTER = 1.02  # and above this speed-up, if its interval excludes 1
 CHANNEL_BYTES = 8  # of scales and zero points, as found in ONNX files of conv nets
@@ -76,7 +77,7 @@ def plan(
                 prune = _prune(task, max(NARROWEST, kept), amount, seed)
                 recipes.append(_narrow(task, goals, prune, int8))
         if trains:
-            recipes.append(_int8_trained(int8, seed))
+            recipes.append(_int8_trained(task, int8, seed))
         elif share < 1:
             recipes.append(_int8_alone(int8, goals))
     return [*recipes, _sixteen_bit(baseline)]
@@ -116,7 +117,7 @@ def _prune(task: Task, share: float, amount: str, seed: int) -> _Rounds:
     ratio = round(1 - share ** (1 / rounds), 3)
     steps = [_make("prune_channels", ratio=ratio, amount=amount, reconstruct=True)]
     if trains:
-        steps.append(_make("fine_tune", epochs=RECOVERY_EPOCHS, lr=1e-3, seed=seed))
+        steps.append(_make("fine_tune", epochs=_recovery_epochs(task), lr=1e-3, seed=seed))
     named = "multiply-adds" if amount == "macs" else amount
     made = [
         Attempt(
@@ -146,6 +147,13 @@ def _narrow(task: Task, goals: Goals, prune: _Rounds, int8: Attempt) -> Recipe:
     return Recipe(title, reason, (*prune.attempts, small))
 
 
+def _recovery_epochs(task: Task) -> int:
+    """More passes over data that is soon through."""
+    steps = -(-data.size(data.split(task, "train")) // task.batch_size)
+    least, most = RECOVERY_EPOCHS
+    return max(least, min(most, -(-RECOVERY_STEPS // steps)))
+
+
 def _counted(rounds: int) -> str:
     return "one round" if rounds == 1 else f"{rounds} rounds"
 
@@ -170,9 +178,9 @@ def _int8_alone(int8: Attempt, goals: Goals) -> Recipe:
     return Recipe("int8", reason, (int8,))
 
 
-def _int8_trained(int8: Attempt, seed: int) -> Recipe:
+def _int8_trained(task: Task, int8: Attempt, seed: int) -> Recipe:
     attempt = Attempt(
-        (*int8.steps, _make("fine_tune", epochs=RECOVERY_EPOCHS, lr=1e-4, seed=seed)),
+        (*int8.steps, _make("fine_tune", epochs=_recovery_epochs(task), lr=1e-4, seed=seed)),
         "8-bit integers, then fine-tune through the rounding",
         "where 8-bit integers alone lose too much, training through the rounding wins it back",
         int8.expected,
