@@ -180,4 +180,30 @@ def _step(table: dict[str, Any]) -> Step:
             f"{named} has no setting {unknown[0]!r}; it has {', '.join(sorted(known))}."
         )
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in table.items()}
-    return kind(**{k: None if v == NONE else v for k, v in values.items()})
+    values = {k: None if v == NONE else v for k, v in values.items()}
+    for field in dataclasses.fields(kind):  # type: ignore[arg-type]
+        if field.name in values:
+            _check_type(field.name, values[field.name], str(field.type))
+    return kind(**values)
+
+
+_TYPES = {
+    "float": ((int, float), "a number"),
+    "int": ((int,), "a whole number"),
+    "str": ((str,), "a text"),
+    "bool": ((bool,), "true or false"),
+    "tuple[str, ...]": ((tuple,), "a list of texts"),
+    "None": ((type(None),), '"none"'),
+}
+
+
+def _check_type(name: str, value: Any, annotation: str) -> None:
+    """That a value from TOML is of a type that its setting takes."""
+    allowed = [_TYPES[part] for part in annotation.split(" | ") if part in _TYPES]
+    fits = [
+        isinstance(value, kinds) and (not isinstance(value, bool) or bool in kinds)
+        for kinds, _ in allowed
+    ]
+    if allowed and not any(fits):
+        expected = " or ".join(words for _, words in allowed)
+        raise UserError(f"{name}: expected {expected}, got {value!r}.")

@@ -538,7 +538,10 @@ def test_an_empty_recipe_round_trips():
         ('[[step]]\nname = "cast"\ndtype = "fp8"', 'expected "fp16" or "bf16", got \'fp8\''),
         ('[[step]]\nname = "cast"\n__init__ = 1', "has no setting '__init__'"),
         ('[[step]]\nname = "cast"\nneeds = ["x"]', "has no setting 'needs'"),
-        ('[[step]]\nname = "prune_weights"\nsparsity = "half"', "r, step 1: "),
+        (
+            '[[step]]\nname = "prune_weights"\nsparsity = "half"',
+            "r, step 1: sparsity: expected a number, got 'half'",
+        ),
         ("x = " + "[" * 5000, "r: not a recipe in TOML"),
     ],
 )
