@@ -346,7 +346,7 @@ def test_cut_and_quantized_both_gains_multiply(name, tmp_path):
     assert census.integer_ops == FUSED[name] and census.unfused == ()
     sizes = {kind: weight_bytes(path) for kind, path in files.items()}
     expected = sizes["small"] * sizes["int8"] / sizes["whole"]
-    assert sizes["both"] == pytest.approx(expected, rel=0.1) and sizes["both"] < sizes["small"] / 2
+    assert sizes["both"] == pytest.approx(expected, rel=0.15) and sizes["both"] < sizes["small"] / 2
 
 
 def weight_bytes(path: Path) -> int:
