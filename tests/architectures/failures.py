@@ -20,8 +20,8 @@ KNOWN_FAILURES: dict[str, str] = {
         'transformers defines and torch cannot translate; set experts_implementation="batched_mm".'
     ),
     "hourglass_any_size": (
-        "Capture with dynamic height and width fails: the solver for shapes gives up on a map "
-        "halved twice and doubled again by a scale factor; fix the size, or upsample to a size."
+        "Captures with height and width fixed: the solver for shapes gives up on a map halved "
+        "twice and doubled again by a scale factor; upsample to a size."
     ),
 }
 
