@@ -226,7 +226,10 @@ def test_options_that_cannot_be_met(user, paredown_cli, option, value, said):
         (b"[[step]]\nname = 'quantise'", "did you mean 'quantize'"),
         (b"[[step]]\nname = 'quantize'\nbits = 4", "step 1: quantize has no setting 'bits'"),
         (b"[[step]]\nname = 'prune_weights'\nsparsity = 2", "step 1: sparsity: expected above 0"),
-        (b"[[step]]\nname = 'prune_weights'\nsparsity = 'half'", "step 1: sparsity: expected a number, got 'half'"),
+        (
+            b"[[step]]\nname = 'prune_weights'\nsparsity = 'half'",
+            "step 1: sparsity: expected a number, got 'half'",
+        ),
         (b"[[step]]\nname = 'a'\n[[step]]\nname = 'b'", "step 1: .* step 2: "),
     ],
 )
