@@ -7,15 +7,15 @@ with the same kinds of members are a group, of which any can be cut.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor, fx
 
-from paredown.graph.labels import PINNED, Result, Term, Value, Walk
+from paredown.graph.labels import PINNED, Result, Term, Value, Walk, shape_of
 from paredown.graph.model import Model
 from paredown.graph.rules import rule_of, unknown
 from paredown.graph.rules.values import has_values, values_of
@@ -85,7 +85,7 @@ class Coupling:
     """What `analyze` finds in a model.
 
     Attributes:
-        groups: what can be cut, largest first parameter order of the graph.
+        groups: what can be cut, in the order of their first parameters.
         coverage: the share of the weights of convolutions, linear layers, embeddings and
             recurrent layers that have a dimension which can be cut.
         pinned_by: why dimensions stay whole: op or reason -> how many indices it has pinned.
@@ -142,10 +142,6 @@ class Coupling:
             macs += count
         return Costs(parameters, round(macs * self.scale), size)
 
-    @cached_property
-    def by_name(self) -> dict[str, Group]:
-        return {group.name: group for group in self.groups}
-
     def explain(self, name: str) -> list[str]:
         """For each dimension of a parameter, in a sentence: its group, or that it is pinned.
 
@@ -154,8 +150,6 @@ class Coupling:
         """
         tensor = next((t for t in self.tensors if t.name == name), None)
         if tensor is None:
-            import difflib
-
             near = difflib.get_close_matches(name, [t.name for t in self.tensors], 1, 0.0)
             raise UserError(f"no parameter is called {name!r}; did you mean {near[0]!r}?")
         lines = []
@@ -214,7 +208,7 @@ def _walked(
     unknowns: dict[str, str],
 ) -> Result:
     if node.op == "placeholder":
-        return Value(tuple(int(s) for s in _shape(node.meta["val"])))
+        return Value(shape_of(node.meta["val"]))
     if node.op == "get_attr":
         return _parameter(graph, walk, node, parameters)
     if node.op == "output":
@@ -228,10 +222,6 @@ def _walked(
     except _FAILURES:  # a form of the op that its rule does not foresee: safe, and told
         unknowns[node.name] = str(node.target)
         return unknown(walk, node)
-
-
-def _shape(value: Tensor) -> list[int]:
-    return [s if isinstance(s, int) else int(s.node.hint) for s in value.shape]
 
 
 def _parameter(
@@ -290,7 +280,7 @@ def _scale(model: Model) -> float:
     for node, item in zip(
         (n for n in model.graph.graph.nodes if n.op == "placeholder"), model.inputs, strict=True
     ):
-        shape = _shape(node.meta["val"])
+        shape = shape_of(node.meta["val"])
         if 0 in item.dynamic and shape and shape[0]:
             return len(item.example) / shape[0]
     return 1.0

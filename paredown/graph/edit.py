@@ -26,7 +26,7 @@ def reexport(model: Model) -> ExportedProgram:
     """
     copied = model.copy().eval()
     erase_counters(copied.graph)
-    leaves = tuple(_wide(item.example, 0 in item.dynamic) for item in copied.inputs)
+    leaves = tuple(wide(item.example, 0 in item.dynamic) for item in copied.inputs)
     shapes = tuple(dict.fromkeys(item.dynamic, Dim.AUTO) for item in copied.inputs)
     try:
         with warnings.catch_warnings():
@@ -37,7 +37,8 @@ def reexport(model: Model) -> ExportedProgram:
         raise UserError(f"model: the edited graph cannot be exported: {reason}") from error
 
 
-def _wide(example: Tensor, dynamic: bool) -> Tensor:
+def wide(example: Tensor, dynamic: bool) -> Tensor:
+    """Two of an example whose batch varies: a size of 1 would be taken for a fixed one."""
     return torch.cat([example, example]) if dynamic and example.shape[0] == 1 else example
 
 
@@ -210,7 +211,7 @@ def refresh_values(model: Model) -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
-    leaves = [_wide(item.example, 0 in item.dynamic) for item in model.inputs]
+    leaves = [wide(item.example, 0 in item.dynamic) for item in model.inputs]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         FakeTensorProp(model.graph, FakeTensorMode(allow_non_fake_inputs=True)).propagate(*leaves)

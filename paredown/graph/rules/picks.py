@@ -31,9 +31,7 @@ def cat(walk: Walk, node: fx.Node) -> Result:
     named, shape = arguments(node), out_shape(node)
     dim = named["dim"] % len(shape)
     parts = [walk.value(n) for n in named["tensors"]]
-    parts = [
-        v for v in parts if len(v.shape) == len(shape)
-    ]  # an empty tensor of one axis is left out
+    parts = [v for v in parts if len(v.shape) == len(shape)]  # not an empty one of one axis
     axes = {b.axes for v in parts for b in v.joint()}
     alike = len(axes) == 1 and all(len(v.joint()) == 1 for v in parts)
     if axes and not (alike and dim in next(iter(axes))):
@@ -129,13 +127,11 @@ def narrow(walk: Walk, node: fx.Node) -> Result:
 
 def rewrite_slice(cut: Cut, node: fx.Node) -> None:
     named = arguments(node)
-    dim, size = named["dim"] % len(cut.value(node.args[0]).shape), 0
-    kept = cut.kept(node.args[0], dim)
+    kept = cut.kept(node.args[0], named["dim"])
     if kept is None:
         return
-    size = len(kept)
     step = named.get("step", 1)
-    start, stop, _ = slice(named.get("start"), named.get("end"), step).indices(size)
+    start, stop, _ = slice(named.get("start"), named.get("end"), step).indices(len(kept))
     set_argument(node, "start", int(kept[:start].sum()))
     set_argument(node, "end", int(kept[:stop].sum()))
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_map
 
+from paredown.graph.edit import wide
 from paredown.graph.model import Model
 
 META = torch.device("meta")
@@ -32,12 +33,7 @@ def values_of(model: Model) -> dict[str, Any]:
     A run on the meta device takes no arithmetic; where the data decides a shape it does not
     work, and the model is run on its example.
     """
-    leaves = [
-        torch.cat([item.example] * 2)
-        if 0 in item.dynamic and len(item.example) == 1
-        else item.example
-        for item in model.inputs
-    ]
+    leaves = [wide(item.example, 0 in item.dynamic) for item in model.inputs]
     with torch.no_grad():
         try:
             run = _Run(model.graph, META)
