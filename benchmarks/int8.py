@@ -20,6 +20,7 @@ from torch.utils.data import TensorDataset
 from paredown import stats
 from paredown.devices import local
 from paredown.runtimes import onnxruntime as runtime
+from paredown.types import Census
 
 SIZE = 224  # px
 SETTLING = 64  # images
@@ -50,7 +51,7 @@ class Rival:
     snr_db: float
     snr_db_per_image: np.ndarray
     size_bytes: int
-    ops: runtime.Census
+    ops: Census
 
 
 def run(quick: bool) -> list[Result]:

@@ -132,8 +132,8 @@ def _ask(
     lacking = task.missing(set(NEEDED))
     found.problems += [f"task: has no {name}; {NEEDED[name]}." for name in lacking]
     found.tried("the data", lambda: found.problems.extend(data.problems(task)))
-    found.problems += recipe.problems(steps, task)
-    found.tried("runtime", lambda: runtime(target.runtime))
+    known = found.tried("runtime", lambda: runtime(target.runtime))
+    found.problems += recipe.problems(steps, task, target if known else None)
     found.tried("device", lambda: local.device(target.device))
     if model is None:
         return

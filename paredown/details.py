@@ -20,7 +20,7 @@ from paredown import data, progress, recipe
 from paredown.files import write_atomically
 from paredown.graph import structure
 from paredown.graph.model import Model
-from paredown.graph.quantized import PER_CHANNEL, quantizers
+from paredown.graph.quantized import quantized_weights, rounded, stored_bits
 from paredown.graph.sites import sites, tensor_of
 from paredown.measure import Measured
 from paredown.plan import Recipe
@@ -119,47 +119,44 @@ def verdict(checks: Sequence[GoalCheck], changed: bool, tried: bool) -> str:
 
 def _layers(before: fx.GraphModule, after: fx.GraphModule) -> list[dict[str, Any]]:
     sizes = {site.weight: site for site in sites(after)}
-    integers = {
-        str(node.args[0].target)
-        for node in quantizers(after)
-        if node.target is PER_CHANNEL and isinstance(node.args[0], fx.Node)
-    }
+    bits = {name: stored_bits(node) for name, node in quantized_weights(after).items()}
     rows = []
     for site in {s.weight: s for s in sites(before)}.values():
         weight = tensor_of(before, site.weight)
         kept = tensor_of(after, site.weight) if site.weight in sizes else None
-        each = 0 if kept is None else 1 if site.weight in integers else kept.element_size()
         rows.append(
             {
                 "name": site.weight,
                 "op": site.kind,
                 "shape": list(weight.shape),
                 "bytes_before": weight.nbytes,
-                "bytes_after": 0 if kept is None else kept.numel() * each,
+                "bytes_after": 0 if kept is None else _bytes(kept, bits.get(site.weight)),
                 "dtype_before": _dtype(weight),
-                "dtype_after": "int8"
-                if site.weight in integers
-                else ""
-                if kept is None
-                else _dtype(kept),
+                "dtype_after": "" if kept is None else _dtype(kept, bits.get(site.weight)),
             }
         )
     return rows
 
 
-def _dtype(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
+def _bytes(weight: Tensor, bits: int | None) -> int:
+    return weight.nbytes if bits is None else -(-weight.numel() * bits // 8)
+
+
+def _dtype(tensor: Tensor, bits: int | None = None) -> str:
+    return str(tensor.dtype).removeprefix("torch.") if bits is None else f"int{bits}"
 
 
 def _histograms(before: fx.GraphModule, after: fx.GraphModule) -> list[dict[str, Any]]:
     """The largest layers' weights, before and after, over common bins."""
-    rounded = _rounded_weights(after)
+    quantizers = quantized_weights(after)
     common = [s.weight for s in sites(before) if s.weight in {t.weight for t in sites(after)}]
     names = sorted(set(common), key=lambda n: -tensor_of(before, n).numel())[:HISTOGRAM_LAYERS]
     rows = []
     for name in sorted(names, key=common.index):
         old = tensor_of(before, name).detach().float().reshape(-1)
-        new = rounded.get(name, tensor_of(after, name).detach()).float().reshape(-1)
+        node = quantizers.get(name)
+        new = tensor_of(after, name).detach() if node is None else rounded(after, node)
+        new = new.float().reshape(-1)
         low = float(torch.minimum(old.min(), new.min()))
         high = float(torch.maximum(old.max(), new.max()))
         edges = np.linspace(low, high if high > low else low + 1e-6, HISTOGRAM_BINS + 1)
@@ -168,17 +165,6 @@ def _histograms(before: fx.GraphModule, after: fx.GraphModule) -> list[dict[str,
             {"name": name, "edges": edges.tolist(), "before": counts[0], "after": counts[1]}
         )
     return rows
-
-
-def _rounded_weights(graph: fx.GraphModule) -> dict[str, Tensor]:
-    """Weights as the integers stand for them."""
-    found = {}
-    for node in quantizers(graph):
-        if node.target is PER_CHANNEL and isinstance(node.args[0], fx.Node):
-            weight = tensor_of(graph, str(node.args[0].target)).detach()
-            scale = tensor_of(graph, str(node.args[1].target))  # type: ignore[union-attr]
-            found[str(node.args[0].target)] = PER_CHANNEL(weight, scale, *node.args[2:])
-    return found
 
 
 def _sampled(measured: Measured) -> list[float]:

@@ -15,8 +15,9 @@ from torch import nn
 from paredown import progress
 from paredown.graph.capture import capture
 from paredown.graph.model import Model
+from paredown.runtimes import RUNTIMES, runtime
 from paredown.steps import STEPS, step_class
-from paredown.types import Step, Target, Task, UserError
+from paredown.types import FORMS, Step, Target, Task, UserError
 
 NONE = "none"  # TOML has no null
 
@@ -69,13 +70,28 @@ def apply_step(model: Model, step: Step, task: Task) -> Model:
     return made
 
 
-def problems(steps: Sequence[Step], task: Task) -> list[str]:
-    """What the task lacks for these steps, one sentence each."""
+def problems(steps: Sequence[Step], task: Task, target: Target | None = None) -> list[str]:
+    """What the task, and the target's runtime, lack for these steps, one sentence each."""
     found = []
     for step in steps:
         lacking = task.missing(step.needs)
         if lacking:
             found.append(f"{line(step)}: needs {' and '.join(lacking)} of the task.")
+    return found + (_unwritable(steps, target.runtime) if target else [])
+
+
+def _unwritable(steps: Sequence[Step], name: str) -> list[str]:
+    """Steps whose result the runtime cannot write, each with what would do."""
+    can = runtime(name).FORMS
+    able = {other: runtime(other).FORMS for other in RUNTIMES}
+    found = []
+    for step in steps:
+        form = getattr(step, "form", None)
+        if form is not None and form not in can:
+            others = [other for other, forms in able.items() if form in forms]
+            here = " or ".join(FORMS[each] for each in FORMS if each in can)
+            elsewhere = f", or the runtime {' or '.join(others)}" if others else ""
+            found.append(f"{line(step)}: {name} cannot run {form}; use {here}{elsewhere}.")
     return found
 
 

@@ -285,12 +285,23 @@ class Target:
             raise UserError(f"threads: expected a whole number from 1 up, got {self.threads}.")
 
 
+# What weights and activations can be besides float32, and the step that makes it.
+FORMS = {
+    "int8": 'Quantize("int8")',
+    "fp16": 'Cast("fp16")',
+    "bf16": 'Cast("bf16")',
+}
+
+
 @runtime_checkable
 class Step(Protocol):
     """A technique: a frozen dataclass whose fields are its settings.
 
     ``needs`` names the Task fields it cannot work without. ``apply`` leaves its input untouched,
     returns a changed copy, and raises `UserError` when there is nothing to change.
+
+    A step after which weights or activations are no longer float32 says so in a property ``form``,
+    one of the keys of `FORMS`; a runtime names in its own ``FORMS`` those that it can write.
     """
 
     needs: ClassVar[frozenset[str]]
@@ -346,6 +357,20 @@ class Artifact:
     sha256: str
     size_bytes: int
     recipe: str  # the recipe that made it, as TOML
+
+
+@dataclass(frozen=True)
+class Census:
+    """What a runtime makes of a file: the ops it runs and the file's bytes.
+
+    ``unfused`` names the ops that could run on integers but stay in float between a dequantize
+    and a quantize op.
+    """
+
+    integer_ops: dict[str, int]
+    float_ops: dict[str, int]
+    bytes_by_dtype: dict[str, int]
+    unfused: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,12 @@ from paredown.graph import store
 from paredown.graph.capture import capture
 from paredown.graph.edit import reexport
 from paredown.graph.model import Model
-from paredown.runtimes import onnxruntime
+from paredown.runtimes import RUNTIMES, onnxruntime, runtime
 from paredown.scores import accuracy
 from paredown.steps import STEPS, step_class
+from paredown.steps.cast import Cast
 from paredown.steps.criteria import CRITERIA
-from paredown.types import Step, Task, UserError
+from paredown.types import FORMS, Step, Target, Task, UserError
 from tests.architectures.blocks import EncoderBlock
 
 torch.set_num_threads(1)
@@ -164,6 +165,19 @@ def test_a_step_is_a_frozen_dataclass_that_says_what_it_needs(name):
 def test_an_unknown_step_suggests_the_nearest():
     with pytest.raises(UserError, match=r"step: 'quantise' is not one of .* mean 'quantize'"):
         step_class("quantise")
+
+
+@pytest.mark.parametrize("name", RUNTIMES)
+def test_every_runtime_says_which_forms_it_writes(name):
+    assert set(FORMS) >= runtime(name).FORMS
+
+
+def test_a_form_that_a_runtime_cannot_write_is_refused_before_any_work(built):
+    _, task = built["cnn"]
+    [text] = recipe.problems([Cast("bf16")], task, Target(runtime="onnxruntime"))
+    assert text.startswith("Cast(dtype='bf16'): onnxruntime cannot run bf16; use ")
+    assert 'Cast("fp16")' in text and "the runtime pytorch" in text
+    assert recipe.problems([Cast("bf16")], task, Target(runtime="pytorch")) == []
 
 
 @each_case

@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
+from paredown.graph.sites import tensor_of
+
 
 @torch.library.custom_op("paredown::fake_quantize", mutates_args=())
 def fake_quantize(x: Tensor, scale: float, zero_point: int, low: int, high: int) -> Tensor:
@@ -72,7 +74,45 @@ fake_quantize_channel.register_autograd(_straight_through, setup_context=_save_i
 PER_TENSOR = torch.ops.paredown.fake_quantize.default
 PER_CHANNEL = torch.ops.paredown.fake_quantize_channel.default
 
+ACTIVATION_QUANTIZERS = frozenset({PER_TENSOR})
+# Each takes the weight first, and what it needs to round it after that.
+WEIGHT_QUANTIZERS = frozenset({PER_CHANNEL})
+
 
 def quantizers(graph: fx.GraphModule) -> list[fx.Node]:
     """The fake quantizers of a graph, in the order it runs them; none where it is in float."""
-    return [node for node in graph.graph.nodes if node.target in (PER_TENSOR, PER_CHANNEL)]
+    both = ACTIVATION_QUANTIZERS | WEIGHT_QUANTIZERS
+    return [node for node in graph.graph.nodes if node.target in both]
+
+
+def quantized_weights(graph: fx.GraphModule) -> dict[str, fx.Node]:
+    """Parameter name -> the fake quantizer it passes through."""
+    return {
+        str(node.args[0].target): node
+        for node in graph.graph.nodes
+        if node.target in WEIGHT_QUANTIZERS and isinstance(node.args[0], fx.Node)
+    }
+
+
+def stored_bits(quantizer: fx.Node) -> int:
+    """Bits that one weight behind this quantizer takes in a file.
+
+    Example:
+        >>> graph = fx.Graph()
+        >>> weight, scale = graph.placeholder("weight"), graph.placeholder("scale")
+        >>> [stored_bits(graph.call_function(PER_CHANNEL, (weight, scale, 0, -top, top)))
+        ...  for top in (127, 7)]
+        [8, 4]
+    """
+    low, high = quantizer.args[-2:]
+    assert isinstance(low, int) and isinstance(high, int)
+    return (high - low).bit_length()
+
+
+def rounded(graph: fx.GraphModule, quantizer: fx.Node) -> Tensor:
+    """A weight as its fake quantizer gives it."""
+    values = [
+        tensor_of(graph, str(arg.target)).detach() if isinstance(arg, fx.Node) else arg
+        for arg in quantizer.args
+    ]
+    return quantizer.target(*values)  # type: ignore[operator, no-any-return]

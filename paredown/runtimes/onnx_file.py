@@ -22,12 +22,10 @@ from paredown.graph import structure
 from paredown.graph.edit import reexport
 from paredown.graph.model import Model
 from paredown.graph.quantized import PER_CHANNEL, PER_TENSOR, quantizers
+from paredown.parity import agreement_db
 from paredown.types import UserError
 
 DOMAIN = "paredown"
-FLOAT_TOLERANCE = 1e-3  # of the output's largest value
-HALF_TOLERANCE = 5e-2
-QUANTIZED_DB = 20.0  # rounding ties fall differently in two implementations
 MAX_BYTES = 2**31 - 1
 
 
@@ -316,64 +314,11 @@ def _name_dimensions(graph: ir.Graph, model: Model) -> None:
             value.shape = ir.Shape(sizes)
 
 
-def check_parity(model: Model, path: Path, predictor: Any) -> None:
-    """Assert that the open file computes what the model computes, on the example inputs.
-
-    Where rounding ties add up to a visible difference in a deep quantized model, each stretch
-    between two quantizers is compared on the file's own values instead.
-
-    Raises:
-        UserError: it does not; names the tensor that differs most.
-    """
-    leaves = [item.example for item in model.inputs]
-    expected = _run_graph(model, leaves)
-    got = predictor(*[leaf.numpy() for leaf in leaves])
-    quantized = bool(quantizers(model.graph))
-    least_db = QUANTIZED_DB if quantized else _float_tolerance_db(model)
-    ranked = sorted(
-        (_agreement_db(ours.numpy(), theirs), name)
-        for ours, theirs, name in zip(expected, got, predictor.output_names, strict=True)
-    )
-    if ranked[0][0] >= least_db:
-        return
-    inner = _compare_stretches(model, path, leaves)
-    if quantized and inner and inner[0][0] >= least_db:
-        return
-    where = (
-        f"; the tensor that differs most is {inner[0][1]!r} at {inner[0][0]:.0f} dB"
-        if inner
-        else ""
-    )
-    raise UserError(
-        f"{path.name}: output {ranked[0][1]!r} differs from the model's (agreement "
-        f"{ranked[0][0]:.0f} dB, expected at least {least_db:.0f} dB){where}."
-    )
-
-
-def _float_tolerance_db(model: Model) -> float:
-    half = any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters())
-    return -20 * float(np.log10(HALF_TOLERANCE if half else FLOAT_TOLERANCE))
-
-
-def _run_graph(model: Model, leaves: list[torch.Tensor]) -> list[torch.Tensor]:
-    graph = model.copy().eval().graph.cpu()
-    with torch.no_grad():
-        return [value.detach() for value in graph(*[leaf.clone() for leaf in leaves])]
-
-
-def _agreement_db(expected: np.ndarray, got: np.ndarray) -> float:
-    """Signal over error in decibels; infinite where equal, minus infinity where not comparable."""
-    if expected.shape != got.shape:
-        return -np.inf
-    a, b = expected.astype(np.float64), got.astype(np.float64)
-    finite = np.isfinite(a)
-    if not np.array_equal(finite, np.isfinite(b)):
-        return -np.inf
-    error = float(np.sum((a[finite] - b[finite]) ** 2))
-    signal = float(np.sum(a[finite] ** 2))
-    if error == 0:
-        return np.inf
-    return float(10 * np.log10(max(signal, 1e-24) / error))
+def worst_tensor(model: Model, path: Path) -> tuple[float, str] | None:
+    """Agreement in dB and name of the inner tensor that differs most, each stretch between two
+    quantizers being compared on the file's own values before it; None where none can be."""
+    ranked = _compare_stretches(model, path, [item.example for item in model.inputs])
+    return ranked[0] if ranked else None
 
 
 def _compare_stretches(
@@ -406,7 +351,7 @@ def _compare_stretches(
             if n.name not in shown:
                 return result
             theirs = values[shown[n.name]]
-            agreements.append((_agreement_db(result.detach().numpy(), theirs), n.name))
+            agreements.append((agreement_db(result.detach().numpy(), theirs), n.name))
             return torch.from_numpy(theirs.copy()) if result.shape == theirs.shape else result
 
     with torch.no_grad():

@@ -7,7 +7,6 @@ alone; what lowering needs stands in ``paredown/runtimes/onnx_file.py``.
 from __future__ import annotations
 
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +14,10 @@ import numpy as np
 
 if TYPE_CHECKING:
     from paredown.graph.model import Model
+    from paredown.types import Census
 
 SUFFIX = ".onnx"
+FORMS = frozenset({"int8", "fp16"})  # besides float32; see paredown.types.Step
 
 # What an operator of the optimised graph computes in; the others move or cast data.
 INTEGER_OPS = frozenset(
@@ -84,6 +85,7 @@ def lower(model: Model, path: Path | str) -> Path:
         UserError: an op has no ONNX form, or the file's outputs differ from the model's; names
             the tensor that differs most.
     """
+    from paredown import parity
     from paredown.files import write_atomically
     from paredown.runtimes import onnx_file
     from paredown.types import UserError
@@ -91,31 +93,19 @@ def lower(model: Model, path: Path | str) -> Path:
     path = Path(path)
     write_atomically(path, onnx_file.encode(model))
     try:
-        onnx_file.check_parity(model, path, open(path))
+        parity.check(model, path, open(path), onnx_file.worst_tensor)
     except UserError:
         path.unlink()
         raise
     return path
 
 
-@dataclass(frozen=True)
-class Census:
-    """What ONNX Runtime makes of a file: its optimised graph's ops and the file's bytes.
-
-    ``unfused`` names the ops that could run on integers but stay in float between a dequantize
-    and a quantize op.
-    """
-
-    integer_ops: dict[str, int]
-    float_ops: dict[str, int]
-    bytes_by_dtype: dict[str, int]
-    unfused: tuple[str, ...]
-
-
 def census(path: Path | str) -> Census:
     """Count the ops that ONNX Runtime really runs for this file."""
     import onnx
     import onnxruntime
+
+    from paredown.types import Census
 
     with tempfile.TemporaryDirectory() as folder:
         options = session_options(1)

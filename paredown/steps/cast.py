@@ -93,6 +93,10 @@ class Cast:
         if self.dtype not in DTYPES:
             raise UserError(f'dtype: expected "fp16" or "bf16", got {self.dtype!r}.')
 
+    @property
+    def form(self) -> str:
+        return self.dtype
+
     def apply(self, model: Model, task: Task) -> Model:
         """A copy whose graph computes in 16 bits between float32 inputs and outputs."""
         dtype = DTYPES[self.dtype]

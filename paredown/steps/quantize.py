@@ -210,6 +210,10 @@ class Quantize:
             raise UserError(f"quantize: percentile must be in (50, 100], got {self.percentile}.")
         object.__setattr__(self, "exclude", tuple(self.exclude))
 
+    @property
+    def form(self) -> str:
+        return self.scheme
+
     def apply(self, model: Model, task: Task) -> Model:
         if quantizers(model.graph):
             raise UserError("quantize: the model is quantized already.")

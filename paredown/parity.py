@@ -1,0 +1,86 @@
+"""Whether an exported file computes what the model computes, on the example inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from paredown.graph.model import Model
+from paredown.graph.quantized import quantizers
+from paredown.types import UserError
+
+FLOAT_TOLERANCE = 1e-3  # of the output's size
+HALF_TOLERANCE = 5e-2
+QUANTIZED_DB = 20.0  # rounding ties fall differently in two implementations
+
+
+def check(
+    model: Model,
+    path: Path,
+    predictor: Any,
+    worst_tensor: Callable[[Model, Path], tuple[float, str] | None] | None = None,
+) -> None:
+    """Assert that an open file agrees with the model it was made of.
+
+    Args:
+        worst_tensor: what finds the inner tensor that differs most, its agreement in dB and its
+            name, where the runtime can tell. In a deep quantized model rounding ties add up; there
+            the outputs may differ as long as no stretch between two quantizers does.
+
+    Raises:
+        UserError: the outputs differ; names the tensor that differs most.
+    """
+    leaves = [item.example for item in model.inputs]
+    expected = _run_graph(model, leaves)
+    got = predictor(*[leaf.numpy() for leaf in leaves])
+    quantized = bool(quantizers(model.graph))
+    least_db = QUANTIZED_DB if quantized else _float_tolerance_db(model)
+    ranked = sorted(
+        (agreement_db(ours.numpy(), theirs), name)
+        for ours, theirs, name in zip(expected, got, predictor.output_names, strict=True)
+    )
+    if ranked[0][0] >= least_db:
+        return
+    inner = worst_tensor(model, path) if worst_tensor else None
+    if quantized and inner and inner[0] >= least_db:
+        return
+    where = f"; the tensor that differs most is {inner[1]!r} at {inner[0]:.0f} dB" if inner else ""
+    raise UserError(
+        f"{path.name}: output {ranked[0][1]!r} differs from the model's (agreement "
+        f"{ranked[0][0]:.0f} dB, expected at least {least_db:.0f} dB){where}."
+    )
+
+
+def _float_tolerance_db(model: Model) -> float:
+    half = any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters())
+    return -20 * float(np.log10(HALF_TOLERANCE if half else FLOAT_TOLERANCE))
+
+
+def _run_graph(model: Model, leaves: list[torch.Tensor]) -> list[torch.Tensor]:
+    graph = model.copy().eval().graph.cpu()
+    with torch.no_grad():
+        return [value.detach() for value in graph(*[leaf.clone() for leaf in leaves])]
+
+
+def agreement_db(expected: np.ndarray, got: np.ndarray) -> float:
+    """Signal over error in decibels; infinite where equal, minus infinity where not comparable.
+
+    Example:
+        >>> round(agreement_db(np.array([3.0, 4.0]), np.array([3.0, 4.5])))
+        20
+    """
+    if expected.shape != got.shape:
+        return -np.inf
+    a, b = expected.astype(np.float64), got.astype(np.float64)
+    finite = np.isfinite(a)
+    if not np.array_equal(finite, np.isfinite(b)):
+        return -np.inf
+    error = float(np.sum((a[finite] - b[finite]) ** 2))
+    signal = float(np.sum(a[finite] ** 2))
+    if error == 0:
+        return np.inf
+    return float(10 * np.log10(max(signal, 1e-24) / error))
