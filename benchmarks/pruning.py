@@ -315,35 +315,6 @@ def _kind(why: str) -> str:
 # --- (b) how soon it is known -----------------------------------------------------------------
 
 
-class Bottleneck(nn.Module):
-    """1x1, 3x3 and 1x1 convolutions around a skip connection (He et al. 1512.03385)."""
-
-    def __init__(self, inner: int, width: int, stride: int) -> None:
-        super().__init__()
-        outer = 4 * width
-        relu = nn.ReLU(inplace=True)
-        first = [*shapes.conv_norm(inner, width, 1), relu]
-        second = [*shapes.conv_norm(width, width, 3, stride), relu]
-        self.layers = nn.Sequential(*first, *second, *shapes.conv_norm(width, outer, 1))
-        same = stride == 1 and inner == outer
-        self.down = nn.Sequential(*([] if same else shapes.conv_norm(inner, outer, 1, stride)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return functional.relu(self.layers(x) + self.down(x))
-
-
-def resnet50() -> nn.Module:
-    """torchvision's ResNet-50: 25.6 million parameters at 1,000 classes."""
-    layers: list[nn.Module] = [*shapes.conv_norm(3, 64, 7, 2), nn.ReLU(), nn.MaxPool2d(3, 2, 1)]
-    inner = 64
-    for width, blocks, stride in ((64, 3, 1), (128, 4, 2), (256, 6, 2), (512, 3, 2)):
-        for number in range(blocks):
-            layers.append(Bottleneck(inner, width, 1 if number else stride))
-            inner = 4 * width
-    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inner, shapes.CLASSES)]
-    return nn.Sequential(*layers, *head)
-
-
 class Dense(nn.Module):
     """Adds 32 channels to those it is given (Huang et al. 1608.06993)."""
 
@@ -374,7 +345,7 @@ def densenet121() -> nn.Module:
 
 
 SHAPES: dict[str, Callable[[], nn.Module]] = {
-    "resnet50": resnet50,
+    "resnet50": shapes.ResNet50,
     "densenet121": densenet121,
     "vit-s": shapes.ViT,
 }

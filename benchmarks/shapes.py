@@ -9,6 +9,7 @@ images.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -61,6 +62,41 @@ class ResNet18(nn.Module):
         return self.head(torch.flatten(self.average(x), 1))
 
 
+class Bottleneck(nn.Module):
+    """1x1, 3x3 and 1x1 convolutions around a skip connection (He et al. 1512.03385)."""
+
+    def __init__(self, inner: int, width: int, stride: int) -> None:
+        super().__init__()
+        outer = 4 * width
+        relu = nn.ReLU(inplace=True)
+        first = [*conv_norm(inner, width, 1), relu]
+        second = [*conv_norm(width, width, 3, stride), relu]
+        self.layers = nn.Sequential(*first, *second, *conv_norm(width, outer, 1))
+        same = stride == 1 and inner == outer
+        self.down = nn.Sequential(*([] if same else conv_norm(inner, outer, 1, stride)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.relu(self.layers(x) + self.down(x))
+
+
+class ResNet50(nn.Module):
+    """torchvision's ResNet-50: 25.6 million parameters at 1,000 classes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers: list[nn.Module] = [*conv_norm(3, 64, 7, 2), nn.ReLU(), nn.MaxPool2d(3, 2, 1)]
+        inner = 64
+        for width, blocks, stride in ((64, 3, 1), (128, 4, 2), (256, 6, 2), (512, 3, 2)):
+            for number in range(blocks):
+                layers.append(Bottleneck(inner, width, 1 if number else stride))
+                inner = 4 * width
+        layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inner, CLASSES)]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
 class Inverted(nn.Module):
     """Widen, filter each channel, narrow (Sandler et al. 1801.04381)."""
 
@@ -99,6 +135,49 @@ class MobileNetV2(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = functional.adaptive_avg_pool2d(self.features(x), 1)
         return self.head(torch.flatten(x, 1))
+
+
+class Excited(nn.Module):
+    """Inverted bottleneck with SiLU, its channels weighed by what they hold (1905.11946)."""
+
+    def __init__(self, inner: int, outer: int, kernel: int, stride: int, widen: int) -> None:
+        super().__init__()
+        middle, narrow = inner * widen, max(1, inner // 4)
+        first = [*conv_norm(inner, middle, 1), nn.SiLU(inplace=True)] if widen > 1 else []
+        depthwise = conv_norm(middle, middle, kernel, stride, groups=middle)
+        self.filtered = nn.Sequential(*first, *depthwise, nn.SiLU(inplace=True))
+        squeeze = [nn.AdaptiveAvgPool2d(1), nn.Conv2d(middle, narrow, 1), nn.SiLU(inplace=True)]
+        self.weigh = nn.Sequential(*squeeze, nn.Conv2d(narrow, middle, 1), nn.Sigmoid())
+        self.project = nn.Sequential(*conv_norm(middle, outer, 1))
+        self.skips = stride == 1 and inner == outer
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.filtered(x)
+        y = self.project(y * self.weigh(y))
+        return x + y if self.skips else y
+
+
+class EfficientNetB0(nn.Module):
+    """EfficientNet-B0: 5.3 million parameters at 1,000 classes."""
+
+    ROWS = (  # widen, kernel, channels, blocks, stride
+        *((1, 3, 16, 1, 1), (6, 3, 24, 2, 2), (6, 5, 40, 2, 2), (6, 3, 80, 3, 2)),
+        *((6, 5, 112, 3, 1), (6, 5, 192, 4, 2), (6, 3, 320, 1, 1)),
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers: list[nn.Module] = [*conv_norm(3, 32, 3, 2), nn.SiLU(inplace=True)]
+        inner = 32
+        for widen, kernel, outer, blocks, stride in self.ROWS:
+            for number in range(blocks):
+                layers.append(Excited(inner, outer, kernel, 1 if number else stride, widen))
+                inner = outer
+        layers += [*conv_norm(inner, 1280, 1), nn.SiLU(inplace=True), nn.AdaptiveAvgPool2d(1)]
+        self.layers = nn.Sequential(*layers, nn.Flatten(), nn.Linear(1280, CLASSES))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
 
 
 class Block(nn.Module):
@@ -155,7 +234,61 @@ class Encoder(nn.Module):
         return self.head(self.norm(self.blocks(x)).mean(1))
 
 
-SHAPES = {"resnet18": ResNet18, "mobilenetv2": MobileNetV2, "vit-s": ViT}
+class PostNorm(nn.Module):
+    """A transformer block with its norms behind the sums (Vaswani et al. 1706.03762)."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.inner = Block(width, heads, 0.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        part = self.inner
+        x = part.norm1(x + part.attend(x))
+        return part.norm2(x + part.down(functional.gelu(part.up(x))))
+
+
+class BertSmall(nn.Module):
+    """BERT-small: tokens (B, T) -> classes; 29.3 million parameters, 15.6 of them the embedding."""
+
+    def __init__(
+        self, words: int = 30522, width: int = 512, depth: int = 4, heads: int = 8
+    ) -> None:
+        super().__init__()
+        self.words, self.places = nn.Embedding(words, width), nn.Embedding(512, width)
+        self.norm = nn.LayerNorm(width)
+        self.blocks = nn.Sequential(*[PostNorm(width, heads) for _ in range(depth)])
+        self.pool, self.head = nn.Linear(width, width), nn.Linear(width, CLASSES)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.words(tokens) + self.places(torch.arange(tokens.shape[1], device=tokens.device))
+        return self.head(torch.tanh(self.pool(self.blocks(self.norm(x))[:, 0])))
+
+
+SHAPES: dict[str, Callable[[], nn.Module]] = {
+    "resnet18": ResNet18,
+    "resnet50": ResNet50,
+    "mobilenetv2": MobileNetV2,
+    "efficientnet-b0": EfficientNetB0,
+    "vit-s": ViT,
+    "bert-small": BertSmall,
+}
+TEXT = ("bert-small",)  # take tokens, all others images
+TRANSFORMERS = ("vit-s", "bert-small")
+IMAGE_SIZE, LENGTH = 224, 128  # px, tokens
+
+
+def inputs(name: str, count: int, seed: int) -> Tensor:
+    """What the named shape takes: images (N, 3, 224, 224), or tokens (N, 128)."""
+    if name in TEXT:
+        return sentences(count, LENGTH, seed)
+    return photographs(count, IMAGE_SIZE, seed)
+
+
+def sentences(count: int, length: int, seed: int, words: int = 30522) -> Tensor:
+    """Tokens (N, length), as frequent as words are: 1 / rank (Zipf 1949)."""
+    rng = np.random.default_rng(seed)
+    shares = 1 / np.arange(1, words + 1)
+    return torch.from_numpy(rng.choice(words, (count, length), p=shares / shares.sum()))
 
 
 def build(name: str, images: Tensor | None = None) -> nn.Module:
