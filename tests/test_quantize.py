@@ -24,12 +24,11 @@ from paredown.graph.quantized import (
     quantizers,
 )
 from paredown.runtimes import onnxruntime
-from paredown.steps.quantize import (
+from paredown.steps.insert import WEIGHT_MAX, channel_scales
+from paredown.steps.quantize import Quantize
+from paredown.steps.ranges import (
     RANGES,
-    WEIGHT_MAX,
-    Quantize,
     affine,
-    channel_scales,
     entropy_range,
     minmax_range,
     mse_range,
