@@ -26,10 +26,11 @@ DEQUANTIZE_CHANNEL = ops.dequantize_per_channel.default
 
 
 def decompose(model: Model, fold_weights: bool = True) -> Model:
-    """A copy of the model with a quantize and a dequantize op for each fake quantizer.
+    """A copy of the model with quantize and dequantize ops in the place of the fake quantizers.
 
     Activations become int8: an unsigned byte and its zero point are both shifted by 128, which
-    changes no value. Biases stay float.
+    changes no value. Each op that reads a quantized value has a dequantize op of its own, so that
+    the two can go to one kernel. Biases stay float.
 
     Args:
         fold_weights: keep weights as int8 buffers ``NAME_quantized`` in place of the parameters,
@@ -53,6 +54,7 @@ def decompose(model: Model, fold_weights: bool = True) -> Model:
             _decompose_activation(node)
         elif node.target is PER_CHANNEL:
             _decompose_weight(made.graph, node, fold_weights)
+    _part_dequantizers(made.graph)
     made.graph.graph.lint()
     made.graph.recompile()
     return made
@@ -83,6 +85,15 @@ def _decompose_weight(graph: fx.GraphModule, node: fx.Node, fold: bool) -> None:
     else:
         both = [(QUANTIZE_CHANNEL, parameters), (DEQUANTIZE_CHANNEL, parameters)]
         _replace(node, both, source)
+
+
+def _part_dequantizers(graph: fx.GraphModule) -> None:
+    for node in list(graph.graph.nodes):
+        if node.target in (DEQUANTIZE, DEQUANTIZE_CHANNEL):
+            for user in list(node.users)[1:]:
+                with graph.graph.inserting_before(user):
+                    made = graph.graph.node_copy(node)
+                user.replace_input_with(node, made)
 
 
 def _held(graph: fx.GraphModule, before: fx.Node, name: str, value: Tensor) -> fx.Node:
