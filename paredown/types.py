@@ -288,6 +288,7 @@ class Target:
 # What weights and activations can be besides float32, and the step that makes it.
 FORMS = {
     "int8": 'Quantize("int8")',
+    "int4": 'Quantize("int4")',
     "fp16": 'Cast("fp16")',
     "bf16": 'Cast("bf16")',
 }

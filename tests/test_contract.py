@@ -501,6 +501,8 @@ SETTINGS = {
     "quantize": st.fixed_dictionaries(
         {},
         optional={
+            "scheme": st.sampled_from(["int8", "int4"]),
+            "edge_bits": st.sampled_from([8, 4]),
             "ranges": st.sampled_from(["mse", "minmax", "percentile", "entropy"]),
             "percentile": st.floats(51, 100),
             "first": st.booleans(),

@@ -23,12 +23,11 @@ from paredown.graph.quantized import (
     fake_quantize_channel,
     quantizers,
 )
+from paredown.graph.scales import affine, channel_scales
 from paredown.runtimes import onnxruntime
-from paredown.steps.insert import WEIGHT_MAX, channel_scales
 from paredown.steps.quantize import Quantize
 from paredown.steps.ranges import (
     RANGES,
-    affine,
     entropy_range,
     minmax_range,
     mse_range,
@@ -90,11 +89,11 @@ def test_channel_scales_are_each_channels_own(axis):
     weight = torch.randn(4, 6, 3)
     scales = channel_scales(weight, axis)
     assert scales.shape == (weight.shape[axis],)
-    made = fake_quantize_channel(weight, scales, axis, -WEIGHT_MAX, WEIGHT_MAX)
+    made = fake_quantize_channel(weight, scales, axis, -127, 127)
     shape = [-1 if dim == axis else 1 for dim in range(3)]
     assert ((made - weight).abs() <= scales.reshape(shape) * 0.5001).all()
     steps = (made / scales.reshape(shape)).round().abs().movedim(axis, 0).flatten(1).amax(1)
-    assert (steps == WEIGHT_MAX).all()
+    assert (steps == 127).all()
     assert (channel_scales(torch.zeros(2, 3), 0) > 0).all()
 
 

@@ -11,7 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
-from paredown.graph.sites import tensor_of
+from paredown.graph.edit import set_buffer
+from paredown.graph.scales import hold_bias
+from paredown.graph.sites import sites, tensor_of
 
 
 @torch.library.custom_op("paredown::fake_quantize", mutates_args=())
@@ -116,3 +118,21 @@ def rounded(graph: fx.GraphModule, quantizer: fx.Node) -> Tensor:
         for arg in quantizer.args
     ]
     return quantizer.target(*values)  # type: ignore[operator, no-any-return]
+
+
+def hold_biases(graph: fx.GraphModule) -> None:
+    """Raise weight scales, in place, to where every bias fits 32 bits at the product of the two
+    scales; of a weight with several inputs, the least of their scales counts."""
+    inputs: dict[fx.Node, list[float]] = {}
+    biases: dict[fx.Node, list[str]] = {}
+    for site in sites(graph):
+        for weight in site.node.all_input_nodes:
+            if weight.target is PER_CHANNEL and site.input.target is PER_TENSOR:
+                inputs.setdefault(weight, []).append(site.input.args[1])  # type: ignore[arg-type]
+                biases.setdefault(weight, []).extend([site.bias] if site.bias else [])
+    for weight, scales in inputs.items():
+        held = str(weight.args[1].target)  # type: ignore[union-attr]
+        raised = tensor_of(graph, held)
+        for bias in biases[weight]:
+            raised = hold_bias(raised, tensor_of(graph, bias), min(scales))
+        set_buffer(graph, held, raised)

@@ -10,6 +10,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -21,7 +22,13 @@ from torch import fx
 from paredown.graph import structure
 from paredown.graph.edit import reexport
 from paredown.graph.model import Model
-from paredown.graph.quantized import PER_CHANNEL, PER_TENSOR, quantizers
+from paredown.graph.quantized import (
+    PER_CHANNEL,
+    PER_TENSOR,
+    quantized_weights,
+    quantizers,
+    stored_bits,
+)
 from paredown.parity import agreement_db
 from paredown.types import UserError
 
@@ -97,6 +104,7 @@ def _export(model: Model) -> ir.Model:
             exported = torch.onnx.export(
                 program,
                 dynamo=True,
+                opset_version=_opset(model),
                 optimize=True,
                 verbose=False,
                 input_names=inputs,
@@ -110,6 +118,12 @@ def _export(model: Model) -> ir.Model:
         raise UserError(f"model: cannot be written as ONNX: {_root_cause(error)}") from error
     assert exported is not None
     return exported.model
+
+
+def _opset(model: Model) -> int | None:
+    """Of the file: 4-bit tensors came with opset 21; without one, the exporter's usual."""
+    bits = [stored_bits(node) for node in quantized_weights(model.graph).values()]
+    return 21 if 4 in bits else None
 
 
 @contextlib.contextmanager
@@ -159,7 +173,7 @@ def _attribute(node: ir.Node, name: str) -> Any:
 
 
 def _integer_weights(graph: ir.Graph) -> None:
-    """Weights behind a fake quantizer become int8 initializers and a DequantizeLinear."""
+    """Weights behind a fake quantizer become integer initializers and a DequantizeLinear."""
     for node in [n for n in graph if n.op_type == "FakeQuantizeChannel"]:
         weight, scale = _array(node.inputs[0]), _array(node.inputs[1])
         assert weight is not None and scale is not None and node.inputs[0] is not None
@@ -167,7 +181,8 @@ def _integer_weights(graph: ir.Graph) -> None:
         shape = [-1 if dim == axis else 1 for dim in range(weight.ndim)]
         inverse = (np.float32(1) / scale.astype(np.float32)).reshape(shape)
         low, high = _attribute(node, "low"), _attribute(node, "high")
-        integers = np.clip(np.rint(weight * inverse), low, high).astype(np.int8)
+        kind = np.dtype(ml_dtypes.int4 if high - low < 16 else np.int8)
+        integers = np.clip(np.rint(weight * inverse), low, high).astype(kind)
         for user in [usage.node for usage in node.outputs[0].uses()]:
             if user.op_type == "Transpose":
                 order = list(_attribute(user, "perm"))
@@ -184,12 +199,13 @@ def _integer_weights(graph: ir.Graph) -> None:
 def _dequantize(
     graph: ir.Graph, before: ir.Node, name: str, integers: np.ndarray, scale: np.ndarray, axis: int
 ) -> ir.Value:
-    inputs = [
-        _initializer(graph, f"{name}_quantized", integers),
-        _initializer(graph, f"{name}_scale", scale.astype(np.float32)),
-    ]
-    if integers.dtype == np.int8:  # a matrix product fuses only with its zero points written out
-        zeros = np.zeros(scale.shape, integers.dtype)
+    stored = _initializer(graph, f"{name}_quantized", integers)
+    if integers.dtype == ml_dtypes.int4:  # int8 once a session has loaded it, with its kernels
+        cast = ir.node("Cast", [stored], {"to": ir.DataType.INT8}, name=f"{name}_cast")
+        stored = _insert(graph, before, cast)
+    inputs = [stored, _initializer(graph, f"{name}_scale", scale.astype(np.float32))]
+    if integers.dtype != np.int32:  # a matrix product fuses only with its zero points written out
+        zeros = np.zeros(scale.shape, np.int8)
         inputs.append(_initializer(graph, f"{name}_zero_point", zeros))
     node = ir.node("DequantizeLinear", inputs, {"axis": axis}, name=f"{name}_dequantize")
     node.outputs[0].name = f"{name}_dequantized"

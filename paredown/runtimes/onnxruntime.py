@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from paredown.types import Census
 
 SUFFIX = ".onnx"
-FORMS = frozenset({"int8", "fp16"})  # besides float32; see paredown.types.Step
+FORMS = frozenset({"int8", "int4", "fp16"})  # besides float32; see paredown.types.Step
 
 # What an operator of the optimised graph computes in; the others move or cast data.
 INTEGER_OPS = frozenset(
@@ -36,6 +36,7 @@ FUSABLE_OPS = frozenset(
     }
 )
 SINGLE_OPS = frozenset({"AveragePool", "GlobalAveragePool", "Sigmoid", "LeakyRelu", "MaxPool"})
+PACKED = frozenset({"int4", "uint4"})  # two to a byte
 ALWAYS_FUSED = frozenset({"Conv", "FusedConv", "Gemm", "FusedGemm"})  # whatever takes their output
 
 
@@ -115,7 +116,9 @@ def census(path: Path | str) -> Census:
     weights: dict[str, int] = {}
     for tensor in onnx.load(str(path)).graph.initializer:
         kind = onnx.TensorProto.DataType.Name(tensor.data_type).lower()
-        weights[kind] = weights.get(kind, 0) + len(onnx.numpy_helper.to_array(tensor).tobytes())
+        array = onnx.numpy_helper.to_array(tensor)
+        held = -(-array.size // 2) if kind in PACKED else array.nbytes
+        weights[kind] = weights.get(kind, 0) + held
     integer: dict[str, int] = {}
     floating: dict[str, int] = {}
     for node in nodes:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from paredown.graph.model import Model
 
 SUFFIX = ".safetensors"
-FORMS = frozenset({"int8", "fp16", "bf16"})  # all run as simulated; see paredown.types.Step
+FORMS = frozenset({"int8", "int4", "fp16", "bf16"})  # all run as simulated; see paredown.types.Step
 
 
 class Predictor:

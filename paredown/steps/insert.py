@@ -2,69 +2,54 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Mapping
+
 from torch import Tensor, fx
 
 from paredown.graph.edit import insert_after, keep_meta, set_buffer
 from paredown.graph.model import Model
-from paredown.graph.quantized import PER_CHANNEL, PER_TENSOR
+from paredown.graph.quantized import PER_CHANNEL, PER_TENSOR, hold_biases
 from paredown.graph.regions import Regions
-from paredown.graph.sites import tensor_of
-from paredown.steps.ranges import LEVELS, SMALLEST_SCALE, Range, affine
-
-WEIGHT_MAX = 127
-
-
-def channel_scales(weight: Tensor, axis: int) -> Tensor:
-    """Symmetric scales (C,) that map each output channel's largest weight to 127.
-
-    Example:
-        >>> channel_scales(torch.tensor([[1.27, -0.5], [0.0, -2.54]]), 0)
-        tensor([0.0100, 0.0200])
-    """
-    others = [dim for dim in range(weight.dim()) if dim != axis]
-    return (weight.abs().amax(others) / WEIGHT_MAX).clamp(min=SMALLEST_SCALE)
+from paredown.graph.scales import LEVELS, WEIGHT_GRIDS, affine, channel_scales, closest_scales
+from paredown.graph.sites import Site, tensor_of
+from paredown.steps.ranges import Range
 
 
-def insert_quantizers(model: Model, regions: Regions, ranges: dict[str, Range]) -> None:
-    """Put the fake quantizers of ``regions`` into the graph, in place."""
+def insert_quantizers(
+    model: Model, regions: Regions, ranges: dict[str, Range], bits: Mapping[str, int]
+) -> None:
+    """Put the fake quantizers of ``regions`` into the graph, in place; ``bits`` of each weight."""
     scales = {node: affine(*ranges[node.name]) for node in regions.own}
     scales |= {node: scales[source] for node, source in regions.shared.items() if source in scales}
-    inputs: dict[str, list[float]] = {site.weight: [] for site in regions.sites}
+    made: dict[str, fx.Node] = {}
     for site in regions.sites:
-        inputs[site.weight].append(scales[site.input][0])
-    _quantize_weights(model, regions, inputs)
+        source = next(a for a in site.node.all_input_nodes if a.target == site.weight)
+        if site.weight not in made:
+            made[site.weight] = _quantize_weight(model.graph, site, source, bits[site.weight])
+        site.node.update_arg(list(site.node.args).index(source), made[site.weight])
     for node, (scale, zero) in scales.items():
         insert_after(node, PER_TENSOR, (scale, zero, 0, LEVELS))
+    hold_biases(model.graph)
     model.graph.graph.lint()
     model.graph.recompile()
 
 
-def _quantize_weights(model: Model, regions: Regions, inputs: dict[str, list[float]]) -> None:
-    graph, made = model.graph.graph, {}
-    for site in regions.sites:
-        source = _weight_node(site.node, site.weight)
-        if site.weight not in made:
-            biases = {s.bias for s in regions.sites if s.weight == site.weight and s.bias}
-            scales = channel_scales(tensor_of(model.graph, site.weight).detach().float(), site.axis)
-            for bias in sorted(biases):
-                scales = _hold_bias(scales, tensor_of(model.graph, bias), inputs[site.weight])
-            set_buffer(model.graph, f"{site.weight}_scale", scales)
-            with graph.inserting_after(source):
-                held = graph.get_attr(f"{site.weight}_scale")
-            with graph.inserting_after(held):
-                made[site.weight] = graph.call_function(
-                    PER_CHANNEL, (source, held, site.axis, -WEIGHT_MAX, WEIGHT_MAX)
-                )
-            keep_meta(made[site.weight], source)
-        site.node.update_arg(list(site.node.args).index(source), made[site.weight])
+def _quantize_weight(graph: fx.GraphModule, site: Site, source: fx.Node, bits: int) -> fx.Node:
+    low, high = WEIGHT_GRIDS[bits]
+    weight = tensor_of(graph, site.weight).detach().float()
+    name = f"{site.weight}_scale"
+    set_buffer(graph, name, _weight_scales(weight, site.axis, bits))
+    with graph.graph.inserting_after(source):
+        held = graph.graph.get_attr(name)
+    with graph.graph.inserting_after(held):
+        made = graph.graph.call_function(PER_CHANNEL, (source, held, site.axis, low, high))
+    keep_meta(made, source)
+    return made
 
 
-def _weight_node(node: fx.Node, name: str) -> fx.Node:
-    return next(a for a in node.args if isinstance(a, fx.Node) and a.target == name)
-
-
-def _hold_bias(scales: Tensor, bias: Tensor, input_scales: list[float]) -> Tensor:
-    """Scales large enough that each bias fits 32 bits at input scale times weight scale."""
-    smallest = bias.detach().abs().float() / (min(input_scales) * 2**30)  # (C,)
-    return torch.maximum(scales, smallest)
+def _weight_scales(weight: Tensor, axis: int, bits: int) -> Tensor:
+    """At 8 bits the largest weight is not worth clipping; at 4 it would cost the others levels."""
+    low, high = WEIGHT_GRIDS[bits]
+    if bits == 8:
+        return channel_scales(weight, axis, high)
+    return closest_scales(weight, axis, low, high)

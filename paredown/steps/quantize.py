@@ -1,4 +1,4 @@
-"""Post-training static quantization to 8-bit integers."""
+"""Post-training static quantization: 8-bit activations, weights of 8 or 4 bits."""
 
 from __future__ import annotations
 
@@ -12,15 +12,18 @@ from paredown.graph.edit import fold_batch_norm
 from paredown.graph.model import Model
 from paredown.graph.quantized import quantizers
 from paredown.graph.regions import find_regions, prepare
+from paredown.graph.scales import WEIGHT_GRIDS
 from paredown.graph.sites import sites
 from paredown.steps.insert import insert_quantizers
 from paredown.steps.ranges import RANGES, Range, percentile_range
 from paredown.types import Task, UserError
 
+SCHEMES = {"int8": 8, "int4": 4}  # bits of the weights
+
 
 @dataclass(frozen=True)
 class Quantize:
-    """Weights to int8 per channel and activations to uint8 per tensor, after training.
+    """Weights to int8 or int4 per channel and activations to uint8 per tensor, after training.
 
     Good for convolutional networks and the linear layers of transformers: the file shrinks to
     about a quarter, and kernels with int8 dot products run about twice as fast. It does not pay
@@ -29,11 +32,12 @@ class Quantize:
     since those stay in float.
 
     Args:
-        scheme: "int8".
+        scheme: "int8", or "int4" for weights of 4 bits.
         ranges: how activation ranges are chosen from the calibration data: "mse", "minmax",
             "percentile" or "entropy".
         percentile: for ``ranges="percentile"``, the share of values kept, in per cent.
         first, last: whether the first and the last layer are quantized too.
+        edge_bits: for ``scheme="int4"``, bits of the first and the last layer's weights: 8 or 4.
         exclude: names of weights, or patterns such as ``"head.*"``, that stay in float.
 
     Raises:
@@ -58,15 +62,19 @@ class Quantize:
     percentile: float = 99.99
     first: bool = True
     last: bool = True
+    edge_bits: int = 8
     exclude: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.scheme != "int8":
-            raise UserError(f'quantize: scheme {self.scheme!r} is not known; it can be "int8".')
+        if self.scheme not in SCHEMES:
+            known = " or ".join(f'"{name}"' for name in SCHEMES)
+            raise UserError(f"quantize: scheme {self.scheme!r} is not known; it can be {known}.")
         if self.ranges not in RANGES:
             raise UserError(f"quantize: ranges {self.ranges!r} is not one of {', '.join(RANGES)}.")
         if not 50 < self.percentile <= 100:
             raise UserError(f"quantize: percentile must be in (50, 100], got {self.percentile}.")
+        if self.edge_bits not in WEIGHT_GRIDS:
+            raise UserError(f"quantize: edge_bits must be 8 or 4, got {self.edge_bits!r}.")
         object.__setattr__(self, "exclude", tuple(self.exclude))
 
     @property
@@ -83,7 +91,8 @@ class Quantize:
         if not regions.sites:
             raise UserError("quantize: no convolution or linear layer is left to run on integers.")
         statistics = observe(made, task, regions.own, histogram=self.ranges != "minmax")
-        insert_quantizers(made, regions, {n: self._range(s) for n, s in statistics.items()})
+        found = {name: self._range(each) for name, each in statistics.items()}
+        insert_quantizers(made, regions, found, self._bits(made))
         return made
 
     def _range(self, statistics: Statistics) -> Range:
@@ -102,9 +111,22 @@ class Quantize:
                     f"quantize: exclude {pattern!r} is no layer; the nearest is {near}."
                 )
             skipped |= matched
-        layers = [s.weight for s in sites(model.graph) if s.kind in ("conv", "linear", "matmul")]
+        layers = _layers(model)
         return (
             skipped
             | set(layers[:1] if not self.first else ())
             | set(layers[-1:] if not self.last else ())
         )
+
+    def _bits(self, model: Model) -> dict[str, int]:
+        """Bits of each layer's weight."""
+        layers = _layers(model)
+        edges = dict.fromkeys((layers[0], layers[-1]), self.edge_bits)
+        return dict.fromkeys(layers, SCHEMES[self.scheme]) | (
+            edges if self.scheme != "int8" else {}
+        )
+
+
+def _layers(model: Model) -> list[str]:
+    """The weights of the layers with integer kernels, in the order they run."""
+    return [s.weight for s in sites(model.graph) if s.kind in ("conv", "linear", "matmul")]

@@ -8,25 +8,9 @@ import torch
 from torch import Tensor
 
 from paredown.calibrate import BINS, Statistics
+from paredown.graph.scales import LEVELS, affine
 
 Range = tuple[float, float]
-LEVELS = 255  # the largest activation, as an unsigned byte
-SMALLEST_SCALE = 1e-12
-
-
-def affine(low: float, high: float) -> tuple[float, int]:
-    """Scale and zero point that map [low, high], widened to hold 0, onto 0..255.
-
-    Zero is exact, so that padding and ReLU add no error (Jacob et al. 1712.05877).
-
-    Example:
-        >>> scale, zero_point = affine(-0.5, 0.75)
-        >>> round(scale, 5), zero_point
-        (0.0049, 102)
-    """
-    low, high = min(low, 0.0), max(high, 0.0)
-    scale = max((high - low) / LEVELS, SMALLEST_SCALE)
-    return scale, min(LEVELS, max(0, round(-low / scale)))
 
 
 def minmax_range(statistics: Statistics) -> Range:
