@@ -93,26 +93,14 @@ def child(tool: str, count: int, folder: Path) -> dict[str, float]:
         return {"seconds": seconds, "bytes": peak - before, "file": file.stat().st_size}
 
 
-def _paredown(module: nn.Module, images: Dataset, folder: Path) -> Path:
-    model = paredown.capture(module, (images[0][0][None],))
-    return peers.paredown_int8(model, images, folder / "out.onnx", BATCH)
+def _by(tool: str) -> Callable[[nn.Module, Dataset, Path], Path]:
+    def make(module: nn.Module, images: Dataset, folder: Path) -> Path:
+        return peers.TOOLS["onnxruntime"][tool](module, images, folder / "out.onnx", False)
+
+    return make
 
 
-def _onnxruntime(module: nn.Module, images: Dataset, folder: Path) -> Path:
-    start = peers.export_float(module, images, folder / "float.onnx")
-    return peers.onnxruntime_int8(start, images, folder / "out.onnx")
-
-
-def _nncf(module: nn.Module, images: Dataset, folder: Path) -> Path:
-    start = peers.export_float(module, images, folder / "float.onnx")
-    return peers.nncf_int8(start, images, folder / "out.onnx")
-
-
-TOOLS: dict[str, Callable[[nn.Module, Dataset, Path], Path]] = {
-    OURS: _paredown,
-    ORT: _onnxruntime,
-    NNCF: _nncf,
-}
+TOOLS = {tool: _by(tool) for tool in (OURS, ORT, NNCF)}
 
 
 def _trim() -> None:

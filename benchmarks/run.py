@@ -8,8 +8,18 @@ import importlib.util
 import os
 import sys
 
-BENCHMARKS = ("int8", "calibration", "finetune", "pruning", "widths")
-PEERS = ("nncf", "openvino", "torch_pruning")
+# name -> the module whose ``run(quick, ...)`` makes it, and what it is given besides
+BENCHMARKS: dict[str, tuple[str, ...]] = {
+    "int8": ("int8", "onnxruntime"),
+    "int8-openvino": ("int8", "openvino"),
+    "int8-executorch": ("int8", "executorch"),
+    "int8-litert": ("int8", "litert"),
+    "calibration": ("calibration",),
+    "finetune": ("finetune",),
+    "pruning": ("pruning",),
+    "widths": ("widths",),
+}
+PEERS = ("nncf", "openvino", "torch_pruning", "torchao", "ai_edge_quantizer")
 
 
 def main() -> None:
@@ -26,7 +36,8 @@ def main() -> None:
     if load > 0.5 * cores:
         print(f"note: {load:.1f} other processes want these {cores} cores; the numbers are rough")
     for name in BENCHMARKS if chosen.benchmark == "all" else [chosen.benchmark]:
-        results = importlib.import_module(name).run(chosen.quick)
+        module, *given = BENCHMARKS[name]
+        results = importlib.import_module(module).run(chosen.quick, *given)
         print(f"kept in {tables.save(name, results, chosen.quick).relative_to(tables.ROOT)}\n")
 
 

@@ -20,7 +20,10 @@ from paredown.stats import Interval
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PACKAGES = ("paredown", "torch", "onnx", "onnxruntime", "nncf", "openvino", "numpy")
+PACKAGES = (
+    *("paredown", "torch", "torchao", "onnx", "onnxruntime", "nncf", "openvino", "executorch"),
+    *("litert-torch", "ai-edge-litert", "ai-edge-quantizer", "numpy"),
+)
 INT8_INSTRUCTIONS = ("avx512_vnni", "avx_vnni", "avx_vnni_int8", "amx_int8", "asimddp", "i8mm")
 
 
