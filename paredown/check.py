@@ -19,9 +19,9 @@ from paredown.graph import structure
 from paredown.graph.capture import call_user, capture, load_file
 from paredown.graph.model import Model
 from paredown.graph.sites import sites
-from paredown.measure import measure
-from paredown.runtimes import runtime
-from paredown.types import SPLITS, Measurement, Step, Target, Task, UserError
+from paredown.measure import measure, size_bytes
+from paredown.runtimes import RUNTIMES, ready
+from paredown.types import SPLITS, Measurement, Step, Target, Task, UserError, human
 
 NEEDED = {
     "validation": "decisions are made on it",
@@ -114,8 +114,9 @@ def _check(
     parameters = sum(p.numel() for p in model.parameters())
     layers = len({site.weight for site in sites(model.graph)})
     found.facts.insert(0, f"captured: {parameters:,} parameters, {layers} layers with weights")
-    if found.tried("export", lambda: _export(model, target)) is not None:
-        found.facts.append(f"exported to {target.runtime}; the file agrees with the model")
+    size = found.tried("export", lambda: _export(model, target))
+    if size is not None:
+        found.facts.append(f"exported to {target.runtime}, {size}; the file agrees with the model")
 
 
 def problems(model: Model, task: Task, target: Target, steps: Sequence[Step] = ()) -> list[str]:
@@ -132,8 +133,8 @@ def _ask(
     lacking = task.missing(set(NEEDED))
     found.problems += [f"task: has no {name}; {NEEDED[name]}." for name in lacking]
     found.tried("the data", lambda: found.problems.extend(data.problems(task)))
-    known = found.tried("runtime", lambda: runtime(target.runtime))
-    found.problems += recipe.problems(steps, task, target if known else None)
+    found.tried("runtime", lambda: ready(target.runtime))
+    found.problems += recipe.problems(steps, task, target if target.runtime in RUNTIMES else None)
     found.tried("device", lambda: local.device(target.device))
     if model is None:
         return
@@ -199,17 +200,17 @@ def _differentiate(model: Model, task: Task) -> torch.Tensor | None:
     return loss.detach()
 
 
-def _export(model: Model, target: Target) -> int:
-    chosen = runtime(target.runtime)
+def _export(model: Model, target: Target) -> str:
+    chosen = ready(target.runtime)
     with tempfile.TemporaryDirectory() as folder:
         path: Path = chosen.lower(model, Path(folder) / f"model{chosen.SUFFIX}")
-        return path.stat().st_size
+        return human("size", size_bytes(path))
 
 
 def baseline(model: Model, task: Task, target: Target) -> Measurement:
     """The exported original, measured alone on validation."""
     progress.say("Export the original and measure it")
-    chosen = runtime(target.runtime)
+    chosen = ready(target.runtime)
     with tempfile.TemporaryDirectory() as folder:
         path = chosen.lower(model, Path(folder) / f"original{chosen.SUFFIX}")
         return measure({"original": path}, model, task, target)["original"].measurement

@@ -8,6 +8,7 @@ import json
 import shlex
 import sys
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -27,7 +28,7 @@ from paredown.graph.model import Model
 from paredown.inspect import WIDEST, inspect_model, shown
 from paredown.plan import Recipe, plan
 from paredown.report import comparison, report
-from paredown.runtimes import RUNTIMES
+from paredown.runtimes import RUNTIMES, parts
 from paredown.types import Goals, Measurement, Run, Target, Task, UserError, human
 
 FAILED, MISSED, DIFFERS, INTERRUPTED = 1, 3, 4, 130
@@ -65,7 +66,7 @@ Quiet = Annotated[bool, typer.Option("--quiet", help="Print the result only.")]
 
 def _say_version(asked: bool) -> None:
     if asked:
-        print(f"paredown {versions()['paredown']}")
+        print(f"paredown {metadata.version('paredown')}")
         raise typer.Exit
 
 
@@ -255,7 +256,7 @@ def plan_verb(
     with _working(as_json):
         model, task = _captured(file)
         measurement = checks.baseline(model, task, target)
-    recipes = plan(model, task, goals, measurement)
+    recipes = plan(model, task, goals, measurement, target=target)
     if as_json:
         rows = [
             {"title": r.title, "reason": r.reason, "recipe": recipe.to_toml(r.steps)}
@@ -341,8 +342,9 @@ def _print_run(finished: Run) -> None:
     console.print(f"[bold {colour}]{escape(finished.verdict)}[/]", highlight=False)
     if finished.artifact is not None:
         folder = Path(finished.details["folder"])
-        for name, path in (("Artifact", finished.artifact.path), ("Report", "report.html")):
-            line = f"{name + ':':9} {escape(str(folder / path))}"
+        shipped = [str(path) for path in parts(folder / finished.artifact.path)]
+        for name, paths in (("Artifact", shipped), ("Report", [str(folder / "report.html")])):
+            line = f"{name + ':':9} {escape(' and '.join(paths))}"
             console.print(line, highlight=False, soft_wrap=True)
 
 
@@ -393,7 +395,7 @@ def _file_of(run: Run) -> Path:
 
 def _why(run: Run) -> str:
     """What differs between the run and this replay."""
-    now = versions()
+    now = versions(run.target["runtime"])
     changed = [f"{n} was {v}, is {now.get(n)}" for n, v in run.versions.items() if now.get(n) != v]
     return "; ".join(changed) or (
         "made with the same versions, so on another kind of processor, or with another number of "

@@ -26,7 +26,7 @@ from paredown.graph.store import decode, encode
 from paredown.ledger import Ledger, stage_key
 from paredown.measure import compare, measure
 from paredown.plan import Attempt, Recipe
-from paredown.runtimes import runtime
+from paredown.runtimes import digest, parts, ready, runtime
 from paredown.types import (
     GOALS,
     SPLITS,
@@ -44,7 +44,7 @@ from paredown.types import (
 )
 
 MODEL, RUN = ".safetensors", ".json"
-PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime", "numpy", "safetensors", "paredown")
+PACKAGES = ("torch", "numpy", "safetensors", "paredown")  # and those of the runtime
 FINISHED = stage_key({"finished": "run"})
 
 
@@ -164,7 +164,7 @@ def _identity(
         "target": dataclasses.asdict(target),
         "recipe": recipe.to_toml(steps) if steps else "",
         "seed": seed,
-        "versions": versions(),
+        "versions": versions(target.runtime),
     }
 
 
@@ -172,9 +172,15 @@ def _digest(model: Model) -> str:
     return hashlib.sha256(encode(model)).hexdigest()
 
 
-def versions() -> dict[str, str]:
-    """Of Python and of the packages that a result depends on."""
-    return {name: version(name) for name in PACKAGES} | {"python": platform.python_version()}
+def versions(name: str) -> dict[str, str]:
+    """Of Python and of the packages that a result depends on in the runtime of that name.
+
+    Example:
+        >>> sorted(versions("pytorch"))
+        ['numpy', 'paredown', 'python', 'safetensors', 'torch']
+    """
+    packages = dict.fromkeys((*PACKAGES, *ready(name).PACKAGES))
+    return {each: version(each) for each in packages} | {"python": platform.python_version()}
 
 
 def _baseline(
@@ -209,8 +215,9 @@ def _lowered(ledger: Ledger, model: Model, stage: str, target: Target) -> Path:
     record = ledger.done(key)
     if record is None:
         path = chosen.lower(model, ledger.folder / f"lowering{chosen.SUFFIX}")
-        sha256 = ledger.put(path.read_bytes(), chosen.SUFFIX)
-        path.unlink()
+        sha256 = ledger.keep(path)
+        for part in parts(path):
+            part.unlink()
         record = {"stage": sha256, "suffix": chosen.SUFFIX}
         ledger.finish(key, record)
     found = ledger.get(record["stage"], record["suffix"])
@@ -224,7 +231,9 @@ def _recipes(state: _State, steps: Sequence[Step] | None) -> list[Recipe]:
         return []
     if steps is not None:
         return [Recipe("as asked", "the recipe that was given", plan.attempts(steps))]
-    recipes = plan.plan(state.original, state.task, state.goals, state.baseline, state.seed)
+    recipes = plan.plan(
+        state.original, state.task, state.goals, state.baseline, state.seed, state.target
+    )
     progress.say("Plan")
     for number, item in enumerate(recipes, 1):
         progress.say(f"  {number}. {item.title}: {item.reason}")
@@ -456,7 +465,7 @@ def replay(
             captured = decode(encode(recipe.apply_step(captured, step, task)), "replay")
         chosen = runtime(run.artifact.runtime)
         path = chosen.lower(captured, Path(made) / f"replay{chosen.SUFFIX}")
-        return run.artifact, hashlib.sha256(path.read_bytes()).hexdigest()
+        return run.artifact, digest(path)
 
 
 def _changed(run: Run, model: Model, task: Task) -> Iterator[str]:

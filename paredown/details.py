@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import dataclasses
-import hashlib
 import shlex
 import struct
 import zlib
@@ -17,14 +16,14 @@ import torch
 from torch import Tensor, fx
 
 from paredown import data, progress, recipe
-from paredown.files import write_atomically
+from paredown.files import write_atomically, write_together
 from paredown.graph import structure
 from paredown.graph.model import Model
 from paredown.graph.quantized import quantized_weights, rounded, stored_bits
 from paredown.graph.sites import sites, tensor_of
-from paredown.measure import Measured
+from paredown.measure import Measured, size_bytes
 from paredown.plan import Recipe
-from paredown.runtimes import runtime
+from paredown.runtimes import digest, parts, runtime
 from paredown.types import Artifact, GoalCheck, Run, Step, Target, Task, UserError
 
 HISTOGRAM_LAYERS, HISTOGRAM_BINS = 12, 48
@@ -41,12 +40,10 @@ def collect(
 ) -> dict[str, Any]:
     """The ``details`` of a Run, as JSON."""
     before, after = measured["original"], measured["compressed"]
-    chosen = runtime(target.runtime)
-    census = dataclasses.asdict(chosen.census(file)) if hasattr(chosen, "census") else {}
     return {
         "layers": _layers(original.graph, compressed.graph),
         "histograms": _histograms(original.graph, compressed.graph),
-        "census": census,
+        "census": dataclasses.asdict(runtime(target.runtime).census(file)),
         "notes": list(original.notes),
         "latency_samples_ms": {name: _sampled(m) for name, m in measured.items()},
         **_examples(task, before, after),
@@ -62,8 +59,9 @@ def write(run: Run, folder: Path, artifact: Path, original: Path) -> None:
         run.command or "paredown.compress(...)",
         f"paredown replay {shlex.quote(str(folder))}",
     ]
-    write_atomically(folder / run.artifact.path, artifact.read_bytes())
-    write_atomically(folder / run.original.path, original.read_bytes())
+    for name, file in ((run.artifact.path, artifact), (run.original.path, original)):
+        given = [part.read_bytes() for part in parts(file)]
+        write_together(dict(zip(parts(folder / name), given, strict=True)))
     write_atomically(folder / "recipe.toml", run.artifact.recipe.encode())
     write_atomically(folder / "run.json", run.to_json().encode())
 
@@ -85,12 +83,11 @@ def load_run(folder: str | Path) -> Run:
 
 def artifact(name: str, file: Path, steps: Sequence[Step], target: Target) -> Artifact:
     """An exported file under the name it gets in the run folder."""
-    raw = file.read_bytes()
     return Artifact(
         path=f"{name}{file.suffix}",
         runtime=target.runtime,
-        sha256=hashlib.sha256(raw).hexdigest(),
-        size_bytes=len(raw),
+        sha256=digest(file),
+        size_bytes=size_bytes(file),
         recipe=recipe.to_toml(steps),
     )
 

@@ -76,6 +76,22 @@ def write_atomically(path: Path, data: bytes) -> None:
         raise UserError(f"{path}: cannot be written: {error.strerror or error}.") from error
 
 
+def write_together(files: dict[Path, bytes]) -> None:
+    """Write the files of one artifact, the first of which is opened: it is whole with all the
+    others, or not there.
+
+    Raises:
+        UserError: as `write_atomically`.
+    """
+    (first, data), *others = files.items()
+    if others and first.exists():  # else it would stand beside another's companions for a while
+        first.unlink()
+        sync_folder(first.parent)
+    for path, beside in others:
+        write_atomically(path, beside)
+    write_atomically(first, data)
+
+
 def sync_folder(folder: Path) -> None:
     """Make the names in ``folder`` as durable as the files' contents."""
     handle = os.open(folder, os.O_RDONLY)

@@ -22,7 +22,14 @@ from pathlib import Path
 from typing import Any
 
 from paredown import progress
-from paredown.files import is_temporary, sync_folder, write_atomically, write_synced
+from paredown.files import (
+    is_temporary,
+    sync_folder,
+    write_atomically,
+    write_synced,
+    write_together,
+)
+from paredown.runtimes import digest, parts
 from paredown.types import UserError, human
 
 FORMAT = 1
@@ -134,17 +141,32 @@ class Ledger:
             write_atomically(self._stage(sha256, suffix), data)
         return sha256
 
+    def keep(self, artifact: Path) -> str:
+        """Keep an exported file and its companions as one stage; returns its digest.
+
+        Raises:
+            UserError: as `put`.
+        """
+        with _explained(artifact):
+            sha256 = digest(artifact)
+            if self.get(sha256, artifact.suffix) is None:
+                stage = parts(self._stage(sha256, artifact.suffix))
+                given = [part.read_bytes() for part in parts(artifact)]
+                write_together(dict(zip(stage, given, strict=True)))
+        return sha256
+
     def get(self, sha256: str, suffix: str) -> Path | None:
         """The file of a stage, its digest checked; None, and deleted, where it is damaged."""
         path = self._stage(sha256, suffix)
         with _explained(path):
             if not path.is_file():
                 return None
-            with path.open("rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() == sha256:
-                    return path
+            whole = all(part.is_file() for part in parts(path))
+            if whole and digest(path) == sha256:
+                return path
             progress.say(f"{path}: is damaged; it will be made again.")
-            path.unlink()
+            for part in parts(path):
+                part.unlink(missing_ok=True)
         return None
 
     def _stage(self, sha256: str, suffix: str) -> Path:

@@ -17,6 +17,7 @@ from paredown.devices import local
 from paredown.graph import structure
 from paredown.graph.model import Model
 from paredown.progress import track
+from paredown.runtimes import parts
 from paredown.types import Comparison, Measurement, Target, Task, UserError
 
 MAX_PREDICTIONS = 20_000
@@ -140,11 +141,11 @@ def _unbounded(difference: stats.Interval, examples: int, in_points: bool) -> st
 
 
 def size_bytes(file: Path) -> int:
-    """Bytes on disk: the file with its external weights, or all files of a folder."""
+    """Bytes on disk: the file with its companions, or all files of a folder."""
     if file.is_dir():
         return sum(each.stat().st_size for each in file.rglob("*") if each.is_file())
-    weights = file.with_name(file.name + ".data")
-    return file.stat().st_size + (weights.stat().st_size if weights.is_file() else 0)
+    weights = file.with_name(file.name + ".data")  # of an ONNX file that others made
+    return sum(part.stat().st_size for part in [*parts(file), weights] if part.is_file())
 
 
 def _check_signatures(probes: dict[str, local.Probe], model: Model) -> None:

@@ -11,8 +11,9 @@ from paredown.graph.coupling import analyze
 from paredown.graph.model import Model
 from paredown.graph.sites import sites, tensor_of
 from paredown.measure import Measured, compare
+from paredown.runtimes import runtime
 from paredown.steps import step_class
-from paredown.types import GOALS, Comparison, Goals, Limit, Measurement, Step, Task, human
+from paredown.types import GOALS, Comparison, Goals, Limit, Measurement, Step, Target, Task, human
 
 QUANTIZABLE = ("conv", "linear", "matmul")  # kinds of layers with an integer kernel
 RECOVERING = ("fine_tune",)  # steps that win back accuracy for the one before them
@@ -20,8 +21,6 @@ RECOVERY_EPOCHS = (3, 10)  # at least and at most, in between as many as
 RECOVERY_STEPS = 100  # updates take
 PAYS = {"size": 0.99, "memory": 0.97}  # an attempt pays below this share of the best so far
 FASTER = 1.02  # and above this speed-up, if its interval excludes 1
-CHANNEL_BYTES = 8  # of scales and zero points, as found in ONNX files of conv nets
-LAYER_BYTES = 1050  # of the nodes around an integer layer, and their names
 INT8_TIME = 0.5  # of float, as found on convolutional nets: more often less than more
 MARGIN = 0.85  # of the share that would do: what is expected and what comes differ
 ROUND = 0.6  # the least share that one round of pruning leaves; smaller cuts are easier to mend
@@ -56,48 +55,59 @@ class Recipe:
 
 
 def plan(
-    model: Model, task: Task, goals: Goals, baseline: Measurement, seed: int = 0
+    model: Model,
+    task: Task,
+    goals: Goals,
+    baseline: Measurement,
+    seed: int = 0,
+    target: Target | None = None,
 ) -> list[Recipe]:
-    """Recipes for these goals, the most promising first.
+    """Recipes for these goals, the most promising first, of what the target's runtime can write.
 
     Where 8-bit integers alone should do, they come first. Where more is asked for, channels are
     cut before it, in rounds with fine-tuning between where the task can train, else once with a
     least-squares fit; a deeper cut follows, for where the first one misses. Later recipes are
     tried only where the earlier ones miss a goal. ``seed`` is that of the training.
     """
-    trains = not task.missing({"train", "loss"})
+    chosen = runtime((target or Target()).runtime)
     recipes = []
-    if not task.missing({"calibration"}) and _quantizable(model):
-        int8 = _int8(model, baseline)
-        share, amount = needed_share(model, goals, baseline)
-        recipes = [_int8_alone(int8, goals)] if share >= 1 else []
+    if not task.missing({"calibration"}):
+        integers = chosen.INT8_BYTES if _quantizable(model) else None
+        int8 = _int8(model, baseline, integers) if integers else None
+        share, amount = needed_share(model, goals, baseline, integers)
+        recipes = [_int8_alone(int8, goals)] if int8 and share >= 1 else []
         if analyze(model).groups:
             first = NARROW if share >= 1 else share * MARGIN
             for kept in (first, first / 2):
                 prune = _prune(task, max(NARROWEST, kept), amount, seed)
                 recipes.append(_narrow(task, goals, prune, int8))
-        if trains:
+        if int8 and not task.missing({"train", "loss"}):
             recipes.append(_int8_trained(task, int8, seed))
-        elif share < 1:
+        elif int8 and share < 1:
             recipes.append(_int8_alone(int8, goals))
-    return [*recipes, _sixteen_bit(baseline)]
+    return [*recipes, *([_sixteen_bit(baseline)] if "fp16" in chosen.FORMS else [])]
 
 
-def needed_share(model: Model, goals: Goals, baseline: Measurement) -> tuple[float, str]:
-    """The share that may stay for the goals, int8 included, and of what: "parameters" where the
-    size asks for the most, else "macs".
+def needed_share(
+    model: Model, goals: Goals, baseline: Measurement, integers: tuple[int, int] | None
+) -> tuple[float, str]:
+    """The share that may stay for the goals, and of what: "parameters" where the size asks for the
+    most, else "macs".
 
-    1 and more where 8-bit integers should do by themselves.
+    8-bit integers are counted in where ``integers``, their bytes for a channel and for a layer, are
+    known; the share is 1 and more where they should do by themselves.
     """
     size = time = math.inf
     if isinstance(goals.size, Limit):
-        bound = goals.size.absolute(baseline.size_bytes)
-        size = bound / expected_int8_bytes(model, baseline.size_bytes)
+        bytes_ = baseline.size_bytes
+        expected = expected_int8_bytes(model, bytes_, integers) if integers else bytes_
+        size = goals.size.absolute(bytes_) / expected
     for goal in ("latency", "energy", "throughput"):
         limit, value = getattr(goals, goal), baseline.quantity(goal)
         if limit is not None and value:
             asked = limit.absolute(value) / value
-            time = min(time, (1 / asked if goal == "throughput" else asked) / INT8_TIME)
+            left = 1 / asked if goal == "throughput" else asked
+            time = min(time, left / INT8_TIME if integers else left)
     return (size, "parameters") if size <= time else (time, "macs")
 
 
@@ -132,19 +142,19 @@ def _prune(task: Task, share: float, amount: str, seed: int) -> _Rounds:
     return _Rounds(share, named, tuple(made))
 
 
-def _narrow(task: Task, goals: Goals, prune: _Rounds, int8: Attempt) -> Recipe:
+def _narrow(task: Task, goals: Goals, prune: _Rounds, int8: Attempt | None) -> Recipe:
     rounds = len(prune.attempts)
     if task.missing({"train", "loss"}):
         how = "fitting what reads them by least squares, since there is nothing to train with"
     else:
         how = f"in {_counted(rounds)}, each with a least-squares fit and fine-tuning"
-    reason = (
-        f"{_asked(goals)}: leave {prune.share:.0%} of the {prune.amount}, {how}, and quantize "
-        "last, so that the integer ranges are those of the final weights"
-    )
+    reason = f"{_asked(goals)}: leave {prune.share:.0%} of the {prune.amount}, {how}"
+    title = f"Cut channels to {prune.share:.0%}"
+    if int8 is None:
+        return Recipe(title, reason, prune.attempts)
+    reason += ", and quantize last, so that the integer ranges are those of the final weights"
     small = replace(int8, expected="a quarter of the bytes left; 1 to 3 times as fast")
-    title = f"Cut channels to {prune.share:.0%}, then int8"
-    return Recipe(title, reason, (*prune.attempts, small))
+    return Recipe(f"{title}, then int8", reason, (*prune.attempts, small))
 
 
 def _recovery_epochs(task: Task) -> int:
@@ -200,8 +210,8 @@ def _sixteen_bit(baseline: Measurement) -> Recipe:
     return Recipe("fp16", "the last resort for size: the smallest loss", (attempt,))
 
 
-def _int8(model: Model, baseline: Measurement) -> Attempt:
-    size = expected_int8_bytes(model, baseline.size_bytes)
+def _int8(model: Model, baseline: Measurement, integers: tuple[int, int]) -> Attempt:
+    size = expected_int8_bytes(model, baseline.size_bytes, integers)
     return Attempt(
         (_make("quantize"),),
         "8-bit integers",
@@ -211,13 +221,14 @@ def _int8(model: Model, baseline: Measurement) -> Attempt:
     )
 
 
-def expected_int8_bytes(model: Model, size_bytes: int) -> float:
-    """The file's size with each quantizable weight at a byte, and what the integers bring along."""
+def expected_int8_bytes(model: Model, size_bytes: int, integers: tuple[int, int]) -> float:
+    """The file's size with each quantizable weight at a byte, and what the integers bring along
+    for each channel and each layer, in bytes."""
     layers = {s.weight: s for s in sites(model.graph) if s.kind in QUANTIZABLE}
     weights = {id(t): t for t in (tensor_of(model.graph, name) for name in layers)}
     saved = sum(t.numel() * (t.element_size() - 1) for t in weights.values())
     channels = sum(tensor_of(model.graph, n).shape[s.axis] for n, s in layers.items())
-    added = CHANNEL_BYTES * channels + LAYER_BYTES * len(layers)
+    added = integers[0] * channels + integers[1] * len(layers)
     return float(max(size_bytes - saved, 0) + added)
 
 

@@ -19,7 +19,7 @@ from paredown.devices import local
 from paredown.graph import structure
 from paredown.graph.model import Model
 from paredown.progress import track
-from paredown.runtimes import runtime
+from paredown.runtimes import ready, runtime
 from paredown.types import Target, UserError
 
 # A file is up to 2 % faster in one process than in the next, for as long as they live. Seen with
@@ -108,7 +108,7 @@ def speedup(
         >>> speedup(deep, flat, Target(), rounds=2).estimate > 1
         True
     """
-    chosen, _ = runtime(target.runtime), local.device(target.device)
+    chosen, _ = ready(target.runtime), local.device(target.device)
     if rounds < 2:
         raise UserError(f"rounds: expected a whole number from 2 up, got {rounds}.")
     _check_same_inputs(before, after)

@@ -2,6 +2,9 @@
 
 import dataclasses
 import itertools
+import re
+import tomllib
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -14,7 +17,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from paredown import recipe
+from paredown import check as checks
+from paredown import compress, recipe, runtimes, timing
 from paredown.graph import store
 from paredown.graph.capture import capture
 from paredown.graph.edit import reexport
@@ -24,7 +28,7 @@ from paredown.scores import accuracy
 from paredown.steps import STEPS, step_class
 from paredown.steps.cast import Cast
 from paredown.steps.criteria import CRITERIA
-from paredown.types import FORMS, Step, Target, Task, UserError
+from paredown.types import FORMS, Goals, Step, Target, Task, UserError
 from tests.architectures.blocks import EncoderBlock
 
 torch.set_num_threads(1)
@@ -112,6 +116,7 @@ def build(kind: str) -> tuple[Model, Task]:
     return capture(module.eval(), task.example, dynamic), task
 
 
+PYPROJECT = Path(__file__).parent.parent / "pyproject.toml"
 KINDS = ("cnn", "encoder")
 CASES = list(itertools.product(STEPS, KINDS))
 PAIRS = [(a, b, kind) for a, b in itertools.product(STEPS, STEPS) for kind in KINDS]
@@ -168,8 +173,44 @@ def test_an_unknown_step_suggests_the_nearest():
 
 
 @pytest.mark.parametrize("name", RUNTIMES)
-def test_every_runtime_says_which_forms_it_writes(name):
-    assert set(FORMS) >= runtime(name).FORMS
+def test_every_runtime_says_what_it_is(name):
+    chosen = runtime(name)
+    assert set(FORMS) >= chosen.FORMS and chosen.PACKAGES
+    extras = tomllib.loads(PYPROJECT.read_text())["project"]["optional-dependencies"]
+    assert name in extras or name in runtimes.CORE
+    suffixes = [runtime(other).SUFFIX for other in RUNTIMES]
+    assert chosen.SUFFIX.startswith(".") and suffixes.count(chosen.SUFFIX) == 1
+    assert all(suffix.startswith(".") for suffix in chosen.COMPANIONS)
+    assert chosen.INT8_BYTES is None or ("int8" in chosen.FORMS and len(chosen.INT8_BYTES) == 2)
+    assert all(callable(getattr(chosen, verb)) for verb in ("lower", "open", "census", "version"))
+
+
+@pytest.mark.parametrize("name", RUNTIMES)
+def test_a_missing_package_names_the_extra_before_any_work(name, built, monkeypatch, tmp_path):
+    package, asked = runtime(name).PACKAGES[-1], runtimes.version
+    target, (model, task) = Target(runtime=name), built["cnn"]
+    Path(tmp_path / f"model{runtime(name).SUFFIX}").touch()
+
+    def version(each):
+        if each == package:
+            raise runtimes.PackageNotFoundError(each)
+        return asked(each)
+
+    monkeypatch.setattr(runtimes, "version", version)
+    monkeypatch.setattr(runtime(name), "lower", lambda *_: pytest.fail("work had begun"))
+    said = f"runtime: {name} needs .*{package}.*, not installed here; run pip install "
+    for work in (
+        lambda: runtimes.export(model, target, tmp_path / "model"),
+        lambda: runtimes.open(tmp_path / f"model{runtime(name).SUFFIX}"),
+        lambda: checks.baseline(model, task, target),
+        lambda: compress(model, task, Goals(), target, out=tmp_path / "run"),
+        lambda: timing.speedup(model, model, target),
+    ):
+        with pytest.raises(UserError, match=said):
+            work()
+    assert not (tmp_path / "run").exists()
+    [problem] = checks.check(model, task, target).problems
+    assert re.match(said, problem) and (f"'paredown[{name}]'" in problem or name in runtimes.CORE)
 
 
 def test_a_form_that_a_runtime_cannot_write_is_refused_before_any_work(built):

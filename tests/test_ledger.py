@@ -1,6 +1,7 @@
 """The run folder is killed, filled, torn and misused; what was finished must survive."""
 
 import errno
+import hashlib
 import json
 import os
 import random
@@ -11,8 +12,9 @@ import time
 import pytest
 
 from paredown import files
-from paredown.files import FILE_POINTS, write_atomically
+from paredown.files import FILE_POINTS, write_atomically, write_together
 from paredown.ledger import IDENTITY, RECORDS, STAGES, Ledger, stage_key
+from paredown.runtimes import digest, onnxruntime, parts
 from paredown.types import UserError
 
 IDENTITY_A = {"recipe": "Cast()", "seed": 0, "versions": {"torch": "2.13.0", "onnx": "1.23.2"}}
@@ -273,6 +275,68 @@ def test_a_stage_is_kept_once_and_checked(tmp_path):
         assert run.get(sha256, ".bin") is None
         path.write_bytes(b"")
         assert run.put(data, ".bin") == sha256 and path.read_bytes() == data
+
+
+@pytest.fixture
+def pairs(monkeypatch):
+    """The default runtime's files come in pairs."""
+    monkeypatch.setattr(onnxruntime, "COMPANIONS", (".weights",))
+
+
+def write_pair(folder, graph=b"graph", weights=b"weights"):
+    folder.mkdir(exist_ok=True)
+    (folder / "model.onnx").write_bytes(graph)
+    (folder / "model.weights").write_bytes(weights)
+    return folder / "model.onnx"
+
+
+def test_a_pair_of_files_is_one_stage(tmp_path, pairs):
+    with Ledger.open(tmp_path / "run", {}) as run:
+        sha256 = run.keep(write_pair(tmp_path / "made"))
+        assert sha256 == hashlib.sha256(b"graphweights").hexdigest()
+        assert run.keep(write_pair(tmp_path / "made")) == sha256
+        assert run.keep(write_pair(tmp_path / "made", weights=b"others")) != sha256
+        kept = run.get(sha256, ".onnx")
+        assert [part.read_bytes() for part in parts(kept)] == [b"graph", b"weights"]
+        assert len(list((tmp_path / "run" / STAGES).iterdir())) == 4
+        parts(kept)[1].write_bytes(b"weighty")
+        assert run.get(sha256, ".onnx") is None and not any(part.exists() for part in parts(kept))
+        kept = run.get(run.keep(write_pair(tmp_path / "made")), ".onnx")
+        parts(kept)[1].unlink()
+        assert run.get(sha256, ".onnx") is None and not kept.exists()
+
+
+@pytest.mark.parametrize("kill_at", range(1, 11))
+def test_a_pair_is_whole_or_not_there(tmp_path, monkeypatch, pairs, kill_at):
+    """Killed at any moment; also where another pair stood under that name."""
+    passed = 0
+
+    def failpoint(name, short=None):
+        nonlocal passed
+        passed += 1
+        if passed == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def replace():
+        monkeypatch.setattr(files, "failpoint", failpoint)
+        write_together({shown: b"new", parts(shown)[1]: b"twin"})
+
+    def keep():
+        with Ledger.open(tmp_path / "run", {}) as run:
+            monkeypatch.setattr(files, "failpoint", failpoint)
+            run.keep(made)
+
+    shown = write_pair(tmp_path / "shown", b"old", b"pair")
+    assert in_child(replace) == -signal.SIGKILL
+    both = [part.read_bytes() if part.exists() else None for part in parts(shown)]
+    assert both[0] is None or both == [b"new", b"twin"]
+    made = write_pair(tmp_path / "made")
+    assert in_child(keep) == -signal.SIGKILL
+    with Ledger.open(tmp_path / "run", {}) as run:
+        found = list((tmp_path / "run" / STAGES).glob("*.onnx"))
+        assert found == [run.get(digest(made), ".onnx")] * len(found)
+        kept = run.get(run.keep(made), ".onnx")
+        assert [part.read_bytes() for part in parts(kept)] == [b"graph", b"weights"]
 
 
 @pytest.mark.parametrize("name", [("../../x", ""), ("0" * 64, "/../x"), ("", ".bin")])

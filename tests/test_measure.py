@@ -55,6 +55,8 @@ def open(path, threads):
     if text == "leave":
         print("no such kernel", file=sys.stderr)
         os._exit(7)
+    if text == "lack":
+        import no_such_kernels
     return Predictor(text)
 """
 
@@ -294,6 +296,7 @@ def test_a_corrupt_file_is_named(tmp_path: Path) -> None:
         ("leave", "opening it ended with exit code 7: no such kernel"),
         ("hang", "running it took more than 3 s and was stopped"),
         ("exit", "running it failed: SystemExit: 3"),
+        ("lack", r"opening it failed: .*no_such_kernels is not installed there; run pip install"),
         ("fill", "running it failed: .*MemoryError"),
         ("strings", "output 0 holds <U1, not numbers"),
     ],

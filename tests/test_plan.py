@@ -12,9 +12,11 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 import paredown
+from paredown import recipe
 from paredown.measure import Measured
 from paredown.plan import attempts, decide, expected_int8_bytes, plan, rank
-from paredown.types import Goals, Measurement, Task
+from paredown.runtimes import runtime
+from paredown.types import Goals, Measurement, Target, Task
 
 BASELINE = Measurement(100_000, score=0.9, latency_ms_p50=1.0, memory_bytes=50_000_000)
 
@@ -137,14 +139,32 @@ def test_nothing_to_quantize_leaves_16_bits():
 
 
 @pytest.mark.parametrize("width", [8, 16, 32, 64])
-def test_expected_size_is_near_the_files(tmp_path: Path, width):
+def test_expected_size_is_near_the_files(tmp_path: Path, width, runtime_name):
+    chosen = runtime(runtime_name)
     captured = paredown.capture(conv_net(width), task().example)
     quantized = paredown.Quantize().apply(captured, task(calibration=images()))
     before, after = (
-        paredown.export(each, paredown.Target(), tmp_path / f"{n}.onnx").size_bytes
+        paredown.export(each, Target(runtime_name), tmp_path / f"{n}{chosen.SUFFIX}").size_bytes
         for n, each in enumerate((captured, quantized))
     )
-    assert expected_int8_bytes(captured, before) == pytest.approx(after, rel=0.15)
+    if chosen.INT8_BYTES is None:
+        assert after >= before  # and so int8 is not planned
+    else:
+        expected = expected_int8_bytes(captured, before, chosen.INT8_BYTES)
+        assert expected == pytest.approx(after, rel=0.15)
+
+
+def test_only_what_the_runtime_writes_is_planned(wide, runtime_name):
+    model, baseline = wide
+    chosen, target = runtime(runtime_name), Target(runtime_name)
+    for goals in (Goals(size="0.3x"), Goals(latency="0.2x"), Goals()):
+        recipes = plan(model, trainable(), goals, baseline, target=target)
+        forms = {getattr(step, "form", None) for item in recipes for step in item.steps} - {None}
+        assert recipes and forms <= chosen.FORMS and ("fp16" in forms) == ("fp16" in chosen.FORMS)
+        assert ("int8" in forms) == (chosen.INT8_BYTES is not None)
+        assert any(cuts(item) for item in recipes)
+        assert not any(recipe.problems(item.steps, trainable(), target) for item in recipes)
+        assert all(a.reason and a.expected for item in recipes for a in item.attempts)
 
 
 def test_own_steps_are_tried_with_what_recovers_them():

@@ -47,7 +47,11 @@ class Session:
     def open(self, file: str, runtime_file: str, threads: int) -> dict[str, Any]:
         self.runtime = load(runtime_file)
         reset_peak()
-        self.predictor = self.runtime.open(Path(file), threads)
+        try:
+            self.predictor = self.runtime.open(Path(file), threads)
+        except ModuleNotFoundError as error:
+            extra = f"pip install 'paredown[{Path(runtime_file).stem}]'"
+            raise RuntimeError(f"{error.name} is not installed there; run {extra}") from error
         return {
             "inputs": list(self.predictor.input_names),
             "outputs": list(self.predictor.output_names),

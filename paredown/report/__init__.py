@@ -13,6 +13,7 @@ from paredown.report.sections import census, classes, flips, histograms, latency
 from paredown.report.table import comparison, head
 from paredown.report.trajectory import trajectory
 from paredown.report.words import quantity, short
+from paredown.runtimes import parts
 from paredown.types import SPLITS, Run
 
 __all__ = ["comparison", "render", "report"]
@@ -33,7 +34,7 @@ def render(run: Run) -> str:
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"human": quantity, "short": short}
+    environment.filters |= {"human": quantity, "short": short, "files": _files}
     source = resources.files(__package__).joinpath("page.html").read_text("utf-8")
     return environment.from_string(source).render(
         run=run,
@@ -49,6 +50,11 @@ def render(run: Run) -> str:
         data=sorted(run.data.items(), key=_split_order),
         reproduce="\n".join(run.details.get("reproduce") or []),
     )
+
+
+def _files(path: str) -> str:
+    """The names of an artifact's files."""
+    return " and ".join(part.name for part in parts(Path(path)))
 
 
 def _split_order(item: tuple[str, Any]) -> tuple[int, str]:

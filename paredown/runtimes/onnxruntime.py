@@ -16,8 +16,10 @@ if TYPE_CHECKING:
     from paredown.graph.model import Model
     from paredown.types import Census
 
-SUFFIX = ".onnx"
+SUFFIX, COMPANIONS = ".onnx", ()
 FORMS = frozenset({"int8", "int4", "fp16"})  # besides float32; see paredown.types.Step
+INT8_BYTES = (8, 1050)  # of scales, and of nodes and their names, as found in conv nets
+PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 # What an operator of the optimised graph computes in; the others move or cast data.
 INTEGER_OPS = frozenset(

@@ -9,9 +9,12 @@ import numpy as np
 
 if TYPE_CHECKING:
     from paredown.graph.model import Model
+    from paredown.types import Census
 
-SUFFIX = ".safetensors"
+SUFFIX, COMPANIONS = ".safetensors", ()
 FORMS = frozenset({"int8", "int4", "fp16", "bf16"})  # all run as simulated; see paredown.types.Step
+INT8_BYTES = None  # weights stay float
+PACKAGES = ("torch", "safetensors")
 
 
 class Predictor:
@@ -63,6 +66,23 @@ def open(path: Path | str, threads: int = 1) -> Predictor:
 
     torch.set_num_threads(threads)
     return Predictor(Model.load(path))
+
+
+def census(path: Path | str) -> Census:
+    """Count the ATen ops of the graph, all in float, and the bytes of its tensors."""
+    from collections import Counter
+
+    from paredown.graph.model import Model
+    from paredown.types import Census
+
+    model = Model.load(path)
+    ops = Counter(
+        node.target.__name__ for node in model.graph.graph.nodes if node.op == "call_function"
+    )
+    weights: Counter[str] = Counter()
+    for tensor in {id(tensor): tensor for tensor in model.state_dict().values()}.values():
+        weights[str(tensor.dtype).removeprefix("torch.")] += tensor.nbytes
+    return Census({}, dict(ops), dict(weights))
 
 
 def version() -> str:
