@@ -469,6 +469,29 @@ def test_activations_before_a_relu_have_no_scale_of_their_own(net, images):
             assert after.target is PER_TENSOR and after.args[2] == 0  # nothing below zero
 
 
+class PostNorm(nn.Module):
+    """A norm in float whose result a layer reads, and a sum in float."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.fc = nn.LayerNorm(8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        x = self.norm(x)
+        return x + nn.functional.gelu(self.fc(x))
+
+
+def test_what_is_computed_in_float_is_rounded_for_integer_ops_alone():
+    torch.manual_seed(0)
+    x = torch.randn(32, 8)
+    made = Quantize().apply(capture(PostNorm().eval(), (x[:1],)), calibrated(x))
+    norm = next(n for n in made.graph.graph.nodes if "layer_norm" in str(n.target))
+    assert sorted(str(user.target) for user in norm.users) == [
+        "aten.add.Tensor",
+        "paredown.fake_quantize.default",
+    ]
+
+
 @pytest.mark.parametrize(
     ("settings", "left"),
     [

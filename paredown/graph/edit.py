@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -53,12 +53,18 @@ def erase_counters(graph: fx.GraphModule) -> None:
     graph.recompile()
 
 
-def insert_after(value: fx.Node, target: Callable[..., Any], args: tuple[Any, ...]) -> fx.Node:
-    """A new op on ``value`` that takes over all of its users."""
+def insert_after(
+    value: fx.Node,
+    target: Callable[..., Any],
+    args: tuple[Any, ...],
+    users: Collection[fx.Node] | None = None,
+) -> fx.Node:
+    """A new op on ``value`` that takes over its users, or those that are given."""
     graph = value.graph
     with graph.inserting_after(value):
         made = graph.call_function(target, (value, *args))
-    value.replace_all_uses_with(made, delete_user_cb=lambda user: user is not made)
+    taken = set(value.users if users is None else users) - {made}
+    value.replace_all_uses_with(made, delete_user_cb=lambda user: user in taken)
     keep_meta(made, value)
     return made
 

@@ -69,12 +69,14 @@ class Regions:
     """The sites that run on integers, and the values that are quantized.
 
     ``own`` are the values with a range of their own; ``shared`` maps a value to the one whose
-    scale it takes over.
+    scale it takes over. ``takers`` are the users that read a value as integers where it is computed
+    in float: its other users, such as a residual sum in float, need not lose by it.
     """
 
     sites: list[Site]
     own: list[fx.Node] = field(default_factory=list)
     shared: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    takers: dict[fx.Node, set[fx.Node]] = field(default_factory=dict)
 
 
 def prepare(model: Model) -> None:
@@ -158,10 +160,11 @@ def find_regions(model: Model, skip: set[str]) -> Regions:
                 regions.own.append(node)
             else:
                 regions.shared[node] = regions.shared.get(source, source)
-        elif not integer[node] and any(
-            _takes(user, node, weighted, integer) for user in node.users
-        ):
-            regions.own.append(node)
+        elif not integer[node]:
+            takers = {user for user in node.users if _takes(user, node, weighted, integer)}
+            if takers:
+                regions.own.append(node)
+                regions.takers[node] = takers
     return regions
 
 

@@ -28,7 +28,7 @@ def insert_quantizers(
             made[site.weight] = _quantize_weight(model.graph, site, source, bits[site.weight])
         site.node.update_arg(list(site.node.args).index(source), made[site.weight])
     for node, (scale, zero) in scales.items():
-        insert_after(node, PER_TENSOR, (scale, zero, 0, LEVELS))
+        insert_after(node, PER_TENSOR, (scale, zero, 0, LEVELS), regions.takers.get(node))
     hold_biases(model.graph)
     model.graph.graph.lint()
     model.graph.recompile()
