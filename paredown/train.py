@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from paredown import batches, data, machine, progress
+from paredown import batches, data, machine, progress, qat
 from paredown.checkpoint import State, copy_into, mark_of, resume, tensors, trainable, write
 from paredown.graph.model import Model
 from paredown.lasso import Lasso, units_of
@@ -37,6 +37,9 @@ class Training:
             it later finds units at nothing (`paredown.lasso`); 0 is off. Each step takes ``lr *
             group_lasso`` of its group's mean norm from the strongest unit, 16 times that from the
             weakest, for each group that a weight belongs to.
+        quantizers: what the scales of a quantized model do: "learned" trains them with the weights
+            (LSQ, arXiv 1902.08153), "average" lets them follow the moving average of the ranges
+            (arXiv 1712.05877), "frozen" leaves them. No effect on a model in float.
         patience: stop after so many epochs without a better validation score and restore the
             best weights; None trains to the end and keeps the last.
         seed: decides shuffling, dropout and augmentation; same seed and machine, same weights.
@@ -55,6 +58,7 @@ class Training:
     clip_norm: float | None = 1.0
     batch_size: int | None = None
     group_lasso: float = 0.0
+    quantizers: str = "learned"
     patience: int | None = None
     seed: int = 0
     device: str = "auto"
@@ -72,6 +76,8 @@ class Training:
         _require("batch_size", size, size is None or size >= 1, "a whole number from 1 up")
         lasso = self.group_lasso
         _require("group_lasso", lasso, 0 <= lasso < math.inf, "a strength from 0 up; 0 is off")
+        kinds = ", ".join(f'"{kind}"' for kind in qat.KINDS)
+        _require("quantizers", self.quantizers, self.quantizers in qat.KINDS, f"one of {kinds}")
         stop = self.patience
         _require("patience", stop, stop is None or stop >= 1, "a whole number of epochs from 1 up")
         devices = ("cpu", "cuda", "auto")
@@ -122,6 +128,7 @@ def fit(
     mark = mark_of(model, task, settings) if checkpoint else ""
     lasso = units_of(model, settings.group_lasso) if settings.group_lasso else None
     try:
+        qat.attach(model, settings.quantizers)
         machine.move(model, device)
         lasso = lasso and lasso.to(device)
         with machine.repeatable(device):
@@ -136,6 +143,7 @@ def fit(
             copy_into(tensors(model.graph), state.best)
     finally:
         model.eval()
+        qat.bake(model)
         machine.move(model, home)
     return state.history
 
@@ -216,6 +224,7 @@ def _one_epoch(
             lasso.shrink(rate)
     _check_weights(model, state.epoch)
     model.eval()
+    qat.hold(model)
     row = {"epoch": state.epoch + 1, "loss": math.fsum(losses) / len(losses), "lr": rate}
     if task.validation is not None:
         row["score"] = float(evaluate(model, task.validation, task).double().mean())

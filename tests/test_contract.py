@@ -526,6 +526,7 @@ SETTINGS = {
         {},
         optional={
             "group_lasso": unit,
+            "quantizers": st.sampled_from(["learned", "average", "frozen"]),
             "epochs": positive,
             "optimizer": st.sampled_from(["adamw", "sgd"]),
             "lr": positive,

@@ -8,12 +8,16 @@ its kernels fuse.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, fx
 
 from paredown.graph.edit import set_buffer
-from paredown.graph.scales import hold_bias
-from paredown.graph.sites import sites, tensor_of
+from paredown.graph.rounding import round_to_grid, spread
+from paredown.graph.scales import least_scales
+from paredown.graph.sites import Site, sites, tensor_of
 
 
 @torch.library.custom_op("paredown::fake_quantize", mutates_args=())
@@ -25,7 +29,7 @@ def fake_quantize(x: Tensor, scale: float, zero_point: int, low: int, high: int)
         >>> fake_quantize(torch.tensor([0.04, 0.26, 9.0]), 0.1, 0, 0, 10)
         tensor([0.0000, 0.3000, 1.0000])
     """
-    return torch.fake_quantize_per_tensor_affine(x, scale, zero_point, low, high)
+    return round_to_grid(x, scale, zero_point, low, high)[0]
 
 
 @fake_quantize.register_fake
@@ -43,8 +47,7 @@ def fake_quantize_channel(x: Tensor, scale: Tensor, axis: int, low: int, high: i
         tensor([[0.3000],
                 [0.2000]])
     """
-    zeros = torch.zeros(scale.shape, dtype=torch.int32, device=scale.device)
-    return torch.fake_quantize_per_channel_affine(x, scale, zeros, axis, low, high)
+    return round_to_grid(x, spread(scale, x, axis), 0, low, high)[0]
 
 
 @fake_quantize_channel.register_fake
@@ -53,9 +56,7 @@ def _(x: Tensor, scale: Tensor, axis: int, low: int, high: int) -> Tensor:
 
 
 def _save_inside(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    x, scale, zero_point, low, high = inputs
-    steps = x / scale + zero_point
-    ctx.save_for_backward((steps > low - 0.5) & (steps < high + 0.5))
+    ctx.save_for_backward(round_to_grid(*inputs)[1])
 
 
 def _straight_through(ctx, grad):  # type: ignore[no-untyped-def]
@@ -65,9 +66,7 @@ def _straight_through(ctx, grad):  # type: ignore[no-untyped-def]
 
 def _save_inside_channel(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     x, scale, axis, low, high = inputs
-    shape = [-1 if dim == axis else 1 for dim in range(x.dim())]
-    steps = x / scale.reshape(shape)
-    ctx.save_for_backward((steps > low - 0.5) & (steps < high + 0.5))
+    ctx.save_for_backward(round_to_grid(x, spread(scale, x, axis), 0, low, high)[1])
 
 
 fake_quantize.register_autograd(_straight_through, setup_context=_save_inside)
@@ -121,18 +120,35 @@ def rounded(graph: fx.GraphModule, quantizer: fx.Node) -> Tensor:
 
 
 def hold_biases(graph: fx.GraphModule) -> None:
-    """Raise weight scales, in place, to where every bias fits 32 bits at the product of the two
-    scales; of a weight with several inputs, the least of their scales counts."""
-    inputs: dict[fx.Node, list[float]] = {}
-    biases: dict[fx.Node, list[str]] = {}
+    """Raise weight scales, in place, to where every bias fits 32 bits at the product of scales."""
+    least = least_weight_scales(
+        graph, lambda node: node.args[1] if node.target is PER_TENSOR else None
+    )
+    for weight, scales in least.items():
+        if weight.target is PER_CHANNEL:
+            held = str(weight.args[1].target)  # type: ignore[union-attr]
+            set_buffer(graph, held, torch.maximum(tensor_of(graph, held), scales))
+
+
+def least_weight_scales(
+    graph: fx.GraphModule, scale_of: Callable[[fx.Node], Any]
+) -> dict[fx.Node, Tensor]:
+    """Weight quantizer -> the scales (C,) from which on each bias behind it fits 32 bits.
+
+    Args:
+        scale_of: the scale of a value, or None where it is in float. Of a weight with several
+            inputs, the least of their scales counts.
+    """
+    uses: dict[fx.Node, list[Site]] = {}
     for site in sites(graph):
-        for weight in site.node.all_input_nodes:
-            if weight.target is PER_CHANNEL and site.input.target is PER_TENSOR:
-                inputs.setdefault(weight, []).append(site.input.args[1])  # type: ignore[arg-type]
-                biases.setdefault(weight, []).extend([site.bias] if site.bias else [])
-    for weight, scales in inputs.items():
-        held = str(weight.args[1].target)  # type: ignore[union-attr]
-        raised = tensor_of(graph, held)
-        for bias in biases[weight]:
-            raised = hold_bias(raised, tensor_of(graph, bias), min(scales))
-        set_buffer(graph, held, raised)
+        for node in site.node.all_input_nodes:
+            if [str(source.target) for source in node.all_input_nodes[:1]] == [site.weight]:
+                uses.setdefault(node, []).append(site)
+    least = {}
+    for node, found in uses.items():
+        scales = [scale for scale in (scale_of(site.input) for site in found) if scale is not None]
+        biases = [tensor_of(graph, site.bias) for site in found if site.bias]
+        if scales and biases:
+            each = [least_scales(bias, min(scales)) for bias in biases]
+            least[node] = torch.stack(each).amax(0)
+    return least

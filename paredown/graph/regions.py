@@ -251,6 +251,22 @@ def _moved_from(node: fx.Node) -> fx.Node | None:
     return source  # type: ignore[no-any-return]
 
 
+def source_of(node: fx.Node) -> fx.Node:
+    """What a value was moved or picked from; itself where it was computed.
+
+    Example:
+        >>> graph = fx.Graph()
+        >>> x = graph.placeholder("x")
+        >>> source_of(graph.call_function(aten.permute.default, (x, [1, 0]))).name
+        'x'
+    """
+    while node.target in MOVERS:
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        node = source
+    return node
+
+
 def _takes(
     user: fx.Node, node: fx.Node, weighted: dict[fx.Node, Site], integer: dict[fx.Node, bool]
 ) -> bool:

@@ -67,12 +67,11 @@ def closest_scales(weight: Tensor, axis: int, low: int, high: int) -> Tensor:
     return best
 
 
-def hold_bias(scales: Tensor, bias: Tensor, input_scale: float) -> Tensor:
-    """Weight scales (C,) raised to where each bias (C,) fits 32 bits at input scale times theirs.
+def least_scales(bias: Tensor, input_scale: float) -> Tensor:
+    """The weight scales (C,) from which on each bias (C,) fits 32 bits at the product of scales.
 
     Example:
-        >>> hold_bias(torch.tensor([0.1, 1e-9]), torch.tensor([1.0, 1.0]), 0.5)
-        tensor([1.0000e-01, 1.8626e-09])
+        >>> least_scales(torch.tensor([1.0, -4.0]), 0.5)
+        tensor([1.8626e-09, 7.4506e-09])
     """
-    smallest = bias.detach().abs().float() / (input_scale * 2**30)  # (C,)
-    return torch.maximum(scales, smallest)
+    return bias.detach().abs().float() / (input_scale * 2**30)

@@ -44,6 +44,7 @@ class FineTune:
     clip_norm: float | None = Training.clip_norm
     batch_size: int | None = Training.batch_size
     group_lasso: float = Training.group_lasso
+    quantizers: str = Training.quantizers
     patience: int | None = Training.patience
     seed: int = Training.seed
     device: str = Training.device
