@@ -4,6 +4,7 @@ from paredown.compress import compress, replay
 from paredown.graph.capture import capture
 from paredown.graph.model import Model
 from paredown.measure import measure
+from paredown.pack import pack, unpack
 from paredown.plan import plan
 from paredown.recipe import apply
 from paredown.report import report
@@ -54,10 +55,12 @@ __all__ = [
     "measure",
     "multilabel_accuracy",
     "open",
+    "pack",
     "plan",
     "replay",
     "report",
     "squared_error",
     "token_accuracy",
+    "unpack",
     "verify",
 ]

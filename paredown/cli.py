@@ -26,6 +26,7 @@ from paredown.graph.capture import capture
 from paredown.graph.coupling import analyze
 from paredown.graph.model import Model
 from paredown.inspect import WIDEST, inspect_model, shown
+from paredown.pack import Contents, contents, pack, unpack
 from paredown.plan import Recipe, plan
 from paredown.report import comparison, report
 from paredown.runtimes import RUNTIMES, parts
@@ -381,6 +382,74 @@ def replay_verb(
         console.print("[green]the same file[/]" if same else f"[red]another file[/]: {_why(run)}")
     if not same:
         raise typer.Exit(DIFFERS)
+
+
+@app.command("pack")
+def pack_verb(
+    file: Annotated[Path, typer.Argument(help="The artifact of any runtime.")],
+    out: Annotated[Path | None, typer.Option(help="The container; default: FILE.pare.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Pack an artifact for delivery: lossless, smaller than zstd or xz make it."""
+    with _working(as_json):
+        path = pack(file, out)
+    _print_contents(path, as_json)
+
+
+@app.command("unpack")
+def unpack_verb(
+    file: Annotated[Path, typer.Argument(help="A .pare container.")],
+    out: Annotated[Path | None, typer.Option(help="Folder; default: the container's.")] = None,
+    only_list: Annotated[
+        bool, typer.Option("--list", help="Say what it holds; unpack nothing.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Unpack a container, bit for bit, checked by SHA-256."""
+    if only_list:
+        _print_contents(file, as_json)
+        return
+    with _working(as_json):
+        path = unpack(file, out)
+    if as_json:
+        _print_json({"file": str(path)})
+    else:
+        _console(False).print(f"Unpacked: {escape(str(path))}", highlight=False, soft_wrap=True)
+
+
+def _print_contents(path: Path, as_json: bool) -> None:
+    found = contents(path)
+    if as_json:
+        files = [{"name": f.name, "bytes": f.size, "sha256": f.sha256.hex()} for f in found.files]
+        parts = [dataclasses.asdict(part) for part in found.parts]
+        _print_json({"packed_bytes": found.packed_bytes, "files": files, "parts": parts})
+        return
+    table = Table(title=f"{escape(str(path))}", title_justify="left")
+    for name in ("coding", "elements", "before", "packed", "ratio"):
+        table.add_column(name, justify="left" if name in ("coding", "elements") else "right")
+    for (coding, element), (before, after) in _summed(found).items():
+        ratio = f"{before / max(1, after):.2f}x"
+        table.add_row(coding, element, human("size", before), human("size", after), ratio)
+    console = _console(False)
+    console.print(table)
+    names = ", ".join(file.name for file in found.files)
+    console.print(
+        f"{escape(names)}: {human('size', found.size_bytes)} packed into "
+        f"{human('size', found.packed_bytes)}, "
+        f"{found.size_bytes / found.packed_bytes:.2f}x smaller",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _summed(found: Contents) -> dict[tuple[str, str], tuple[int, int]]:
+    """Bytes before and after by coding and element, the largest first."""
+    sums: dict[tuple[str, str], tuple[int, int]] = {}
+    for part in found.parts:
+        key = (part.coding, part.element)
+        before, after = sums.get(key, (0, 0))
+        sums[key] = (before + part.size_bytes, after + part.packed_bytes)
+    return dict(sorted(sums.items(), key=lambda item: -item[1][0]))
 
 
 def _file_of(run: Run) -> Path:

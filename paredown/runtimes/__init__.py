@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import tempfile
+import weakref
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +22,7 @@ from paredown.types import Artifact, Target, UserError
 if TYPE_CHECKING:
     from paredown.graph.model import Model
 
+PACKED = ".pare"  # what `paredown.pack` writes
 RUNTIMES = {
     "onnxruntime": "paredown.runtimes.onnxruntime",
     "pytorch": "paredown.runtimes.pytorch",
@@ -108,16 +111,29 @@ def export(model: Model, target: Target, path: str | Path) -> Artifact:
 
 
 def open(path: str | Path, threads: int = 1) -> Any:
-    """A predictor over an artifact: one array per input in, a tuple of arrays out.
+    """A predictor over an artifact, packed or not: one array per input in, a tuple of arrays out.
 
     Raises:
-        UserError: no such file, no runtime opens files of its kind, or that one is not installed.
+        UserError: no such file, no runtime opens files of its kind or that one is not installed,
+            or a damaged container.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file.")
+    if path.suffix == PACKED:
+        return _open_packed(path, threads)
     for name in RUNTIMES:
         chosen = runtime(name)
         if path.suffix == chosen.SUFFIX:
             return ready(name).open(path, threads)
     raise UserError(f"{path}: no runtime opens {path.suffix or 'such'} files.")
+
+
+def _open_packed(path: Path, threads: int) -> Any:
+    """Unpacked into a folder that is there for as long as the predictor is."""
+    from paredown.pack import unpack
+
+    folder = tempfile.TemporaryDirectory(prefix="paredown-")
+    predictor = open(unpack(path, folder.name), threads)
+    weakref.finalize(predictor, folder.cleanup)
+    return predictor
