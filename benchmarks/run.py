@@ -18,6 +18,7 @@ BENCHMARKS: dict[str, tuple[str, ...]] = {
     "finetune": ("finetune",),
     "pruning": ("pruning",),
     "widths": ("widths",),
+    "packing": ("packing",),
 }
 PEERS = ("nncf", "openvino", "torch_pruning", "torchao", "ai_edge_quantizer")
 
