@@ -1,0 +1,192 @@
+"""Model -> .tflite file: LiteRT's converter, and what is done to the file after it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from paredown.graph import structure
+from paredown.graph.decomposed import decompose
+from paredown.graph.edit import erase_counters, fold_batch_norm, keep_meta, refresh_values
+from paredown.graph.model import Model
+from paredown.graph.quantized import (
+    ACTIVATION_QUANTIZERS,
+    quantized_weights,
+    quantizers,
+    stored_bits,
+)
+from paredown.graph.regions import MOVERS
+from paredown.graph.sites import tensor_of
+from paredown.runtimes import litert_file, litert_passes
+from paredown.types import UserError
+
+aten = torch.ops.aten
+
+
+def encode(model: Model) -> bytes:
+    """The .tflite file's bytes; the same model gives the same bytes.
+
+    Raises:
+        UserError: LiteRT's converter has no form of an op.
+    """
+    half = any(p.dtype is torch.float16 for p in model.parameters())
+    made = decompose(_prepared(model), fold_weights=False)
+    erase_counters(made.graph)
+    if half:
+        _widen(made)
+    file = litert_file.File(_convert(made))
+    litert_passes.finish(file)
+    if 4 in {stored_bits(node) for node in quantized_weights(model.graph).values()}:
+        litert_passes.pack_four_bits(file)
+    if half:
+        litert_passes.store_half(file)
+    inputs, outputs = names(model)
+    litert_file.name(file, inputs, outputs)
+    litert_file.note(file, {"inputs": inputs, "outputs": outputs, **_facts(model)})
+    return file.encode()
+
+
+def _prepared(model: Model) -> Model:
+    """A copy in which the converter leaves some quantizers where they are.
+
+    Past a concatenation it gets scales wrong.
+    """
+    made = model.copy().eval()
+    refresh_values(made)
+    for node in quantizers(made.graph):
+        if node.target not in ACTIVATION_QUANTIZERS:
+            continue
+        source: Any = node.args[0]
+        if source.target is aten.cat.default:
+            _bar(source)
+        if source.target is aten.cat.default or not _single_path(source):
+            _bar(node)
+    made.graph.recompile()
+    return made
+
+
+def _bar(node: fx.Node) -> None:
+    """Put a barrier before an op, at each of the values that it joins or rounds."""
+    values: Any = node.args[0]
+    barred = []
+    for value in values if isinstance(values, (list, tuple)) else [values]:
+        with node.graph.inserting_before(node):
+            made = node.graph.call_function(aten.mul.Tensor, (value, litert_passes.BARRIER))
+        keep_meta(made, value)
+        barred.append(made)
+    node.update_arg(0, barred if isinstance(values, (list, tuple)) else barred[0])
+
+
+def _single_path(source: fx.Node) -> bool:
+    """Whether a value came from the op that made it by ops that move it for nobody else.
+
+    The converter quantizes before such ops instead of after, for all that read them.
+    """
+    single = True
+    while source.target in MOVERS:
+        single = single and len(source.users) == 1
+        source = source.args[0]  # type: ignore[assignment]
+    several = isinstance(source.meta.get("val"), (list, tuple))
+    return source.target in ACTIVATION_QUANTIZERS or (single and not several)
+
+
+def _widen(model: Model) -> None:
+    """16-bit floats to 32 bits, in place: LiteRT stores weights in 16 bits and computes in 32.
+
+    Batch norms are folded first, and the folded weights rounded again, so that 16 bits hold them.
+    """
+    graph = model.graph
+    for tensor in [*graph.parameters(), *graph.buffers()]:
+        if tensor.dtype is torch.float16:
+            tensor.data = tensor.data.float()
+    for node in graph.graph.nodes:
+        node.args = fx.node.map_aggregate(node.args, _wide)
+        node.kwargs = fx.node.map_aggregate(node.kwargs, _wide)
+    refresh_values(model)
+    folded = fold_batch_norm(graph)
+    for name in folded:
+        weight = tensor_of(graph, name)
+        weight.data = weight.data.half().float()
+    graph.recompile()
+
+
+def _wide(item: Any) -> Any:
+    return torch.float32 if item is torch.float16 else item
+
+
+class _Module(nn.Module):
+    """The graph as a plain module, in evaluation mode."""
+
+    def __init__(self, graph: fx.GraphModule) -> None:
+        super().__init__()
+        self.wrapped = graph  # "graph" is taken in what torch.export makes
+        self.eval()
+
+    def forward(self, *leaves: Tensor) -> Any:
+        return self.wrapped(*leaves)
+
+
+def _convert(model: Model) -> bytes:
+    """What LiteRT's converter makes of a graph with quantize and dequantize ops."""
+    os.environ["LITERT_TORCH_SHOW_PROGRESS"] = "n"
+    import litert_torch
+    from litert_converter.mlir._mlir_libs import converter_api_ext
+
+    plain = converter_api_ext.ConvertToTFLConfig
+
+    def strict() -> Any:
+        """Integers where the graph says so and nowhere else; floats at both ends."""
+        config = plain()
+        config.qdq_conversion_mode, config.strict_qdq_mode = "STATIC", True
+        return config
+
+    logging.disable(logging.WARNING)
+    leaves = tuple(item.example for item in model.inputs)
+    converter_api_ext.ConvertToTFLConfig = strict
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            return bytes(litert_torch.convert(_Module(model.graph), leaves).model_content())
+    except Exception as error:
+        raise UserError(f"model: LiteRT's converter cannot take it: {_reason(error)}") from error
+    finally:
+        converter_api_ext.ConvertToTFLConfig = plain
+
+
+def _reason(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:300] if lines else type(error).__name__
+
+
+def names(model: Model) -> tuple[list[str], list[str]]:
+    """The names of the inputs and of the outputs, none of them twice."""
+    inputs = [item.name for item in model.inputs]
+    outputs = [name.replace(".", "_") or "output" for name in structure.names(model.outputs)]
+    return inputs, [f"{name}_out" if name in inputs else name for name in outputs]
+
+
+def _facts(model: Model) -> dict[str, Any]:
+    """The outputs' types, and which of them grow with the batch; None where the batch is fixed."""
+    leaves = [item.example for item in model.inputs]
+    outputs = _run(model, leaves)
+    types = [str(output.dtype).removeprefix("torch.") for output in outputs]
+    if not all(0 in item.dynamic for item in model.inputs):
+        return {"types": types, "batched": None}
+    twice = _run(model, [torch.cat([leaf, leaf]) for leaf in leaves])
+    grows = [
+        new.dim() > 0 and new.shape[0] == 2 * old.shape[0] and new.shape[1:] == old.shape[1:]
+        for old, new in zip(outputs, twice, strict=True)
+    ]
+    same = [new.shape == old.shape for old, new in zip(outputs, twice, strict=True)]
+    whole = all(grow or keep for grow, keep in zip(grows, same, strict=True))
+    return {"types": types, "batched": grows if whole else None}
+
+
+def _run(model: Model, leaves: list[Tensor]) -> list[Tensor]:
+    with torch.no_grad():
+        return list(model.copy().eval().graph(*[leaf.clone() for leaf in leaves]))
