@@ -1,12 +1,9 @@
 """LiteRT: what a .tflite file holds, computes and refuses."""
 
-import dataclasses
 import os
 import signal
 import subprocess
 import sys
-import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
@@ -18,18 +15,29 @@ from torch.utils.data import TensorDataset
 import paredown
 from docs import make_architectures as page
 from paredown import parity
+from paredown.devices.local import Probe
 from paredown.graph import structure
-from paredown.runtimes import litert, litert_passes, litert_worker
-from paredown.runtimes.litert_file import File, operations
+from paredown.graph.quantized import quantized_weights
+from paredown.runtimes import litert, ready
+from paredown.runtimes.litert_worker import worker
 from paredown.steps.cast import Cast
 from paredown.steps.quantize import Quantize
-from paredown.types import Target, Task, UserError
+from paredown.types import Task, UserError
 from tests.architectures import ARCHITECTURES, make, with_batch
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore")
 
+ROOT = Path(__file__).parent.parent
 STEPS = {"fp16": Cast("fp16"), "int8": Quantize("int8"), "int4": Quantize("int4")}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _installed():
+    try:
+        ready("litert")
+    except UserError as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="module")
@@ -39,10 +47,10 @@ def lowered(tmp_path_factory):
 
     def get(name: str, form: str):
         if (name, form) not in made:
-            model = captured(name)
-            task = page.calibration_task(ARCHITECTURES[name], make(name)[1])
-            step = STEPS.get(form)
-            model = step.apply(model, task) if step else model
+            module, example = make(name)
+            model = paredown.capture(module, example, ARCHITECTURES[name].dynamic)
+            task = page.calibration_task(ARCHITECTURES[name], example)
+            model = STEPS[form].apply(model, task) if form in STEPS else model
             path = tmp_path_factory.mktemp(name) / f"{form}.tflite"
             made[name, form] = model, litert.lower(model, path)
         return made[name, form]
@@ -50,24 +58,17 @@ def lowered(tmp_path_factory):
     return get
 
 
-def captured(name: str):
-    module, example = make(name)
-    return paredown.capture(module, example, ARCHITECTURES[name].dynamic)
-
-
 def leaves(name: str, batch: int) -> list[torch.Tensor]:
     return structure.flatten(with_batch(make(name)[1], batch))[0]
 
 
 def agreement(model, path, inputs: list[torch.Tensor]) -> float:
-    """The least agreement in dB of an output."""
+    """The least agreement in dB of an output with the model's."""
     got = litert.open(path)(*[leaf.numpy() for leaf in inputs])
     with torch.no_grad():
         expected = model.graph(*[leaf.clone() for leaf in inputs])
     assert [str(t.dtype).removeprefix("torch.") for t in expected] == [a.dtype.name for a in got]
-    return min(
-        parity.agreement_db(a.numpy(), b) for a, b in zip(expected, got, strict=True)
-    )
+    return min(parity.agreement_db(a.numpy(), b) for a, b in zip(expected, got, strict=True))
 
 
 # --- what runs on integers -------------------------------------------------------------------
@@ -76,25 +77,144 @@ def agreement(model, path, inputs: list[torch.Tensor]) -> float:
 FUSED = {
     "mlp": {"FULLY_CONNECTED": 3, "TANH": 1},
     "mobilenet_v2": {
-        "CONV_2D": 11,
-        "DEPTHWISE_CONV_2D": 5,
-        "ADD": 2,
-        "MEAN": 1,
-        "FULLY_CONNECTED": 1,
+        **{"CONV_2D": 11, "DEPTHWISE_CONV_2D": 5, "ADD": 2, "MEAN": 1, "FULLY_CONNECTED": 1},
     },
     "transformer_encoder": {"FULLY_CONNECTED": 9},
     "resnet_basic": {"CONV_2D": 20, "ADD": 8, "MEAN": 1, "FULLY_CONNECTED": 1},
+    "unet": {"CONV_2D": 11, "MAX_POOL_2D": 2, "CONCATENATION": 2},
 }
-SLOW = {"resnet_basic", "transformer_encoder"}
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in FUSED]
+    "name", [pytest.param(n, marks=() if n in list(FUSED)[:2] else pytest.mark.slow) for n in FUSED]
 )
 def test_every_op_that_can_runs_on_integers(name, lowered):
     model, path = lowered(name, "int8")
     census = litert.census(path)
     assert census.integer_ops == FUSED[name] and census.unfused == ()
-    weights = [node.args[0].target for node in page.quantized(model)]
-    assert census.bytes_by_dtype["int8"] >= sum(model.state_dict()[w].numel() for w in weights)
+    weights = [model.state_dict()[weight] for weight in quantized_weights(model.graph)]
+    assert census.bytes_by_dtype["int8"] >= sum(weight.numel() for weight in weights)
     assert agreement(model, path, leaves(name, 2)) > parity.QUANTIZED_DB
+
+
+def test_each_form_takes_its_bits(lowered):
+    files = {form: lowered("mlp", form)[1] for form in ("fp32", "fp16", "int8", "int4")}
+    sizes = {form: path.stat().st_size for form, path in files.items()}
+    assert sizes["fp16"] < 0.6 * sizes["fp32"] and sizes["int4"] < sizes["int8"] < sizes["fp16"]
+    held = {form: litert.census(path).bytes_by_dtype for form, path in files.items()}
+    assert set(held["fp32"]) == {"float32"} and held["fp16"]["float16"] > 9000
+    assert held["int4"]["int4"] == (64 * 48) / 2  # the first and the last layer stay at 8 bits
+    model, path = lowered("mlp", "fp32")
+    assert litert.census(path).integer_ops == {} and agreement(model, path, leaves("mlp", 2)) > 100
+    for form, least_db in (("fp16", 50), ("int4", parity.QUANTIZED_DB)):
+        assert agreement(*lowered("mlp", form), leaves("mlp", 2)) > least_db
+
+
+class Shared(nn.Module):
+    """A value in float that is moved, and then read by an integer layer and by others."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 16), nn.Linear(16, 4)
+
+    def forward(self, x):
+        moved = self.first(x).unflatten(1, (4, 4)).transpose(1, 2).flatten(1)
+        return {"scores": self.second(moved), "moved": moved, "best": moved.argmax(1)}
+
+
+def test_only_integer_readers_see_a_rounded_value(tmp_path):
+    torch.manual_seed(0)
+    data = TensorDataset(torch.randn(64, 8), torch.zeros(64))
+    task = Task(example=(torch.randn(2, 8),), score=None, calibration=data)
+    model = paredown.capture(Shared().eval(), task.example)
+    quantized = Quantize(exclude=("first.weight",)).apply(model, task)
+    path = litert.lower(quantized, tmp_path / "model.tflite")
+    predictor = litert.open(path)
+    assert predictor.input_names == ["x"]
+    assert predictor.output_names == ["scores", "moved", "best"]
+    scores, moved, best = predictor(task.example[0].numpy())
+    expected = quantized.graph(task.example[0])
+    np.testing.assert_allclose(moved, expected[1].detach().numpy(), rtol=1e-5, atol=1e-6)
+    assert best.dtype == np.int64 and np.array_equal(best, expected[2].numpy())
+    assert litert.census(path).integer_ops["FULLY_CONNECTED"] == 1
+
+
+# --- the file and its predictor --------------------------------------------------------------
+
+
+def test_the_same_model_gives_the_same_bytes(lowered, tmp_path):
+    model, path = lowered("mlp", "int8")
+    again = litert.lower(model, tmp_path / "again.tflite")
+    assert again.read_bytes() == path.read_bytes()
+    assert str(ROOT).encode() not in path.read_bytes() and b"tests" not in path.read_bytes()
+
+
+def test_another_batch_runs_in_slices(lowered):
+    for form in ("fp32", "int8"):
+        model, path = lowered("mlp", form)
+        for batch in (1, 3, 8):
+            assert agreement(model, path, leaves("mlp", batch)) > parity.QUANTIZED_DB
+
+
+def test_another_shape_is_refused_in_words(lowered):
+    predictor = litert.open(lowered("mlp", "fp32")[1])
+    with pytest.raises(ValueError, match=r"expected inputs of shape \(2, 20\), got \(2, 21\): a"):
+        predictor(np.zeros((2, 21), np.float32))
+    with pytest.raises(ValueError, match="expected 1 inputs, got 2"):
+        predictor(np.zeros((2, 20), np.float32), np.zeros(2, np.float32))
+
+
+@pytest.mark.parametrize("damage", ["empty", "other", "cut", "noise"])
+def test_a_damaged_file_is_refused_in_words(damage, lowered, tmp_path):
+    raw = bytearray(lowered("mlp", "fp32")[1].read_bytes())
+    if damage == "noise":
+        for place in range(8, 4000, 7):
+            raw[place] ^= 0xA5
+    bad = tmp_path / "bad.tflite"
+    bad.write_bytes({"empty": b"", "other": b"PK\x03\x04" * 9, "cut": raw[:900]}.get(damage, raw))
+    said = r"bad.tflite: opening it (failed: \w|crashed)"
+    with pytest.raises(UserError, match=said) as caught, Probe(bad, Path(litert.__file__)):
+        pass
+    assert "\n" not in str(caught.value)
+
+
+class Unknown(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(4))
+
+    def forward(self, x):
+        return torch.linalg.eigvalsh(x * self.scale)
+
+
+def test_an_op_without_a_form_is_told_in_a_line_and_leaves_no_file(tmp_path):
+    model = paredown.capture(Unknown().eval(), (torch.eye(4).expand(2, 4, 4),))
+    with pytest.raises(UserError, match=r"model: LiteRT's converter cannot take it: .*eigh") as why:
+        litert.lower(model, tmp_path / "model.tflite")
+    assert "\n" not in str(why.value) and list(tmp_path.iterdir()) == []
+
+
+# --- the process in which the converter works ------------------------------------------------
+
+
+def test_a_converter_that_dies_is_told_and_replaced(lowered, tmp_path):
+    model, path = lowered("mlp", "fp32")
+    os.kill(worker()._running().pid, signal.SIGSTOP)  # or it might answer before it dies
+    os.kill(worker()._running().pid, signal.SIGKILL)
+    with pytest.raises(UserError, match=r"LiteRT's converter crashed \(SIGKILL\)"):
+        worker().names(path)
+    assert worker().names(path) == ["output"]
+
+
+@pytest.mark.slow
+def test_lowering_leaves_no_trace_in_the_caller(tmp_path):
+    code = (
+        "import sys, torch, paredown; from paredown.runtimes import litert\n"
+        "model = paredown.capture(torch.nn.Linear(4, 2), (torch.zeros(1, 4),))\n"
+        f"litert.open(litert.lower(model, {str(tmp_path / 'model.tflite')!r}))\n"
+        "print(*(m for m in ('jax', 'litert_torch', 'litert_converter') if m in sys.modules))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "", "")

@@ -21,10 +21,11 @@ if TYPE_CHECKING:
     from paredown.graph.model import Model
     from paredown.types import Census
 
-SUFFIX = ".tflite"
+SUFFIX, COMPANIONS = ".tflite", ()
 FORMS = frozenset({"int8", "int4", "fp16"})  # besides float32; see paredown.types.Step
+INT8_BYTES = (8, 250)  # of scales, and of zero points and tensors, as found in conv nets
+PACKAGES = ("litert-torch", "ai-edge-litert")
 IDENTIFIER = b"TFL3"  # bytes 4 to 8 of each such file
-MISSING = "litert: its package is not installed; pip install 'paredown[litert]'."
 
 # Ops that change no value; the others compute.
 MOVING_OPS = frozenset(
@@ -118,14 +119,11 @@ def open(path: Path | str, threads: int = 1) -> Predictor:
     """Open a .tflite file on the CPU, with XNNPACK's kernels and that many threads.
 
     Raises:
-        ImportError: LiteRT is not installed.
         ValueError: the file is no .tflite file, or is damaged.
     """
     check_identifier(Path(path))
-    try:
-        from ai_edge_litert.interpreter import Interpreter
-    except ImportError as error:
-        raise ImportError(MISSING) from error
+    from ai_edge_litert.interpreter import Interpreter
+
     with _silence():
         interpreter = Interpreter(model_path=str(path), num_threads=threads)
         interpreter.allocate_tensors()
@@ -176,8 +174,7 @@ def lower(model: Model, path: Path | str) -> Path:
     """Write the model as a .tflite file at the shapes of its example, and check it.
 
     Raises:
-        UserError: LiteRT is not installed or has no form of an op, or the file's outputs differ
-            from the model's.
+        UserError: LiteRT has no form of an op, or the file's outputs differ from the model's.
     """
     from paredown import parity
     from paredown.files import write_atomically

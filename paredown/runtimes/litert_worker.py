@@ -24,6 +24,7 @@ import numpy as np
 from paredown.devices import probe
 from paredown.graph.model import Model
 from paredown.graph.store import decode, encode
+from paredown.runtimes import runtime
 from paredown.types import UserError
 
 START = "from paredown.runtimes import litert_worker; litert_worker.main()"
@@ -40,7 +41,7 @@ class Worker:
         """The model as the bytes of a .tflite file.
 
         Raises:
-            UserError: LiteRT is not installed, or cannot take the model.
+            UserError: LiteRT cannot take the model.
         """
         with tempfile.TemporaryDirectory(prefix="paredown-") as folder:
             stored, made = Path(folder) / "model.safetensors", Path(folder) / "model.tflite"
@@ -138,14 +139,6 @@ def worker() -> Worker:
 
 
 def _convert(model: str, file: str) -> dict[str, Any]:
-    try:
-        import ai_edge_litert
-        import litert_torch  # noqa: F401
-    except ImportError as error:
-        from paredown.runtimes.litert import MISSING
-
-        raise UserError(MISSING) from error
-    del ai_edge_litert
     from paredown.runtimes import litert_convert
 
     raw = litert_convert.encode(decode(Path(model).read_bytes(), model))
@@ -154,15 +147,11 @@ def _convert(model: str, file: str) -> dict[str, Any]:
 
 
 def _names(file: str) -> dict[str, Any]:
-    from paredown.runtimes import litert
-
-    return {"outputs": litert.open(file).output_names}
+    return {"outputs": runtime("litert").open(file).output_names}
 
 
 def _run(file: str, inputs: str, outputs: str) -> dict[str, Any]:
-    from paredown.runtimes import litert
-
-    np.savez(outputs, *litert.open(file)(*_arrays(Path(inputs))))
+    np.savez(outputs, *runtime("litert").open(file)(*_arrays(Path(inputs))))
     return {}
 
 
