@@ -10,6 +10,7 @@ from paredown.recipe import apply
 from paredown.report import report
 from paredown.runtimes import export, open
 from paredown.scores import accuracy, multilabel_accuracy, squared_error, token_accuracy
+from paredown.steps.binarize import Binarize
 from paredown.steps.cast import Cast
 from paredown.steps.fine_tune import FineTune
 from paredown.steps.prune_channels import PruneChannels
@@ -31,6 +32,7 @@ from paredown.verify import Exactness, verify
 
 __all__ = [
     "Artifact",
+    "Binarize",
     "Cast",
     "Exactness",
     "FineTune",

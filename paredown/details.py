@@ -44,7 +44,7 @@ def collect(
         "layers": _layers(original.graph, compressed.graph),
         "histograms": _histograms(original.graph, compressed.graph),
         "census": dataclasses.asdict(runtime(target.runtime).census(file)),
-        "notes": list(original.notes),
+        "notes": list(dict.fromkeys([*original.notes, *compressed.notes])),
         "latency_samples_ms": {name: _sampled(m) for name, m in measured.items()},
         **_examples(task, before, after),
     }
@@ -140,7 +140,8 @@ def _bytes(weight: Tensor, bits: int | None) -> int:
 
 
 def _dtype(tensor: Tensor, bits: int | None = None) -> str:
-    return str(tensor.dtype).removeprefix("torch.") if bits is None else f"int{bits}"
+    low = {1: "binary", 2: "ternary"}
+    return str(tensor.dtype).removeprefix("torch.") if bits is None else low.get(bits, f"int{bits}")
 
 
 def _histograms(before: fx.GraphModule, after: fx.GraphModule) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from paredown.graph.model import Model
-from paredown.graph.quantized import quantizers
+from paredown.graph.quantized import ACTIVATION_QUANTIZERS, quantizers
 from paredown.types import UserError
 
 FLOAT_TOLERANCE = 1e-3  # of the output's size
@@ -37,7 +37,7 @@ def check(
     leaves = [item.example for item in model.inputs]
     expected = _run_graph(model, leaves)
     got = predictor(*[leaf.numpy() for leaf in leaves])
-    quantized = bool(quantizers(model.graph))
+    quantized = any(node.target in ACTIVATION_QUANTIZERS for node in quantizers(model.graph))
     least_db = QUANTIZED_DB if quantized else _float_tolerance_db(model)
     ranked = sorted(
         (agreement_db(ours.numpy(), theirs), name)

@@ -8,12 +8,14 @@ import torch
 from torch import Tensor, fx
 
 from paredown.graph.edit import remove_state, set_buffer, set_parameter
+from paredown.graph.low_bits import LOW_BITS
 from paredown.graph.model import Model
 from paredown.graph.quantized import (
     PER_CHANNEL,
     PER_TENSOR,
     least_weight_scales,
     quantizers,
+    raise_low_bits,
 )
 from paredown.graph.regions import source_of
 from paredown.graph.rounding import (
@@ -108,6 +110,8 @@ def hold(model: Model) -> None:
         for node, scales in least.items():
             if node.target in _WEIGHT_FORMS:
                 _raise(graph, node, scales)
+            elif node.target in LOW_BITS:
+                raise_low_bits(graph, node, scales)
 
 
 def _raise(graph: fx.GraphModule, node: fx.Node, least: Tensor) -> None:

@@ -289,6 +289,8 @@ class Target:
 FORMS = {
     "int8": 'Quantize("int8")',
     "int4": 'Quantize("int4")',
+    "binary": 'Binarize("binary")',
+    "ternary": 'Binarize("ternary")',
     "fp16": 'Cast("fp16")',
     "bf16": 'Cast("bf16")',
 }
@@ -365,13 +367,14 @@ class Census:
     """What a runtime makes of a file: the ops it runs and the file's bytes.
 
     ``unfused`` names the ops that could run on integers but stay in float between a dequantize
-    and a quantize op.
+    and a quantize op; ``notes`` are plain sentences on what the rest does not tell.
     """
 
     integer_ops: dict[str, int]
     float_ops: dict[str, int]
     bytes_by_dtype: dict[str, int]
     unfused: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,8 @@ VARIANTS = [
     ("prune_channels", {"scope": "uniform", "reconstruct": False}),
     ("prune_channels", {"attention": "head_dim", "round_to": 1}),
     *[("prune_layers", {"criterion": name}) for name in ("output_change", "cosine")],
+    ("binarize", {"form": "ternary"}),
+    ("binarize", {"first": True, "last": True}),
 ]
 # (earlier, later[, model]) -> what the later one says; every other pair must work.
 ILLEGAL: dict[tuple[str, ...], str] = {
@@ -54,6 +56,14 @@ ILLEGAL: dict[tuple[str, ...], str] = {
     ("quantize", "cast"): "Cast: the model is quantized, so its weights are 8 bits already",
     ("cast", "fine_tune"): "is float16, in which training does not converge; train before Cast",
     ("cast", "quantize"): "quantize: ",
+    ("prune_layers", "binarize", "cnn"): "Binarize: no convolution or linear layer is left besides",
+    ("prune_weights", "binarize"): 'is pruned, and one bit has no zero; use Binarize("ternary")',
+    ("quantize", "binarize"): "Binarize: the model is quantized already; binarize before",
+    ("binarize", "binarize"): "Binarize: the model is quantized already; binarize before",
+    ("binarize", "prune_weights"): "is binary, and one bit has no zero; exclude it, or use",
+    ("binarize", "prune_channels"): "PruneChannels: the model is quantized; cut channels before",
+    ("binarize", "prune_layers"): "PruneLayers: the model is quantized, with scales for",
+    ("cast", "binarize"): "is float16, in which training does not converge; binarize and train",
     ("cast", "cast"): "Cast: changed nothing; the model has no float32 weights",
 }
 
@@ -450,7 +460,7 @@ def test_every_criterion_and_amount_keeps_the_promise(name, settings_, kind, bui
     again = recipe.apply_step(model, made_step, task)
     assert store.encode(model) == before != store.encode(made) == store.encode(again)
     sizes = [sum(p.numel() for p in each.parameters()) for each in (made, model)]
-    assert sizes[0] < sizes[1]
+    assert sizes[0] < sizes[1] or hasattr(made_step, "form")
     for count in (1, 5):
         for new, old in zip(outputs(made, task, count), outputs(model, task, count), strict=True):
             assert new.shape == old.shape and torch.isfinite(new).all()
@@ -549,6 +559,16 @@ SETTINGS = {
             "percentile": st.floats(51, 100),
             "first": st.booleans(),
             "last": st.booleans(),
+            "exclude": names,
+        },
+    ),
+    "binarize": st.fixed_dictionaries(
+        {},
+        optional={
+            "form": st.sampled_from(["binary", "ternary"]),
+            "first": st.booleans(),
+            "last": st.booleans(),
+            "depthwise": st.booleans(),
             "exclude": names,
         },
     ),

@@ -12,7 +12,7 @@ from torch.export import Dim, ExportedProgram
 
 from paredown.graph.mode import is_counter
 from paredown.graph.model import Model, owner_of
-from paredown.graph.sites import sites, tensor_of
+from paredown.graph.sites import sees_through, sites, tensor_of
 from paredown.types import UserError
 
 aten = torch.ops.aten
@@ -123,7 +123,8 @@ def _uses(graph: fx.GraphModule) -> dict[str, int]:
         if node.op == "get_attr":
             found = getattr_or_none(graph, str(node.target))
             if isinstance(found, Tensor):
-                counts[id(found)] = counts.get(id(found), 0) + len(node.users)
+                read = sum(len(u.users) if sees_through(u) else 1 for u in node.users)
+                counts[id(found)] = counts.get(id(found), 0) + read
     names = {site.weight for site in sites(graph)}
     return {name: counts[id(tensor_of(graph, name))] for name in names}
 

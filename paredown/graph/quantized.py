@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from paredown.graph.edit import set_buffer
+from paredown.graph.low_bits import BINARY, LOW_BITS, raised
 from paredown.graph.rounding import round_to_grid, spread
 from paredown.graph.scales import least_scales
 from paredown.graph.sites import Site, sites, tensor_of
@@ -77,7 +78,7 @@ PER_CHANNEL = torch.ops.paredown.fake_quantize_channel.default
 
 ACTIVATION_QUANTIZERS = frozenset({PER_TENSOR})
 # Each takes the weight first, and what it needs to round it after that.
-WEIGHT_QUANTIZERS = frozenset({PER_CHANNEL})
+WEIGHT_QUANTIZERS = frozenset({PER_CHANNEL, *LOW_BITS})
 
 
 def quantizers(graph: fx.GraphModule) -> list[fx.Node]:
@@ -104,7 +105,11 @@ def stored_bits(quantizer: fx.Node) -> int:
         >>> [stored_bits(graph.call_function(PER_CHANNEL, (weight, scale, 0, -top, top)))
         ...  for top in (127, 7)]
         [8, 4]
+        >>> stored_bits(graph.call_function(BINARY, (weight, 0)))
+        1
     """
+    if quantizer.target in LOW_BITS:
+        return LOW_BITS[quantizer.target].bits
     low, high = quantizer.args[-2:]
     assert isinstance(low, int) and isinstance(high, int)
     return (high - low).bit_length()
@@ -128,6 +133,20 @@ def hold_biases(graph: fx.GraphModule) -> None:
         if weight.target is PER_CHANNEL:
             held = str(weight.args[1].target)  # type: ignore[union-attr]
             set_buffer(graph, held, torch.maximum(tensor_of(graph, held), scales))
+        elif weight.target in LOW_BITS:
+            raise_low_bits(graph, weight, scales)
+
+
+def raise_low_bits(graph: fx.GraphModule, quantizer: fx.Node, least: Tensor) -> None:
+    """The float weight's channels, of which scales are a function, grow to where these are."""
+    source, axis = quantizer.args
+    assert isinstance(source, fx.Node) and isinstance(axis, int)
+    weight = tensor_of(graph, str(source.target))
+    with torch.no_grad():
+        scales = LOW_BITS[quantizer.target].scales(weight, axis)
+        if quantizer.target is not BINARY:  # a channel of zeros needs no scale
+            least = least.where(scales > 0, 0.0)
+        weight.copy_(raised(weight, axis, scales, least))
 
 
 def least_weight_scales(

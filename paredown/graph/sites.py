@@ -86,11 +86,16 @@ def _sites_of(node: fx.Node, graph: fx.GraphModule) -> Iterator[Site]:
 def _parameter(node: fx.Node, position: int) -> str | None:
     """The name of the parameter at this place of the op's arguments, through a fake quantizer."""
     found: Any = node.args[position] if position < len(node.args) else None
-    if isinstance(found, fx.Node) and "fake_quantize" in str(found.target):
+    if isinstance(found, fx.Node) and sees_through(found):
         found = found.args[0]
     if isinstance(found, fx.Node) and found.op == "get_attr":
         return str(found.target)
     return None
+
+
+def sees_through(node: fx.Node) -> bool:
+    """Whether the op is a fake quantizer, behind which a weight is still itself."""
+    return "fake_quantize" in str(node.target)
 
 
 def tensor_of(graph: fx.GraphModule, name: str) -> Tensor:

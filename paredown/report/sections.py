@@ -174,7 +174,8 @@ def census(run: Run) -> dict[str, Any] | None:
     if not columns and not kinds:
         return None
     bar = Markup(charts.stacked([size for _, size in kinds], "Bytes by type")) if kinds else ""
-    return {"columns": columns, "kinds": kinds, "bar": bar}
+    notes = [str(note) for note in census.get("notes") or []]
+    return {"columns": columns, "kinds": kinds, "bar": bar, "notes": notes}
 
 
 def _ranked(counts: dict[str, int]) -> Sequence[tuple[str, int]]:

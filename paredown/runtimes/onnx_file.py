@@ -30,19 +30,21 @@ from paredown.graph.quantized import (
     stored_bits,
 )
 from paredown.parity import agreement_db
+from paredown.runtimes import onnx_bits
+from paredown.runtimes.onnx_graph import array, attribute, initializer, insert
 from paredown.types import UserError
 
-DOMAIN = "paredown"
 MAX_BYTES = 2**31 - 1
 
 
 def encode(model: Model) -> bytes:
     """The ONNX file's bytes; the same model gives the same bytes."""
     _register_placeholders()
-    exported = _export(model)
+    exported = _export(onnx_bits.fold_norms(model))
     graph = exported.graph
     _integer_weights(graph)
     _quantize_activations(graph)
+    onnx_bits.pack_weights(exported)
     _integer_biases(graph)
     _pool_by_name(graph)
     _strip(exported)
@@ -67,28 +69,29 @@ def _register_placeholders() -> None:
             ["x", "scale"],
             {"axis": kinds.INT, "low": kinds.INT, "high": kinds.INT},
         ),
+        **dict.fromkeys(onnx_bits.KINDS, (["x"], {"axis": kinds.INT})),
     }
     for name, (inputs, attributes) in shapes.items():
         onnx.defs.register_schema(
             OpSchema(
                 name,
-                DOMAIN,
+                onnx_bits.DOMAIN,
                 1,
                 inputs=[OpSchema.FormalParameter(item, "T") for item in inputs],
                 outputs=[OpSchema.FormalParameter("y", "T")],
-                type_constraints=[("T", ["tensor(float)"], "")],
+                type_constraints=[("T", ["tensor(float)", "tensor(float16)"], "")],
                 attributes=[OpSchema.Attribute(key, kind, "") for key, kind in attributes.items()],
             )
         )
 
 
 def _fake_quantize(x: Any, scale: float, zero_point: int, low: int, high: int) -> Any:
-    op = onnxscript_values.Opset(DOMAIN, 1)
+    op = onnxscript_values.Opset(onnx_bits.DOMAIN, 1)
     return op.FakeQuantize(x, scale=scale, zero_point=zero_point, low=low, high=high)
 
 
 def _fake_quantize_channel(x: Any, scale: Any, axis: int, low: int, high: int) -> Any:
-    op = onnxscript_values.Opset(DOMAIN, 1)
+    op = onnxscript_values.Opset(onnx_bits.DOMAIN, 1)
     return op.FakeQuantizeChannel(x, scale, axis=axis, low=low, high=high)
 
 
@@ -112,6 +115,7 @@ def _export(model: Model) -> ir.Model:
                 custom_translation_table={
                     PER_TENSOR: _fake_quantize,
                     PER_CHANNEL: _fake_quantize_channel,
+                    **onnx_bits.TRANSLATIONS,
                 },
             )
     except Exception as error:
@@ -148,44 +152,20 @@ def _root_cause(error: BaseException) -> str:
     return str(error).strip().splitlines()[0]
 
 
-def _array(value: ir.Value | None) -> np.ndarray | None:
-    """The constant an ONNX value holds, or None."""
-    if value is None or value.const_value is None:
-        return None
-    return value.const_value.numpy()
-
-
-def _initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
-    if name in graph.initializers:
-        return graph.initializers[name]
-    made = ir.val(name, const_value=ir.tensor(array, name=name))
-    graph.register_initializer(made)
-    return made
-
-
-def _insert(graph: ir.Graph, before: ir.Node, node: ir.Node) -> ir.Value:
-    graph.insert_before(before, node)
-    return node.outputs[0]
-
-
-def _attribute(node: ir.Node, name: str) -> Any:
-    return node.attributes[name].value
-
-
 def _integer_weights(graph: ir.Graph) -> None:
     """Weights behind a fake quantizer become integer initializers and a DequantizeLinear."""
     for node in [n for n in graph if n.op_type == "FakeQuantizeChannel"]:
-        weight, scale = _array(node.inputs[0]), _array(node.inputs[1])
+        weight, scale = array(node.inputs[0]), array(node.inputs[1])
         assert weight is not None and scale is not None and node.inputs[0] is not None
-        axis, name = _attribute(node, "axis"), str(node.inputs[0].name)
+        axis, name = attribute(node, "axis"), str(node.inputs[0].name)
         shape = [-1 if dim == axis else 1 for dim in range(weight.ndim)]
         inverse = (np.float32(1) / scale.astype(np.float32)).reshape(shape)
-        low, high = _attribute(node, "low"), _attribute(node, "high")
+        low, high = attribute(node, "low"), attribute(node, "high")
         kind = np.dtype(ml_dtypes.int4 if high - low < 16 else np.int8)
         integers = np.clip(np.rint(weight * inverse), low, high).astype(kind)
         for user in [usage.node for usage in node.outputs[0].uses()]:
             if user.op_type == "Transpose":
-                order = list(_attribute(user, "perm"))
+                order = list(attribute(user, "perm"))
                 turned = np.ascontiguousarray(integers.transpose(order))
                 made = _dequantize(graph, user, f"{name}_t", turned, scale, order.index(axis))
                 user.outputs[0].replace_all_uses_with(made)
@@ -199,37 +179,35 @@ def _integer_weights(graph: ir.Graph) -> None:
 def _dequantize(
     graph: ir.Graph, before: ir.Node, name: str, integers: np.ndarray, scale: np.ndarray, axis: int
 ) -> ir.Value:
-    stored = _initializer(graph, f"{name}_quantized", integers)
+    stored = initializer(graph, f"{name}_quantized", integers)
     if integers.dtype == ml_dtypes.int4:  # int8 once a session has loaded it, with its kernels
         cast = ir.node("Cast", [stored], {"to": ir.DataType.INT8}, name=f"{name}_cast")
-        stored = _insert(graph, before, cast)
-    inputs = [stored, _initializer(graph, f"{name}_scale", scale.astype(np.float32))]
+        stored = insert(graph, before, cast)
+    inputs = [stored, initializer(graph, f"{name}_scale", scale.astype(np.float32))]
     if integers.dtype != np.int32:  # a matrix product fuses only with its zero points written out
         zeros = np.zeros(scale.shape, np.int8)
-        inputs.append(_initializer(graph, f"{name}_zero_point", zeros))
+        inputs.append(initializer(graph, f"{name}_zero_point", zeros))
     node = ir.node("DequantizeLinear", inputs, {"axis": axis}, name=f"{name}_dequantize")
     node.outputs[0].name = f"{name}_dequantized"
-    return _insert(graph, before, node)
+    return insert(graph, before, node)
 
 
 def _quantize_activations(graph: ir.Graph) -> None:
     for node in [n for n in graph if n.op_type == "FakeQuantize"]:
         value, name = node.inputs[0], str(node.outputs[0].name)
-        kind = np.uint8 if _attribute(node, "low") >= 0 else np.int8
-        scale = _initializer(
-            graph, f"{name}_scale", np.array(_attribute(node, "scale"), np.float32)
-        )
-        zero = _initializer(
-            graph, f"{name}_zero_point", np.array(_attribute(node, "zero_point"), kind)
+        kind = np.uint8 if attribute(node, "low") >= 0 else np.int8
+        scale = initializer(graph, f"{name}_scale", np.array(attribute(node, "scale"), np.float32))
+        zero = initializer(
+            graph, f"{name}_zero_point", np.array(attribute(node, "zero_point"), kind)
         )
         quantize = ir.node("QuantizeLinear", [value, scale, zero], name=f"{name}_quantize")
         quantize.outputs[0].name = f"{name}_quantized"
-        quantized = _insert(graph, node, quantize)
+        quantized = insert(graph, node, quantize)
         dequantize = ir.node(
             "DequantizeLinear", [quantized, scale, zero], name=f"{name}_dequantize"
         )
         dequantize.outputs[0].name = f"{name}_dequantized"
-        result = _insert(graph, node, dequantize)
+        result = insert(graph, node, dequantize)
         for index, output in enumerate(graph.outputs):
             if output is node.outputs[0]:
                 result.name, node.outputs[0].name = output.name, f"{output.name}_fake"
@@ -245,11 +223,11 @@ def _integer_biases(graph: ir.Graph) -> None:
         x, weight, bias = (
             value.producer() if value else None for value in (*node.inputs[:2], None)
         )
-        values = _array(node.inputs[2])
+        values = array(node.inputs[2])
         if values is None or not _dequantizes(x) or not _dequantizes(weight):
             continue
         assert x is not None and weight is not None and node.inputs[2] is not None
-        x_scale, weight_scale = _array(x.inputs[1]), _array(weight.inputs[1])
+        x_scale, weight_scale = array(x.inputs[1]), array(weight.inputs[1])
         assert x_scale is not None and weight_scale is not None
         if weight_scale.ndim == 0 or x_scale.ndim:
             continue
@@ -268,15 +246,15 @@ def _pool_by_name(graph: ir.Graph) -> None:
     """A mean over both image axes is a GlobalAveragePool, which has an integer kernel."""
     for node in [n for n in graph if n.op_type == "ReduceMean"]:
         source = node.inputs[0]
-        axes = _array(node.inputs[1]) if len(node.inputs) > 1 else None
-        keeps = "keepdims" not in node.attributes or _attribute(node, "keepdims") == 1
+        axes = array(node.inputs[1]) if len(node.inputs) > 1 else None
+        keeps = "keepdims" not in node.attributes or attribute(node, "keepdims") == 1
         rank = len(source.shape) if source is not None and source.shape is not None else 0
         if not rank and source is not None and _dequantizes(source.producer()):
             rank = _rank_through(source)
         if axes is not None and keeps and rank == 4 and sorted(int(a) % 4 for a in axes) == [2, 3]:
             made = ir.node("GlobalAveragePool", [source], name=node.name)
             made.outputs[0].name = f"{node.outputs[0].name}_pooled"
-            result = _insert(graph, node, made)
+            result = insert(graph, node, made)
             node.outputs[0].replace_all_uses_with(result)
             graph.remove(node, safe=True)
 
@@ -296,7 +274,8 @@ def _strip(model: ir.Model) -> None:
     model.producer_name, model.producer_version = "paredown", None
     model.doc_string = graph.doc_string = None
     graph.metadata_props.clear()
-    model.opset_imports.pop(DOMAIN, None)
+    if not model.functions:
+        model.opset_imports.pop(onnx_bits.DOMAIN, None)
     for node in graph.all_nodes():
         node.metadata_props.clear()
         node.doc_string = node.name = None

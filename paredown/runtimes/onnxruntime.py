@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from paredown.types import Census
 
 SUFFIX, COMPANIONS = ".onnx", ()
-FORMS = frozenset({"int8", "int4", "fp16"})  # besides float32; see paredown.types.Step
+# besides float32; see paredown.types.Step
+FORMS = frozenset({"int8", "int4", "binary", "ternary", "fp16"})
 INT8_BYTES = (8, 1050)  # of scales, and of nodes and their names, as found in conv nets
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
@@ -40,6 +41,12 @@ FUSABLE_OPS = frozenset(
 SINGLE_OPS = frozenset({"AveragePool", "GlobalAveragePool", "Sigmoid", "LeakyRelu", "MaxPool"})
 PACKED = frozenset({"int4", "uint4"})  # two to a byte
 ALWAYS_FUSED = frozenset({"Conv", "FusedConv", "Gemm", "FusedGemm"})  # whatever takes their output
+# Functions that unpack weights of one bit and two -> what the weights are.
+LOW_BITS = {"UnpackBinary": "binary", "UnpackTernary": "ternary"}
+UNPACKED = (
+    "ONNX Runtime unpacks {} weights when it opens the file: from there on memory and kernels are "
+    "those of float weights, or of int8 ones where the layer's input is int8 too."
+)
 
 
 class Predictor:
@@ -115,18 +122,22 @@ def census(path: Path | str) -> Census:
         options.optimized_model_filepath = f"{folder}/optimised.onnx"
         onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         nodes = list(onnx.load(options.optimized_model_filepath).graph.node)
+    loaded = onnx.load(str(path)).graph
+    low = {n.input[0]: LOW_BITS[n.op_type] for n in loaded.node if n.op_type in LOW_BITS}
     weights: dict[str, int] = {}
-    for tensor in onnx.load(str(path)).graph.initializer:
+    for tensor in loaded.initializer:
         kind = onnx.TensorProto.DataType.Name(tensor.data_type).lower()
         array = onnx.numpy_helper.to_array(tensor)
         held = -(-array.size // 2) if kind in PACKED else array.nbytes
+        kind = low.get(tensor.name, kind)
         weights[kind] = weights.get(kind, 0) + held
     integer: dict[str, int] = {}
     floating: dict[str, int] = {}
     for node in nodes:
         counts = integer if node.op_type in INTEGER_OPS else floating
         counts[node.op_type] = counts.get(node.op_type, 0) + 1
-    return Census(integer, floating, weights, tuple(_unfused(nodes)))
+    notes = (UNPACKED.format(" and ".join(sorted(set(low.values())))),) if low else ()
+    return Census(integer, floating, weights, tuple(_unfused(nodes)), notes)
 
 
 def _unfused(nodes: list[Any]) -> list[str]:

@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from paredown.types import Census
 
 SUFFIX, COMPANIONS = ".safetensors", ()
-FORMS = frozenset({"int8", "int4", "fp16", "bf16"})  # all run as simulated; see paredown.types.Step
+# besides float32, all run as simulated; see paredown.types.Step
+FORMS = frozenset({"int8", "int4", "binary", "ternary", "fp16", "bf16"})
 INT8_BYTES = None  # weights stay float
 PACKAGES = ("torch", "safetensors")
 

@@ -13,6 +13,7 @@ STEPS = {
     "prune_layers": "paredown.steps.prune_layers:PruneLayers",
     "fine_tune": "paredown.steps.fine_tune:FineTune",
     "quantize": "paredown.steps.quantize:Quantize",
+    "binarize": "paredown.steps.binarize:Binarize",
     "cast": "paredown.steps.cast:Cast",
 }
 

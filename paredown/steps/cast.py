@@ -129,7 +129,9 @@ def _floats(graph: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _check(model: Model, dtype: torch.dtype) -> None:
-    if any("quantize" in str(node.target) for node in model.graph.graph.nodes):
+    low = "fake_quantize_binary", "fake_quantize_ternary"
+    named = [str(node.target) for node in model.graph.graph.nodes]
+    if any("quantize" in name and not any(kind in name for kind in low) for name in named):
         raise UserError("Cast: the model is quantized, so its weights are 8 bits already.")
     kinds = {parameter.dtype for parameter in model.parameters()}
     if torch.float32 not in kinds:

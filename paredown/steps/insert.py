@@ -8,7 +8,7 @@ from torch import Tensor, fx
 
 from paredown.graph.edit import insert_after, keep_meta, set_buffer
 from paredown.graph.model import Model
-from paredown.graph.quantized import PER_CHANNEL, PER_TENSOR, hold_biases
+from paredown.graph.quantized import PER_CHANNEL, PER_TENSOR, hold_biases, quantized_weights
 from paredown.graph.regions import Regions
 from paredown.graph.scales import LEVELS, WEIGHT_GRIDS, affine, channel_scales, closest_scales
 from paredown.graph.sites import Site, tensor_of
@@ -22,7 +22,10 @@ def insert_quantizers(
     scales = {node: affine(*ranges[node.name]) for node in regions.own}
     scales |= {node: scales[source] for node, source in regions.shared.items() if source in scales}
     made: dict[str, fx.Node] = {}
+    low = quantized_weights(model.graph)  # of fewer bits already
     for site in regions.sites:
+        if site.weight in low:
+            continue
         source = next(a for a in site.node.all_input_nodes if a.target == site.weight)
         if site.weight not in made:
             made[site.weight] = _quantize_weight(model.graph, site, source, bits[site.weight])

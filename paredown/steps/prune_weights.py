@@ -10,8 +10,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from paredown.graph.low_bits import BINARY
 from paredown.graph.model import Model
 from paredown.graph.names import check_exclude, fits, with_layer
+from paredown.graph.quantized import quantized_weights
 from paredown.graph.sites import Site, sites, tensor_of
 from paredown.types import Step, Task, UserError
 
@@ -156,6 +158,7 @@ class PruneWeights:
         """A copy with the weights at zero and their masks in ``masks``."""
         pruned = model.copy()
         found = _prunable(pruned, self.exclude)
+        _refuse_binary(pruned, found)
         kept = [_kept(pruned, uses) for uses in found]
         masks = self.new_masks([tensor_of(pruned.graph, u[0].weight) for u in found], found, kept)
         if not _set_zero(pruned, found, masks):
@@ -230,6 +233,16 @@ def _prunable(model: Model, exclude: tuple[str, ...]) -> list[list[Site]]:
             + (" besides those excluded." if exclude else ".")
         )
     return found
+
+
+def _refuse_binary(model: Model, found: list[list[Site]]) -> None:
+    quantizers = quantized_weights(model.graph)
+    for site in (site for uses in found for site in uses):
+        if site.weight in quantizers and quantizers[site.weight].target is BINARY:
+            raise UserError(
+                f"PruneWeights: {site.weight} is binary, and one bit has no zero; exclude it, or "
+                'use Binarize("ternary").'
+            )
 
 
 def _kept(model: Model, uses: list[Site]) -> Tensor:

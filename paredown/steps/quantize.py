@@ -9,6 +9,7 @@ from typing import ClassVar
 
 from paredown.calibrate import Statistics, observe
 from paredown.graph.edit import fold_batch_norm
+from paredown.graph.low_bits import LOW_BITS
 from paredown.graph.model import Model
 from paredown.graph.quantized import quantizers
 from paredown.graph.regions import find_regions, prepare
@@ -82,7 +83,7 @@ class Quantize:
         return self.scheme
 
     def apply(self, model: Model, task: Task) -> Model:
-        if quantizers(model.graph):
+        if any(node.target not in LOW_BITS for node in quantizers(model.graph)):
             raise UserError("quantize: the model is quantized already.")
         made = model.copy().eval()
         prepare(made)

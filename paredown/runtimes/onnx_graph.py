@@ -1,0 +1,32 @@
+"""What edits of an ONNX graph share: constants, new nodes, attributes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+
+def array(value: ir.Value | None) -> np.ndarray | None:
+    """The constant an ONNX value holds, or None."""
+    if value is None or value.const_value is None:
+        return None
+    return value.const_value.numpy()
+
+
+def initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
+    if name in graph.initializers:
+        return graph.initializers[name]
+    made = ir.val(name, const_value=ir.tensor(array, name=name))
+    graph.register_initializer(made)
+    return made
+
+
+def insert(graph: ir.Graph, before: ir.Node, node: ir.Node) -> ir.Value:
+    graph.insert_before(before, node)
+    return node.outputs[0]
+
+
+def attribute(node: ir.Node, name: str) -> Any:
+    return node.attributes[name].value
