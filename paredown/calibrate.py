@@ -120,6 +120,18 @@ def run(model: Model, task: Task, names: set[str], note: Callable[[str, Tensor],
 
     The model is left in evaluation mode.
     """
+    with torch.no_grad(), _channels_last(model) as graph:
+        recorder = _Recorder(graph, names, note)
+        for leaves in inputs(model, task):
+            recorder.run(*leaves)
+
+
+def inputs(model: Model, task: Task) -> Iterator[list[Tensor]]:
+    """The calibration split in small batches: the tensors of each, in the graph's order.
+
+    Raises:
+        UserError: no calibration data, or too little for the model's batch.
+    """
     split = data.split(task, "calibration")
     size = data.size(split)
     batch = model.fixed_batch or min(task.batch_size, BATCH)
@@ -127,11 +139,9 @@ def run(model: Model, task: Task, names: set[str], note: Callable[[str, Tensor],
     if total == 0:
         raise UserError(f"calibration: {size} examples do not fill the model's batch of {batch}.")
     batches = itertools.islice(data.batches(split, batch), total)
-    with torch.no_grad(), _channels_last(model) as graph:
-        recorder = _Recorder(graph, names, note)
-        for inputs, _ in progress.track(batches, "calibrate", total):
-            args, kwargs = data.arguments(inputs)
-            recorder.run(*model.bind(args, kwargs))
+    for values, _ in progress.track(batches, "calibrate", total):
+        args, kwargs = data.arguments(values)
+        yield model.bind(args, kwargs)
 
 
 @contextlib.contextmanager
