@@ -15,9 +15,10 @@ from paredown import recipe
 from paredown.graph.capture import capture
 from paredown.graph.low_bits import BINARY, LOW_BITS, TERNARY, binary_gradient, binary_scales
 from paredown.graph.model import Model
+from paredown.graph.packed import pack, unpack
 from paredown.graph.quantized import quantized_weights, rounded
 from paredown.graph.sites import tensor_of
-from paredown.runtimes import onnx_bits, onnxruntime
+from paredown.runtimes import onnxruntime, pytorch
 from paredown.scores import accuracy
 from paredown.steps.binarize import Binarize
 from paredown.steps.cast import Cast
@@ -91,14 +92,13 @@ def test_signs_and_scales_follow_the_weight(form):
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.sampled_from([-1, 0, 1]), min_size=1, max_size=70))
 def test_packing_loses_nothing(values):
-    line = np.array(values, np.int8)
-    packed = onnx_bits.pack_ternary(line)
-    pairs = (packed[:, None] >> np.array([0, 2, 4, 6], np.uint8)) & 3
-    assert np.array_equal(pairs.reshape(-1)[: line.size].astype(np.int8) - 1, line)
-    signs = np.where(line < 0, -1, 1)
-    bits = np.unpackbits(onnx_bits.pack_binary(signs), bitorder="little")[: line.size]
-    assert np.array_equal(bits * 2 - 1.0, signs)
-    assert len(packed) == -(-line.size // 4)
+    line = torch.tensor(values, dtype=torch.int8)
+    packed = pack(line, 2)
+    assert torch.equal(unpack(packed, 2, line.shape), line)
+    assert len(packed) == -(-len(line) // 4) and packed.dtype is torch.uint8
+    signs = torch.where(line < 0, -1, 1).to(torch.int8)
+    assert torch.equal(unpack(pack(signs, 1), 1, signs.shape), signs)
+    assert len(pack(signs, 1)) == -(-len(line) // 8)
 
 
 # --- which layers ----------------------------------------------------------------------------
@@ -168,6 +168,22 @@ def test_every_kind_of_layer_is_stored_in_its_bits(form, mixed, tmp_path):
 
 
 LOW_BITS_OF = {"binary": LOW_BITS[BINARY].bits, "ternary": LOW_BITS[TERNARY].bits}
+
+
+@each_form
+def test_a_file_of_pytorch_is_packed_too(form, mixed, tmp_path):
+    made = Binarize(form, depthwise=True).apply(mixed, TASK)
+    for model in (made, Cast("bf16").apply(made, TASK)):
+        path = pytorch.lower(model, tmp_path / "m.safetensors")
+        census = pytorch.census(path)
+        sizes = [tensor_of(made.graph, name).numel() for name in ALL]
+        packed = sum(-(-size * LOW_BITS_OF[form] // 8) for size in sizes)
+        assert census.bytes_by_dtype[form] == packed and form in census.notes[0]
+        x = torch.randn(3, 3, 8, 8)
+        with torch.no_grad():
+            expected = model(x)
+        assert torch.equal(torch.from_numpy(pytorch.open(path)(x.numpy())[0]), expected)
+        assert torch.equal(Model.load(path)(x), expected)  # which unpacks at each call
 
 
 class Tied(nn.Module):

@@ -19,7 +19,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, fx, nn
 
 from paredown.files import write_atomically
-from paredown.graph import mode, quantized, structure  # noqa: F401  (quantized registers ops)
+from paredown.graph import mode, packed, quantized, structure  # noqa: F401  (two register ops)
 from paredown.graph.model import Input, Model, keep_state, owner_of
 from paredown.types import UserError
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from paredown.graph.edit import fold_batch_norm
 from paredown.graph.low_bits import BINARY, LOW_BITS, TERNARY, LowBits
 from paredown.graph.model import Model
+from paredown.graph.packed import pack
 from paredown.graph.rounding import spread
 from paredown.runtimes.onnx_graph import array, attribute, initializer, insert
 
@@ -75,41 +76,18 @@ UnpackTernary <shape> (packed) => (integers)
 """
 
 
-def pack_binary(integers: np.ndarray) -> np.ndarray:
-    """Signs (...) -> bytes (ceil(N / 8),), a set bit for 1, the first weight lowest.
-
-    Example:
-        >>> pack_binary(np.array([[1, -1], [1, 1]], np.int8))
-        array([13], dtype=uint8)
-    """
-    return np.packbits(integers.reshape(-1) > 0, bitorder="little")
-
-
-def pack_ternary(integers: np.ndarray) -> np.ndarray:
-    """-1, 0 and 1 (...) -> bytes (ceil(N / 4),): two bits for each plus one, the first lowest.
-
-    Example:
-        >>> pack_ternary(np.array([1, -1, 0], np.int8))
-        array([18], dtype=uint8)
-    """
-    line = integers.reshape(-1) + 1
-    groups = np.pad(line, (0, -line.size % 4)).reshape(-1, 4).astype(np.uint8)  # (bytes, 4)
-    return np.bitwise_or.reduce(groups << np.array([0, 2, 4, 6], np.uint8), axis=1)
-
-
 @dataclass(frozen=True)
 class _Kind:
     """How the weights behind one quantizer are stored."""
 
     function: str
     text: str
-    pack: Callable[[np.ndarray], np.ndarray]
     weights: LowBits
 
 
 KINDS = {
-    "FakeQuantizeBinary": _Kind("UnpackBinary", _UNPACK_BINARY, pack_binary, LOW_BITS[BINARY]),
-    "FakeQuantizeTernary": _Kind("UnpackTernary", _UNPACK_TERNARY, pack_ternary, LOW_BITS[TERNARY]),
+    "FakeQuantizeBinary": _Kind("UnpackBinary", _UNPACK_BINARY, LOW_BITS[BINARY]),
+    "FakeQuantizeTernary": _Kind("UnpackTernary", _UNPACK_TERNARY, LOW_BITS[TERNARY]),
 }
 
 
@@ -174,9 +152,9 @@ class _Packed:
     def call(self, graph: ir.Graph, node: ir.Node, order: tuple[int, ...]) -> ir.Value:
         """The unpacked integers of a weight, its axes in that order."""
         kind, weight, axis, name = _facts(node, order)
-        integers = kind.weights.integers(weight, axis).numpy().transpose(order).astype(np.int8)
-        data = kind.pack(np.ascontiguousarray(integers))
-        key = kind.function, integers.shape, data.tobytes()
+        integers = kind.weights.integers(weight, axis).permute(order)
+        data = pack(integers, kind.weights.bits).numpy()
+        key = kind.function, tuple(integers.shape), data.tobytes()
         if key not in self.made:
             stored = initializer(graph, f"{name}_packed", data)
             call = ir.node(kind.function, [stored], {"shape": list(integers.shape)}, domain=DOMAIN)

@@ -16,6 +16,8 @@ SUFFIX, COMPANIONS = ".safetensors", ()
 FORMS = frozenset({"int8", "int4", "binary", "ternary", "fp16", "bf16"})
 INT8_BYTES = None  # weights stay float
 PACKAGES = ("torch", "safetensors")
+KINDS = {1: "binary", 2: "ternary"}  # by bits
+UNPACKED = "PyTorch unpacks {} weights when it opens the file, and runs them in float."
 
 
 class Predictor:
@@ -46,15 +48,17 @@ def _plain(tensor: Any) -> np.ndarray:
 
 
 def lower(model: Model, path: Path | str) -> Path:
-    """Write the model in evaluation mode as one safetensors file.
+    """Write the model in evaluation mode as one safetensors file, low-bit weights packed.
 
     Raises:
         UserError: the file cannot be written, or holds something that cannot be saved.
     """
     from paredown.graph.edit import erase_counters
+    from paredown.graph.packed import pack_weights
 
     shipped = model.copy().eval()
     erase_counters(shipped.graph)
+    pack_weights(shipped)
     shipped.save(path)
     return Path(path)
 
@@ -64,9 +68,12 @@ def open(path: Path | str, threads: int = 1) -> Predictor:
     import torch
 
     from paredown.graph.model import Model
+    from paredown.graph.packed import unpack_weights
 
     torch.set_num_threads(threads)
-    return Predictor(Model.load(path))
+    model = Model.load(path)
+    unpack_weights(model)
+    return Predictor(model)
 
 
 def census(path: Path | str) -> Census:
@@ -74,16 +81,19 @@ def census(path: Path | str) -> Census:
     from collections import Counter
 
     from paredown.graph.model import Model
+    from paredown.graph.packed import UNPACK
     from paredown.types import Census
 
     model = Model.load(path)
-    ops = Counter(
-        node.target.__name__ for node in model.graph.graph.nodes if node.op == "call_function"
-    )
+    nodes = model.graph.graph.nodes
+    ops = Counter(n.target.__name__ for n in nodes if n.op == "call_function")
+    low = {n.args[0].target: KINDS[n.args[3]] for n in nodes if n.target is UNPACK}
     weights: Counter[str] = Counter()
-    for tensor in {id(tensor): tensor for tensor in model.state_dict().values()}.values():
-        weights[str(tensor.dtype).removeprefix("torch.")] += tensor.nbytes
-    return Census({}, dict(ops), dict(weights))
+    state = {id(tensor): (name, tensor) for name, tensor in model.state_dict().items()}
+    for name, tensor in state.values():
+        weights[low.get(name, str(tensor.dtype).removeprefix("torch."))] += tensor.nbytes
+    notes = (UNPACKED.format(" and ".join(sorted(set(low.values())))),) if low else ()
+    return Census({}, dict(ops), dict(weights), notes=notes)
 
 
 def version() -> str:
