@@ -17,6 +17,7 @@ from paredown.steps.prune_channels import PruneChannels
 from paredown.steps.prune_layers import PruneLayers
 from paredown.steps.prune_weights import PruneWeights
 from paredown.steps.quantize import Quantize
+from paredown.steps.quantize_weights import QuantizeWeights
 from paredown.types import (
     Artifact,
     Goals,
@@ -44,6 +45,7 @@ __all__ = [
     "PruneLayers",
     "PruneWeights",
     "Quantize",
+    "QuantizeWeights",
     "Run",
     "Step",
     "Target",

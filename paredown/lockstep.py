@@ -1,4 +1,4 @@
-"""Two versions of a model run side by side, batch by batch, a node at a time."""
+"""Versions of a model run side by side, batch by batch, a node at a time."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from paredown.graph.model import Model
 from paredown.types import Task, UserError
 
 BATCHES = 32  # that the examples are run in, unless the model's batch is fixed
-MEMORY = 1 << 30  # bytes of values between layers that both models together may hold at a time
+MEMORY = 1 << 30  # bytes of values between layers that the models together may hold at a time
 
 
 class Lane(fx.Interpreter):
@@ -67,18 +67,21 @@ def advance(lanes: list[Lane], ahead: Iterator[fx.Node], name: str) -> list[Any]
     raise AssertionError(f"{name} comes too early")
 
 
-def batches(before: Model, after: Model, task: Task, examples: int) -> list[list[Tensor]]:
-    """The inputs of random batches of the calibration split, as many as memory allows."""
+def batches(models: Sequence[Model], task: Task, examples: int) -> list[list[Tensor]]:
+    """The inputs of random batches of the calibration split, for versions of a model that run
+    side by side; as many as memory allows."""
     split = data.split(task, "calibration")
     size = data.size(split)
-    least = before.fixed_batch or 1
+    fixed = models[0].fixed_batch
+    least = fixed or 1
     if size < least:
         raise UserError(f"calibration: {size} examples do not fill the model's batch of {least}.")
-    first = _bound(before, split, least, 1)[0]
-    fitting = int(MEMORY / max(1, peak_bytes(before, first) + peak_bytes(after, first)) * least)
+    first = _bound(models[0], split, least, 1)[0]
+    peak = sum(peak_bytes(model, first) for model in models)
+    fitting = int(MEMORY / max(1, peak) * least)
     count = max(least, min(examples, size, fitting))
-    batch = before.fixed_batch or max(1, min(task.batch_size, count // BATCHES))
-    return _bound(before, split, batch, count // batch)
+    batch = fixed or max(1, min(task.batch_size, count // BATCHES))
+    return _bound(models[0], split, batch, count // batch)
 
 
 def _bound(model: Model, split: Any, batch: int, count: int) -> list[list[Tensor]]:

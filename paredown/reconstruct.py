@@ -10,9 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -22,6 +20,7 @@ from paredown import lockstep, progress
 from paredown.graph.model import Model, kept_since
 from paredown.graph.quantized import quantizers
 from paredown.graph.sites import Site, sites, tensor_of
+from paredown.layer_inputs import argument, layer_inputs
 from paredown.lockstep import Lane, advance, run
 from paredown.types import Task, UserError
 
@@ -105,61 +104,7 @@ def squared_error(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None) -> 
     return float((error if bias is None else error - bias.double()).square().sum())
 
 
-def patches(
-    x: Tensor,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[tuple[int, int]],
-    dilation: Sequence[int],
-) -> Tensor:
-    """What a convolution multiplies its weight with, at each place of its output, as a view.
-
-    Shapes: x (B, C, *sizes), one entry for each size; -> (B, *output sizes, C, *kernel).
-
-    Example:
-        >>> patches(torch.arange(4.0).reshape(1, 1, 4), [2], [1], [(0, 1)], [2])[0, :, 0].tolist()
-        [[0.0, 2.0], [1.0, 3.0], [2.0, 0.0]]
-    """
-    spaces = len(kernel)
-    x = F.pad(x, [side for pair in reversed(padding) for side in pair])
-    for dim, (size, step, spread) in enumerate(zip(kernel, stride, dilation, strict=True)):
-        x = x.unfold(2 + dim, (size - 1) * spread + 1, step)[..., ::spread]
-    return x.movedim(1, 1 + spaces)
-
-
 # --- one layer -------------------------------------------------------------------------------
-
-
-def _argument(node: fx.Node, name: str) -> Any:
-    """An argument of an op by the name that its schema gives it; None where it has none such."""
-    schema: Any = node.target
-    for position, entry in enumerate(schema._schema.arguments):
-        if entry.name == name:
-            given = node.args[position] if position < len(node.args) else entry.default_value
-            return node.kwargs.get(name, given)
-    return None
-
-
-def _each(value: Any, count: int) -> list[int]:
-    """One entry for each of ``count`` dimensions, where a single one may stand for all."""
-    values = list(value) if isinstance(value, (list, tuple)) else [value]
-    return values * count if len(values) == 1 else values
-
-
-def _inputs(site: Site, weight: Tensor, x: Tensor) -> Tensor:
-    """The site's input as a view: (*places, F) or, of a convolution, (*places, C, *kernel)."""
-    if site.kind != "conv":
-        return x
-    kernel = weight.shape[2:]
-    count = len(kernel)
-    dilation = _each(_argument(site.node, "dilation"), count)
-    given = _argument(site.node, "padding")
-    if given == "same":  # of an odd total the larger half is at the end
-        totals = [spread * (size - 1) for size, spread in zip(kernel, dilation, strict=True)]
-        padding = [(total // 2, total - total // 2) for total in totals]
-    else:
-        padding = [(side, side) for side in _each(0 if given == "valid" else given, count)]
-    return patches(x, kernel, _each(_argument(site.node, "stride"), count), padding, dilation)
 
 
 def _outputs(site: Site, y: Tensor, kept: Tensor | None) -> Tensor:
@@ -234,7 +179,7 @@ def _refit_site(
         return False
     triples = zip(itertools.count(), inputs, goal)
     most = max(1, ROWS // len(goal))
-    rows = [_sample(_inputs(site, weight, x), y, most, seed) for seed, x, y in triples]
+    rows = [_sample(layer_inputs(site, weight, x), y, most, seed) for seed, x, y in triples]
     matrix = weight.T if site.kind == "matmul" else weight.flatten(1)  # (O, F)
     new, new_bias = best(*_split(rows), matrix, bias, ridge)
     if new is matrix and new_bias is bias:
@@ -280,15 +225,13 @@ def _plain(model: Model, site: Site) -> bool:
     if weight.dtype not in (torch.float32, torch.float64):
         return False
     if site.kind == "matmul":
-        added = (
-            _argument(node, "self") if site.node.target is torch.ops.aten.addmm.default else None
-        )
-        scaled = {_argument(node, "alpha"), _argument(node, "beta")} - {None, 1}
+        added = argument(node, "self") if site.node.target is torch.ops.aten.addmm.default else None
+        scaled = {argument(node, "alpha"), argument(node, "beta")} - {None, 1}
         plain = weight.dim() == 2 and not scaled
     else:
-        added = _argument(node, "bias")
-        once = site.kind == "conv" and _argument(node, "groups") == 1
-        plain = site.kind == "linear" or (once and not _argument(node, "transposed"))
+        added = argument(node, "bias")
+        once = site.kind == "conv" and argument(node, "groups") == 1
+        plain = site.kind == "linear" or (once and not argument(node, "transposed"))
     if site.bias is None:
         return plain and added is None  # a computed bias is not ours to move
     return plain and tensor_of(model.graph, site.bias).dim() == 1
@@ -350,7 +293,7 @@ def reconstruct(
     _check(before, after, ridge, examples)
     layers, kept = _refittable(after), kept_since(before, after)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        batches = lockstep.batches(before.eval(), after.eval(), task, examples)
+        batches = lockstep.batches([before.eval(), after.eval()], task, examples)
         old = [Lane(before.graph, batch) for batch in batches]
         new = [Lane(after.graph, batch) for batch in batches]
         ahead = iter(before.graph.graph.nodes)

@@ -289,6 +289,8 @@ class Target:
 FORMS = {
     "int8": 'Quantize("int8")',
     "int4": 'Quantize("int4")',
+    "int8-weights": "QuantizeWeights(8)",
+    "int4-weights": "QuantizeWeights(4)",
     "binary": 'Binarize("binary")',
     "ternary": 'Binarize("ternary")',
     "fp16": 'Cast("fp16")',

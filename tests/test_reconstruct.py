@@ -17,7 +17,8 @@ from paredown.graph import store, structure
 from paredown.graph.capture import capture
 from paredown.graph.edit import insert_after
 from paredown.graph.model import Model
-from paredown.reconstruct import best, equations, patches, reconstruct, refit, solve, squared_error
+from paredown.layer_inputs import patches
+from paredown.reconstruct import best, equations, reconstruct, refit, solve, squared_error
 from paredown.steps.quantize import Quantize
 from paredown.train import evaluate
 from paredown.types import Task, UserError
@@ -490,12 +491,12 @@ def test_memory_bounds_the_examples(monkeypatch):
     before, after = cut_pair(x)
     one = lockstep.peak_bytes(before, [x[:1]]) + lockstep.peak_bytes(after, [x[:1]])
     monkeypatch.setattr(lockstep, "MEMORY", 50 * one)
-    batches = lockstep.batches(before, after, data_task(x), 512)
+    batches = lockstep.batches([before, after], data_task(x), 512)
     assert sum(len(values[0]) for values in batches) == 50
     monkeypatch.setattr(lockstep, "MEMORY", 1)
     reconstruct(before, after, data_task(x))  # one example at least
     monkeypatch.undo()
-    assert sum(len(b[0]) for b in lockstep.batches(before, after, data_task(x), 90)) == 90
+    assert sum(len(b[0]) for b in lockstep.batches([before, after], data_task(x), 90)) == 90
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from paredown.graph.edit import set_buffer
+from paredown.graph.grouped import PER_GROUP
 from paredown.graph.low_bits import BINARY, LOW_BITS, raised
 from paredown.graph.rounding import round_to_grid, spread
 from paredown.graph.scales import least_scales
@@ -78,7 +79,7 @@ PER_CHANNEL = torch.ops.paredown.fake_quantize_channel.default
 
 ACTIVATION_QUANTIZERS = frozenset({PER_TENSOR})
 # Each takes the weight first, and what it needs to round it after that.
-WEIGHT_QUANTIZERS = frozenset({PER_CHANNEL, *LOW_BITS})
+WEIGHT_QUANTIZERS = frozenset({PER_CHANNEL, PER_GROUP, *LOW_BITS})
 
 
 def quantizers(graph: fx.GraphModule) -> list[fx.Node]:

@@ -78,14 +78,18 @@ def _sites_of(node: fx.Node, graph: fx.GraphModule) -> Iterator[Site]:
     elif node.target in _RECURRENT:
         weights: Any = node.args[2]
         for weight in weights:
-            if isinstance(weight, fx.Node) and weight.op == "get_attr":
-                if tensor_of(graph, str(weight.target)).dim() >= 2:
-                    yield Site(node, "recurrent", str(weight.target), None, 0)
+            name = _parameter_of(weight)
+            if name is not None and tensor_of(graph, name).dim() >= 2:
+                yield Site(node, "recurrent", name, None, 0)
 
 
 def _parameter(node: fx.Node, position: int) -> str | None:
-    """The name of the parameter at this place of the op's arguments, through a fake quantizer."""
-    found: Any = node.args[position] if position < len(node.args) else None
+    """The name of the parameter at this place of the op's arguments."""
+    return _parameter_of(node.args[position]) if position < len(node.args) else None
+
+
+def _parameter_of(found: Any) -> str | None:
+    """The name of the parameter that is given, through a fake quantizer."""
     if isinstance(found, fx.Node) and sees_through(found):
         found = found.args[0]
     if isinstance(found, fx.Node) and found.op == "get_attr":

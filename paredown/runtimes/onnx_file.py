@@ -24,14 +24,15 @@ from paredown.graph.edit import reexport
 from paredown.graph.model import Model
 from paredown.graph.quantized import (
     PER_CHANNEL,
+    PER_GROUP,
     PER_TENSOR,
     quantized_weights,
     quantizers,
     stored_bits,
 )
 from paredown.parity import agreement_db
-from paredown.runtimes import onnx_bits
-from paredown.runtimes.onnx_graph import array, attribute, initializer, insert
+from paredown.runtimes import onnx_bits, onnx_blocks
+from paredown.runtimes.onnx_graph import array, attribute, initializer, insert, replace
 from paredown.types import UserError
 
 MAX_BYTES = 2**31 - 1
@@ -46,6 +47,7 @@ def encode(model: Model) -> bytes:
     _quantize_activations(graph)
     onnx_bits.pack_weights(exported)
     _integer_biases(graph)
+    onnx_blocks.lower(exported)
     _pool_by_name(graph)
     _strip(exported)
     _name_dimensions(graph, model)
@@ -59,6 +61,7 @@ def encode(model: Model) -> bytes:
 @functools.cache
 def _register_placeholders() -> None:
     """Opaque ops that carry the fake quantizers through the exporter's optimiser."""
+    onnx_blocks.register()
     kinds = OpSchema.AttrType
     shapes = {
         "FakeQuantize": (
@@ -116,6 +119,7 @@ def _export(model: Model) -> ir.Model:
                     PER_TENSOR: _fake_quantize,
                     PER_CHANNEL: _fake_quantize_channel,
                     **onnx_bits.TRANSLATIONS,
+                    **onnx_blocks.TRANSLATIONS,
                 },
             )
     except Exception as error:
@@ -125,9 +129,10 @@ def _export(model: Model) -> ir.Model:
 
 
 def _opset(model: Model) -> int | None:
-    """Of the file: 4-bit tensors came with opset 21; without one, the exporter's usual."""
-    bits = [stored_bits(node) for node in quantized_weights(model.graph).values()]
-    return 21 if 4 in bits else None
+    """Of the file: 4-bit tensors and blocks came with opset 21; else the exporter's usual."""
+    weights = quantized_weights(model.graph).values()
+    new = any(stored_bits(node) == 4 or node.target is PER_GROUP for node in weights)
+    return 21 if new else None
 
 
 @contextlib.contextmanager
@@ -208,12 +213,7 @@ def _quantize_activations(graph: ir.Graph) -> None:
         )
         dequantize.outputs[0].name = f"{name}_dequantized"
         result = insert(graph, node, dequantize)
-        for index, output in enumerate(graph.outputs):
-            if output is node.outputs[0]:
-                result.name, node.outputs[0].name = output.name, f"{output.name}_fake"
-                result.shape, result.type = output.shape, output.type
-                graph.outputs[index] = result
-        node.outputs[0].replace_all_uses_with(result)
+        replace(graph, node, result)
         graph.remove(node, safe=True)
 
 
@@ -358,7 +358,8 @@ def _shown(graph: fx.GraphModule, made: set[str]) -> dict[str, str]:
     """Graph node -> the file's tensor to compare: at the quantizers, else at every op."""
     found = [node for node in quantizers(graph) if node.target is PER_TENSOR]
     if not found:
-        return {node.name: node.name for node in graph.graph.nodes if node.name in made}
+        nodes = [node for node in graph.graph.nodes if node.op != "output"]
+        return {node.name: node.name for node in nodes if node.name in made}
     # The exporter numbers the quantizers anew, in the order they run.
     names = [f"fake_quantize{f'_{n}' if n else ''}_dequantized" for n in range(len(found))]
     pairs = zip(found, names, strict=True)

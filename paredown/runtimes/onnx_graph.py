@@ -30,3 +30,15 @@ def insert(graph: ir.Graph, before: ir.Node, node: ir.Node) -> ir.Value:
 
 def attribute(node: ir.Node, name: str) -> Any:
     return node.attributes[name].value
+
+
+def replace(graph: ir.Graph, node: ir.Node, made: ir.Value) -> None:
+    """Let all that reads the node's output read another value; one that leaves the graph hands
+    its name on."""
+    old = node.outputs[0]
+    for index, output in enumerate(graph.outputs):
+        if output is old:
+            made.name, old.name = output.name, f"{output.name}_replaced"
+            made.shape, made.type = output.shape, output.type
+            graph.outputs[index] = made
+    old.replace_all_uses_with(made)

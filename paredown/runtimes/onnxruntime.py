@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 SUFFIX, COMPANIONS = ".onnx", ()
 # besides float32; see paredown.types.Step
-FORMS = frozenset({"int8", "int4", "binary", "ternary", "fp16"})
+FORMS = frozenset({"int8", "int4", "int8-weights", "int4-weights", "binary", "ternary", "fp16"})
 INT8_BYTES = (8, 1050)  # of scales, and of nodes and their names, as found in conv nets
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
@@ -28,7 +28,7 @@ INTEGER_OPS = frozenset(
         *("QLinearConv", "QLinearMatMul", "QGemm", "QLinearAdd", "QLinearMul", "QLinearConcat"),
         *("QLinearAveragePool", "QLinearGlobalAveragePool", "QLinearSigmoid", "QLinearLeakyRelu"),
         *("QLinearSoftmax", "QLinearWhere", "MatMulIntegerToFloat", "ConvInteger", "MatMulInteger"),
-        *("DynamicQuantizeMatMul", "QAttention"),
+        *("DynamicQuantizeMatMul", "QAttention", "MatMulNBits", "GatherBlockQuantized"),
     }
 )
 # Ops with an integer kernel; what only moves values is not counted.
@@ -148,6 +148,8 @@ def _unfused(nodes: list[Any]) -> list[str]:
             used_by.setdefault(name, set()).add(node.op_type)
     found = []
     for node in nodes:
+        if node.op_type == "DequantizeLinear" and node.input[0] not in made_by:
+            found.append(f"DequantizeLinear {node.input[0]}")  # of a weight, at every inference
         if node.op_type not in FUSABLE_OPS:
             continue
         sources = [made_by[name] for name in node.input if name in made_by]

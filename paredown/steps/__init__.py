@@ -14,6 +14,7 @@ STEPS = {
     "fine_tune": "paredown.steps.fine_tune:FineTune",
     "quantize": "paredown.steps.quantize:Quantize",
     "binarize": "paredown.steps.binarize:Binarize",
+    "quantize_weights": "paredown.steps.quantize_weights:QuantizeWeights",
     "cast": "paredown.steps.cast:Cast",
 }
 

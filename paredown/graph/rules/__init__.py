@@ -136,7 +136,7 @@ RULES: dict[str, Rule] = {
     **_named("lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell", Rule(recurrent_cell)),
     **_named("_weight_norm", Rule(weight_norm)),
     **_named("scaled_dot_product_attention", Rule(attention, rewrite_attention)),
-    **_named("fake_quantize_channel", Rule(quantize_channel)),
+    **_named("fake_quantize_channel fake_quantize_group", Rule(quantize_channel)),
     **_named("batch_norm native_batch_norm instance_norm prelu", Rule(channel_norm)),
     **_named("layer_norm rms_norm native_layer_norm", Rule(last_norm, rewrite_last_norm)),
     **_named("group_norm", Rule(group_norm, rewrite_group_norm)),

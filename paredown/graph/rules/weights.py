@@ -156,7 +156,7 @@ def weight_norm(walk: Walk, node: fx.Node) -> Result:
 
 def quantize_channel(walk: Walk, node: fx.Node) -> Result:
     x, scale = walk.value(node.args[0]), walk.value(node.args[1])
-    axis: Any = node.args[2]
+    axis: Any = arguments(node)["axis"]
     walk.never_zero.add((node.args[1], 0))  # type: ignore[arg-type]
     x = walk.separate(x)
     labels = walk.tie(walk.axis(x, axis), walk.axis(scale, 0))
