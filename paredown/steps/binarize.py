@@ -31,6 +31,10 @@ class Binarize:
     behind it. Biases, norms and activations stay float; ``Quantize("int8")`` after the training
     makes activations and the layers left out 8-bit.
 
+    It pays in size: the digits example goes from 1,233 KB to 57 KB (binary) or 95 KB (ternary) at a
+    test score of 99.75 % and 99.00 %, against 99.75 %. It does not pay untrained (10 % and 32 %),
+    nor in latency or memory: runtimes unpack the weights and run float kernels, or int8 ones.
+
     Args:
         form: "binary", one bit a weight, or "ternary", two.
         first, last: whether the first and the last layer are binarized too.
