@@ -18,7 +18,7 @@ from paredown import parity
 from paredown.devices.local import Probe
 from paredown.graph import structure
 from paredown.graph.quantized import quantized_weights
-from paredown.runtimes import litert, ready
+from paredown.runtimes import litert, litert_convert, ready
 from paredown.runtimes.litert_worker import worker
 from paredown.steps.cast import Cast
 from paredown.steps.quantize import Quantize
@@ -137,6 +137,24 @@ def test_only_integer_readers_see_a_rounded_value(tmp_path):
     np.testing.assert_allclose(moved, expected[1].detach().numpy(), rtol=1e-5, atol=1e-6)
     assert best.dtype == np.int64 and np.array_equal(best, expected[2].numpy())
     assert litert.census(path).integer_ops["FULLY_CONNECTED"] == 1
+
+
+class Adaptive(nn.Module):
+    def __init__(self, size):
+        super().__init__()
+        self.conv, self.pool = nn.Conv1d(3, 4, 3, padding=1), nn.AdaptiveMaxPool1d(size)
+
+    def forward(self, x):
+        return self.pool(self.conv(x))
+
+
+@pytest.mark.parametrize(("size", "left"), [(1, False), (4, False), (5, True)])
+def test_an_adaptive_maximum_becomes_windows_where_they_are_of_one_size(size, left):
+    model = paredown.capture(Adaptive(size).eval(), (torch.randn(2, 3, 16),))
+    made = litert_convert._prepared(model)
+    inputs = torch.randn(3, 3, 16)
+    assert torch.equal(made(inputs), model(inputs))
+    assert any("adaptive" in str(node.target) for node in made.graph.graph.nodes) == left
 
 
 # --- the file and its predictor --------------------------------------------------------------

@@ -26,6 +26,11 @@ from paredown.runtimes import litert_file, litert_passes
 from paredown.types import UserError
 
 aten = torch.ops.aten
+ADAPTIVE: dict[Any, Any] = {
+    aten.adaptive_max_pool1d.default: aten.max_pool1d.default,
+    aten.adaptive_max_pool2d.default: aten.max_pool2d.default,
+    aten.adaptive_max_pool3d.default: aten.max_pool3d.default,
+}
 
 
 def encode(model: Model) -> bytes:
@@ -58,6 +63,9 @@ def _prepared(model: Model) -> Model:
     """
     made = model.copy().eval()
     refresh_values(made)
+    for node in list(made.graph.graph.nodes):
+        if node.target in ADAPTIVE:
+            _pool_by_window(node)
     for node in quantizers(made.graph):
         if node.target not in ACTIVATION_QUANTIZERS:
             continue
@@ -68,6 +76,24 @@ def _prepared(model: Model) -> Model:
             _bar(node)
     made.graph.recompile()
     return made
+
+
+def _pool_by_window(node: fx.Node) -> None:
+    """An adaptive maximum, which the converter lacks, whose windows are all of one size."""
+    arguments: Any = node.args
+    source, sizes = arguments
+    shape = source.meta["val"].shape[-len(sizes) :]
+    places = [user for user in node.users if user.args[1] == 1 and user.users]
+    if places or any(size % count for size, count in zip(shape, sizes, strict=True)):
+        return
+    window = [size // count for size, count in zip(shape, sizes, strict=True)]
+    with node.graph.inserting_before(node):
+        made = node.graph.call_function(ADAPTIVE[node.target], (source, window, window))
+    for pick in list(node.users):
+        keep_meta(made, pick)
+        pick.replace_all_uses_with(made)
+        node.graph.erase_node(pick)
+    node.graph.erase_node(node)
 
 
 def _bar(node: fx.Node) -> None:
