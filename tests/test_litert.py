@@ -24,6 +24,7 @@ from paredown.steps.cast import Cast
 from paredown.steps.quantize import Quantize
 from paredown.types import Task, UserError
 from tests.architectures import ARCHITECTURES, make, with_batch
+from tests.test_architectures import NOTHING_TO_QUANTIZE
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -108,6 +109,17 @@ def test_each_form_takes_its_bits(lowered):
     assert litert.census(path).integer_ops == {} and agreement(model, path, leaves("mlp", 2)) > 100
     for form, least_db in (("fp16", 50), ("int4", parity.QUANTIZED_DB)):
         assert agreement(*lowered("mlp", form), leaves("mlp", 2)) > least_db
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_architecture_computes_what_its_model_does(name, lowered):
+    for form in ("fp32",) if name in NOTHING_TO_QUANTIZE else ("fp32", "int8"):
+        model, path = lowered(name, form)  # asserts it on the example
+        least_db = 50 if form == "fp32" else parity.QUANTIZED_DB
+        assert agreement(model, path, leaves(name, 2)) > least_db
+        census = litert.census(path)
+        assert census.unfused == () and bool(census.integer_ops) == (form == "int8")
 
 
 class Shared(nn.Module):
