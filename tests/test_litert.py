@@ -22,6 +22,7 @@ from paredown.runtimes import litert, litert_convert, ready
 from paredown.runtimes.litert_worker import worker
 from paredown.steps.cast import Cast
 from paredown.steps.quantize import Quantize
+from paredown.steps.quantize_weights import QuantizeWeights
 from paredown.types import Task, UserError
 from tests.architectures import ARCHITECTURES, make, with_batch
 from tests.test_architectures import NOTHING_TO_QUANTIZE
@@ -30,7 +31,12 @@ torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 ROOT = Path(__file__).parent.parent
-STEPS = {"fp16": Cast("fp16"), "int8": Quantize("int8"), "int4": Quantize("int4")}
+STEPS = {
+    "fp16": Cast("fp16"),
+    "int8": Quantize("int8"),
+    "int4": Quantize("int4"),
+    "int8-weights": QuantizeWeights(8, method="rtn", zero_point=True),
+}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -107,7 +113,9 @@ def test_each_form_takes_its_bits(lowered):
     assert held["int4"]["int4"] == (64 * 48) / 2  # the first and the last layer stay at 8 bits
     model, path = lowered("mlp", "fp32")
     assert litert.census(path).integer_ops == {} and agreement(model, path, leaves("mlp", 2)) > 100
-    for form, least_db in (("fp16", 50), ("int4", parity.QUANTIZED_DB)):
+    assert litert.census(lowered("mlp", "int8-weights")[1]).integer_ops == {}
+    assert lowered("mlp", "int8-weights")[1].stat().st_size < 0.5 * sizes["fp32"]
+    for form, least_db in (("fp16", 50), ("int4", parity.QUANTIZED_DB), ("int8-weights", 100)):
         assert agreement(*lowered("mlp", form), leaves("mlp", 2)) > least_db
 
 
@@ -120,6 +128,14 @@ def test_every_architecture_computes_what_its_model_does(name, lowered):
         assert agreement(model, path, leaves(name, 2)) > least_db
         census = litert.census(path)
         assert census.unfused == () and bool(census.integer_ops) == (form == "int8")
+
+
+def test_weights_in_groups_are_refused_in_a_line(tmp_path):
+    model = paredown.capture(nn.Linear(64, 32), (torch.zeros(1, 64),))
+    grouped = QuantizeWeights(8, group=32, method="rtn").apply(model, None)
+    with pytest.raises(UserError, match=r"8-bit weights in groups of 32; LiteRT takes .*\(8\)\."):
+        litert.lower(grouped, tmp_path / "model.tflite")
+    assert list(tmp_path.iterdir()) == []
 
 
 class Shared(nn.Module):

@@ -11,13 +11,21 @@ import torch
 from torch import Tensor, fx, nn
 
 from paredown.graph import structure
-from paredown.graph.decomposed import decompose
-from paredown.graph.edit import erase_counters, fold_batch_norm, keep_meta, refresh_values
+from paredown.graph.decomposed import DEQUANTIZE_CHANNEL, QUANTIZE_CHANNEL, decompose
+from paredown.graph.edit import (
+    erase_counters,
+    fold_batch_norm,
+    keep_meta,
+    refresh_values,
+    set_buffer,
+)
+from paredown.graph.grouped import PER_GROUP
 from paredown.graph.model import Model
 from paredown.graph.quantized import (
     ACTIVATION_QUANTIZERS,
     quantized_weights,
     quantizers,
+    rounded,
     stored_bits,
 )
 from paredown.graph.regions import MOVERS
@@ -45,7 +53,7 @@ def encode(model: Model) -> bytes:
     if half:
         _widen(made)
     file = litert_file.File(_convert(made))
-    litert_passes.finish(file)
+    litert_passes.finish(file, _rounds_values(model))
     if 4 in {stored_bits(node) for node in quantized_weights(model.graph).values()}:
         litert_passes.pack_four_bits(file)
     if half:
@@ -54,6 +62,11 @@ def encode(model: Model) -> bytes:
     litert_file.name(file, inputs, outputs)
     litert_file.note(file, {"inputs": inputs, "outputs": outputs, **_facts(model)})
     return file.encode()
+
+
+def _rounds_values(model: Model) -> bool:
+    """Whether more than weights is rounded."""
+    return any(node.target in ACTIVATION_QUANTIZERS for node in quantizers(model.graph))
 
 
 def _prepared(model: Model) -> Model:
@@ -66,6 +79,8 @@ def _prepared(model: Model) -> Model:
     for node in list(made.graph.graph.nodes):
         if node.target in ADAPTIVE:
             _pool_by_window(node)
+        elif node.target is PER_GROUP:
+            _by_channel(made, node)
     for node in quantizers(made.graph):
         if node.target not in ACTIVATION_QUANTIZERS:
             continue
@@ -76,6 +91,33 @@ def _prepared(model: Model) -> Model:
             _bar(node)
     made.graph.recompile()
     return made
+
+
+def _by_channel(model: Model, node: fx.Node) -> None:
+    """A weight with a scale, and perhaps a zero point, for each channel, in PyTorch's own ops."""
+    arguments: Any = node.args
+    source, scale, zero_point, axis, group, low, high = arguments
+    name = str(source.target)
+    if group or high - low < 16:
+        raise UserError(
+            f"model: {name!r} has {stored_bits(node)}-bit weights in groups of {group}; LiteRT "
+            "takes weights alone at 8 bits, with a scale for each channel: QuantizeWeights(8)."
+        )
+    weight, scales = tensor_of(model.graph, name), tensor_of(model.graph, str(scale.target))
+    weight.data = rounded(model.graph, node)
+    zeros = torch.zeros(scales.numel(), dtype=torch.int64)
+    if zero_point is not None:
+        zeros = tensor_of(model.graph, str(zero_point.target)).flatten().long()
+    set_buffer(model.graph, f"{name}_channel_scale", scales.flatten())
+    set_buffer(model.graph, f"{name}_channel_zero_point", zeros)
+    with node.graph.inserting_before(node):
+        held = [node.graph.get_attr(f"{name}_channel_{kind}") for kind in ("scale", "zero_point")]
+        rest = (*held, axis, low, high, torch.int8)
+        integers = node.graph.call_function(QUANTIZE_CHANNEL, (source, *rest))
+        floats = node.graph.call_function(DEQUANTIZE_CHANNEL, (integers, *rest))
+    keep_meta(floats, node)
+    node.replace_all_uses_with(floats)
+    node.graph.erase_node(node)
 
 
 def _pool_by_window(node: fx.Node) -> None:

@@ -24,8 +24,8 @@ MOVING = (
 )
 
 
-def finish(file: File) -> None:
-    """The passes that every file takes."""
+def finish(file: File, integers: bool) -> None:
+    """The passes that every file takes; ``integers`` where more than weights may be rounded."""
     drop_barriers(file)
     join_integers(file)
     move_integers(file)
@@ -33,7 +33,8 @@ def finish(file: File) -> None:
     average_in_one_step(file)
     fold_rescales(file)
     leave_float(file)
-    read_integer_weights(file)
+    if integers:
+        read_integer_weights(file)
     drop_dead_ops(file)
 
 
