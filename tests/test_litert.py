@@ -1,5 +1,6 @@
 """LiteRT: what a .tflite file holds, computes and refuses."""
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -238,6 +239,24 @@ def test_an_op_without_a_form_is_told_in_a_line_and_leaves_no_file(tmp_path):
     with pytest.raises(UserError, match=r"model: LiteRT's converter cannot take it: .*eigh") as why:
         litert.lower(model, tmp_path / "model.tflite")
     assert "\n" not in str(why.value) and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_run_ends_with_a_file_that_litert_measured(tmp_path):
+    torch.manual_seed(0)
+    inputs = torch.randn(120, 32)
+    data = TensorDataset(inputs, inputs[:, :4].argmax(1))
+    module = nn.Sequential(nn.Linear(32, 256), nn.ReLU(), nn.Linear(256, 4))
+    task = Task(example=(inputs[:1],), score=paredown.accuracy, calibration=data)
+    task = dataclasses.replace(task, validation=data, test=data)
+    goals, target = paredown.Goals(max_drop="5%", size="0.5x"), paredown.Target("litert")
+    run = paredown.compress(
+        module.eval(), task, goals, target, steps=[Quantize("int8")], out=tmp_path / "run"
+    )
+    measured = run.on_device["compressed"]
+    assert run.met and run.artifact.path.endswith(".tflite") and measured.examples == 120
+    assert measured.where["runtime"].startswith("ai_edge_litert ") and measured.latency_ms_p50 > 0
+    assert run.details["census"]["integer_ops"] == {"FULLY_CONNECTED": 2}
 
 
 # --- the process in which the converter works ------------------------------------------------
