@@ -7,6 +7,7 @@ alone; what lowering needs stands in ``paredown/runtimes/openvino_file.py``.
 from __future__ import annotations
 
 import itertools
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -233,10 +234,22 @@ def _dequantizes(op: Any) -> bool:
     return op.get_type_name() == "FakeQuantize"
 
 
+def _dtype(name: str) -> str:
+    """NumPy's name of one of OpenVINO's element types.
+
+    Example:
+        >>> _dtype("f32"), _dtype("bf16"), _dtype("i4"), _dtype("u8"), _dtype("boolean")
+        ('float32', 'bfloat16', 'int4', 'uint8', 'boolean')
+    """
+    found = re.fullmatch(r"(bf|f|i|u)(\d+)", name)
+    kinds = {"bf": "bfloat", "f": "float", "i": "int", "u": "uint"}
+    return f"{kinds[found[1]]}{found[2]}" if found else name
+
+
 def _bytes_by_dtype(model: Any) -> dict[str, int]:
     found: dict[str, int] = {}
     for op in model.get_ops():
         if op.get_type_name() == "Constant":
-            kind = op.get_element_type().get_type_name()
+            kind = _dtype(op.get_element_type().get_type_name())
             found[kind] = found.get(kind, 0) + op.get_byte_size()
     return found
