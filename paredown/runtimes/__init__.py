@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 PACKED = ".pare"  # what `paredown.pack` writes
 RUNTIMES = {
     "onnxruntime": "paredown.runtimes.onnxruntime",
+    "openvino": "paredown.runtimes.openvino",
     "pytorch": "paredown.runtimes.pytorch",
     "litert": "paredown.runtimes.litert",
 }

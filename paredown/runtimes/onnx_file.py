@@ -7,6 +7,7 @@ import functools
 import io
 import logging
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,15 +39,19 @@ from paredown.types import UserError
 MAX_BYTES = 2**31 - 1
 
 
-def encode(model: Model) -> bytes:
-    """The ONNX file's bytes; the same model gives the same bytes."""
+def encode(model: Model, float_biases: bool = False) -> bytes:
+    """The ONNX file's bytes; the same model gives the same bytes.
+
+    Biases of integer layers are 32-bit integers, for ONNX Runtime, or stay float.
+    """
     _register_placeholders()
     exported = _export(onnx_bits.fold_norms(model))
     graph = exported.graph
     _integer_weights(graph)
     _quantize_activations(graph)
     onnx_bits.pack_weights(exported)
-    _integer_biases(graph)
+    if not float_biases:
+        _integer_biases(graph)
     onnx_blocks.lower(exported)
     _pool_by_name(graph)
     _strip(exported)
@@ -312,45 +317,52 @@ def _name_dimensions(graph: ir.Graph, model: Model) -> None:
 def worst_tensor(model: Model, path: Path) -> tuple[float, str] | None:
     """Agreement in dB and name of the inner tensor that differs most, each stretch between two
     quantizers being compared on the file's own values before it; None where none can be."""
-    ranked = _compare_stretches(model, path, [item.example for item in model.inputs])
+    loaded = onnx.load(str(path))
+    made = {name for node in loaded.graph.node for name in node.output}
+
+    def values(wanted: list[str]) -> list[np.ndarray]:
+        import onnxruntime
+
+        known = {value.name for value in loaded.graph.output}
+        extra = [onnx.ValueInfoProto(name=name) for name in wanted if name not in known]
+        loaded.graph.output.extend(extra)
+        session = onnxruntime.InferenceSession(
+            loaded.SerializeToString(), providers=["CPUExecutionProvider"]
+        )
+        examples = [item.example.numpy() for item in model.inputs]
+        names = [item.name for item in session.get_inputs()]
+        return session.run(wanted, dict(zip(names, examples, strict=True)))  # type: ignore[no-any-return]
+
+    ranked = compare_stretches(model, made, values)
     return ranked[0] if ranked else None
 
 
-def _compare_stretches(
-    model: Model, path: Path, leaves: list[torch.Tensor]
+def compare_stretches(
+    model: Model, made: set[str], values: Callable[[list[str]], list[np.ndarray]]
 ) -> list[tuple[float, str]]:
-    """Agreement in dB of each inner tensor, given the file's values before it; worst first."""
-    import onnxruntime
+    """Agreement in dB of each inner tensor, given the file's values before it; worst first.
 
-    loaded = onnx.load(str(path))
-    made = {name for node in loaded.graph.node for name in node.output}
-    values: dict[str, np.ndarray] = {}
+    Args:
+        made: names of the file's inner tensors.
+        values: gives those of these names that it is asked for, on the model's example.
+    """
     agreements: list[tuple[float, str]] = []
     graph = model.copy().eval().graph.cpu()
     shown = _shown(graph, made)
-    known = {value.name for value in loaded.graph.output}
-    extra = [name for name in shown.values() if name not in known]
-    loaded.graph.output.extend(onnx.ValueInfoProto(name=name) for name in dict.fromkeys(extra))
-    session = onnxruntime.InferenceSession(
-        loaded.SerializeToString(), providers=["CPUExecutionProvider"]
-    )
-    feeds = {
-        item.name: leaf.numpy() for item, leaf in zip(session.get_inputs(), leaves, strict=True)
-    }
     wanted = list(dict.fromkeys(shown.values()))
-    values |= dict(zip(wanted, session.run(wanted, feeds), strict=True)) if wanted else {}
+    found = dict(zip(wanted, values(wanted), strict=True)) if wanted else {}
 
     class Follower(fx.Interpreter):
         def run_node(self, n: fx.Node) -> Any:
             result = super().run_node(n)
             if n.name not in shown:
                 return result
-            theirs = values[shown[n.name]]
+            theirs = found[shown[n.name]]
             agreements.append((agreement_db(result.detach().numpy(), theirs), n.name))
             return torch.from_numpy(theirs.copy()) if result.shape == theirs.shape else result
 
     with torch.no_grad():
-        Follower(graph).run(*[leaf.clone() for leaf in leaves])
+        Follower(graph).run(*[item.example.clone() for item in model.inputs])
     return sorted(agreements)
 
 

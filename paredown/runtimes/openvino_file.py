@@ -1,0 +1,141 @@
+"""Model -> OpenVINO IR: from the ONNX form, and nothing but weights and graph in the files."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+
+from paredown.graph.model import Model
+from paredown.runtimes import onnx_file, openvino_graph
+from paredown.runtimes.openvino import WEIGHTED, Predictor, plainly
+from paredown.types import UserError
+
+KEPT_NAMES = ("Parameter", "Result", *WEIGHTED)  # kinds of layers whose names a user sees
+MADE_UP = re.compile(r"(^|/)[A-Z]\w*_\d+")  # names that OpenVINO counts up in each process
+NUMBER_BYTES = 8
+DEFAULTS = {"auto_broadcast": "numpy", "auto_pad": "explicit"}  # attributes that go without saying
+
+
+def encode(model: Model) -> tuple[bytes, bytes]:
+    """The bytes of the graph (.xml) and of the weights (.bin); the same model gives the same."""
+    with tempfile.TemporaryDirectory() as folder:
+        graph, weights = Path(folder) / "model.xml", Path(folder) / "model.bin"
+        _serialize(_converted(model), graph, weights)
+        return _squeezed(graph.read_bytes()), weights.read_bytes()
+
+
+def _converted(model: Model) -> Any:
+    """The model in OpenVINO's ops, quantize and dequantize pairs as FakeQuantize.
+
+    This is what ``openvino.convert_model`` does, which would report its use to its makers.
+    """
+    import openvino
+    from openvino._offline_transformations import apply_moc_transformations
+
+    encoded = onnx_file.encode(model, float_biases=True)
+    try:
+        graph = openvino.Core().read_model(encoded)
+        apply_moc_transformations(graph, cf=True)
+    except RuntimeError as error:
+        raise UserError(f"model: OpenVINO cannot take it: {plainly(error)}") from error
+    openvino_graph.rewrite(graph)
+    return graph
+
+
+def worst_tensor(model: Model, path: Path) -> tuple[float, str] | None:
+    """Agreement in dB and name of the inner tensor that differs most, as in an ONNX file; the
+    tensors have names before the graph is squeezed alone, so it is made again."""
+    graph = _converted(model)
+    made = {name for op in graph.get_ops() for value in op.outputs() for name in value.get_names()}
+    known = {name for value in graph.outputs for name in value.get_names()}
+
+    def values(wanted: list[str]) -> list[np.ndarray]:
+        graph.add_outputs([name for name in wanted if name not in known])
+        outputs = Predictor(graph, 1)(*[item.example.numpy() for item in model.inputs])
+        named = [value.get_names() for value in graph.outputs]
+        return [outputs[next(n for n, have in enumerate(named) if name in have)] for name in wanted]
+
+    ranked = onnx_file.compare_stretches(model, made, values)
+    return ranked[0] if ranked else None
+
+
+def _serialize(graph: Any, path: Path, weights: Path) -> None:
+    from openvino import passes
+
+    manager = passes.Manager()
+    manager.register_pass(passes.Serialize(str(path), str(weights)))
+    manager.run_passes(graph)
+
+
+def _squeezed(text: bytes) -> bytes:
+    """The graph without blanks, notes and inner names, without the shapes that are worked out
+    again on reading, and with each number once: a fifth of the bytes for an int8 model.
+
+    What is left says the same: names of inputs and outputs, ops, attributes, edges.
+    """
+    net = ElementTree.fromstring(text)
+    net.set("name", "model")
+    outputs = _output_ports(net)
+    for parent in list(net.iter()):
+        parent.text = (parent.text or "").strip() or None
+        parent.tail = None
+        for notes in parent.findall("rt_info"):
+            parent.remove(notes)
+    for body in [each for each in net.iter() if each.find("layers") is not None]:
+        _name_by_number(body, outputs if body is net else set())
+        _merge_constants(body)
+    return ElementTree.tostring(net).replace(b" />", b"/>")
+
+
+def _output_ports(net: ElementTree.Element) -> set[tuple[str, str]]:
+    """The layers and ports whose values are the model's outputs."""
+    results = {layer.get("id") for layer in _layers(net) if layer.get("type") == "Result"}
+    return {
+        (edge.get("from-layer", ""), edge.get("from-port", ""))
+        for edge in net.iterfind("edges/edge")
+        if edge.get("to-layer") in results
+    }
+
+
+def _layers(body: ElementTree.Element) -> list[ElementTree.Element]:
+    return body.findall("layers/layer")
+
+
+def _name_by_number(body: ElementTree.Element, outputs: set[tuple[str, str]]) -> None:
+    for layer in _layers(body):
+        if layer.get("type") not in KEPT_NAMES or MADE_UP.search(layer.get("name", "")):
+            layer.set("name", layer.get("id", ""))
+        for data in layer.findall("data"):
+            data.attrib = {k: v for k, v in data.items() if DEFAULTS.get(k) != v}
+        for port in layer.findall("input/port"):
+            port.attrib = {"id": port.get("id", "")}
+        for port in [*layer.findall("input/port"), *layer.findall("output/port")]:
+            for dim in port.findall("dim"):
+                port.remove(dim)
+            shown = layer.get("type") in ("Parameter", "Result")
+            if not shown and (layer.get("id"), port.get("id")) not in outputs:
+                port.attrib.pop("names", None)
+
+
+def _merge_constants(body: ElementTree.Element) -> None:
+    """Layers that hold the same number become one."""
+    first: dict[tuple[Any, ...], str] = {}
+    same: dict[str, str] = {}
+    for layer in [each for each in _layers(body) if each.get("type") == "Const"]:
+        data, number = layer.find("data"), layer.get("id", "")
+        assert data is not None
+        named = any(port.get("names") for port in layer.iter("port"))
+        if int(data.get("size", 0)) <= NUMBER_BYTES and not named:
+            same[number] = first.setdefault(tuple(sorted(data.items())), number)
+    layers, edges = body.find("layers"), body.find("edges")
+    assert layers is not None
+    for layer in list(layers):
+        if same.get(layer.get("id", ""), layer.get("id")) != layer.get("id"):
+            layers.remove(layer)
+    for edge in edges if edges is not None else ():
+        edge.set("from-layer", same.get(edge.get("from-layer", ""), edge.get("from-layer", "")))

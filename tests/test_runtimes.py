@@ -1,0 +1,228 @@
+"""What every runtime promises, checked for each entry of RUNTIMES; a new one needs no line here."""
+
+import dataclasses
+import hashlib
+import itertools
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import paredown
+from docs import make_architectures as page
+from paredown import parity
+from paredown.devices.local import Probe
+from paredown.graph import structure
+from paredown.measure import size_bytes
+from paredown.runtimes import RUNTIMES, digest, parts, ready, runtime
+from paredown.types import FORMS, UserError
+from tests.architectures import ARCHITECTURES, make, with_batch
+from tests.test_contract import KINDS, build
+
+torch.set_num_threads(1)
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+ROOT = Path(__file__).parent.parent
+FLOAT = "float32"
+CASES = [
+    (name, form, kind)
+    for name in RUNTIMES
+    for form, kind in itertools.product([FLOAT, *FORMS], KINDS)
+    if form == FLOAT or form in runtime(name).FORMS
+]
+INTEGER = ("int8", "int4")  # forms whose activations are integers too
+# In the small models the graph weighs as much as the weights: those alone must shrink.
+MOST_OF_WEIGHTS = {"int8": 0.6, "int4": 0.6, "fp16": 0.6, "bf16": 0.6}
+QUICK = ("resnet8", "vit", "lstm", "siamese")
+# The default runtime's are in test_architectures.py; PyTorch runs its own graphs.
+OTHERS = [name for name in RUNTIMES if name not in ("onnxruntime", "pytorch", "litert")]
+KNOWN_FAILURES: dict[tuple[str, str], str] = {}  # (runtime, architecture) -> what is said
+
+
+def step(form: str):
+    """The step that `FORMS` names for a form, as a person would type it."""
+    return eval(FORMS[form], {name: getattr(paredown, name) for name in paredown.__all__})
+
+
+@pytest.fixture(scope="module")
+def built():
+    return {kind: build(kind) for kind in KINDS}
+
+
+@pytest.fixture(scope="module")
+def shaped(built):
+    """(form, kind) -> the model in that form, made once."""
+    made = {}
+
+    def get(form, kind):
+        if (form, kind) not in made:
+            model, task = built[kind]
+            made[form, kind] = model if form == FLOAT else step(form).apply(model, task)
+        return made[form, kind]
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def lowered(shaped, tmp_path_factory):
+    """(runtime, form, kind) -> its file, made once."""
+    made = {}
+
+    def get(name, form, kind):
+        if (name, form, kind) not in made:
+            try:
+                chosen = ready(name)
+            except UserError as error:
+                pytest.skip(str(error))
+            path = tmp_path_factory.mktemp(name) / f"model{chosen.SUFFIX}"
+            made[name, form, kind] = chosen.lower(shaped(form, kind), path)  # asserts parity
+        return made[name, form, kind]
+
+    return get
+
+
+def outputs(model, leaves):
+    with torch.no_grad():
+        return list(model.graph(*[leaf.clone() for leaf in leaves]))
+
+
+def agree(model, got, leaves):
+    """Other inputs than the example's agree as well as rounding ties allow."""
+    for ours, theirs in zip(outputs(model, leaves), got, strict=True):
+        assert tuple(ours.shape) == theirs.shape
+        error = np.linalg.norm(theirs.astype(np.float64) - ours.double().numpy())
+        assert error <= 0.15 * float(ours.double().norm()) + 1e-6
+
+
+@pytest.mark.parametrize(("name", "form", "kind"), CASES)
+def test_a_file_computes_what_its_model_does(name, form, kind, shaped, lowered):
+    model, path = shaped(form, kind), lowered(name, form, kind)
+    predict = runtime(name).open(path)
+    assert predict.input_names == [item.name for item in model.inputs]
+    names = [found.replace(".", "_") or "output" for found in structure.names(model.outputs)]
+    assert predict.output_names == names
+    [item] = model.inputs
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(1,), (5,), (1,)] if kind == "cnn" else [(1, 6), (5, 6), (3, 9), (1, 6)]
+    for shape in shapes:  # other batch sizes, another length, and back
+        if kind == "cnn":
+            leaf = torch.randn(*shape, *item.example.shape[1:], generator=generator)
+        else:
+            leaf = torch.randint(16, shape, generator=generator)
+        agree(model, predict(leaf.numpy()), [leaf])
+
+
+@pytest.mark.parametrize(("name", "form", "kind"), CASES)
+def test_the_same_model_gives_the_same_bytes_and_nothing_else(
+    name, form, kind, shaped, lowered, tmp_path
+):
+    first = lowered(name, form, kind)
+    again = runtime(name).lower(shaped(form, kind), tmp_path / f"other{runtime(name).SUFFIX}")
+    assert digest(again) == digest(first)
+    assert sorted(tmp_path.iterdir()) == sorted(parts(again))  # no caches, no half-written files
+    for part in parts(again):
+        raw = part.read_bytes()
+        for word in (str(ROOT), str(tmp_path), "Traceback", "test_contract", 'File "'):
+            assert word.encode() not in raw, word
+
+
+@pytest.mark.parametrize(("name", "form", "kind"), CASES)
+def test_the_census_is_of_what_runs(name, form, kind, lowered):
+    census = runtime(name).census(lowered(name, form, kind))
+    simulated = form in INTEGER and runtime(name).INT8_BYTES is None
+    assert bool(sum(census.integer_ops.values())) == (form in INTEGER and not simulated)
+    assert sum(census.integer_ops.values()) + sum(census.float_ops.values()) > 0
+    assert census.unfused == ()
+    if form in MOST_OF_WEIGHTS and not simulated:
+        whole = runtime(name).census(lowered(name, FLOAT, kind))
+        held, before = (sum(each.bytes_by_dtype.values()) for each in (census, whole))
+        assert held < MOST_OF_WEIGHTS[form] * before
+
+
+@pytest.mark.parametrize("name", RUNTIMES)
+def test_a_damaged_file_is_refused_in_words(name, lowered, tmp_path):
+    source = lowered(name, FLOAT, "cnn")
+    for number, damage in enumerate((lambda raw: raw[: len(raw) // 2], lambda raw: b"", None)):
+        for victim in range(len(parts(source))):
+            path = tmp_path / f"{number}{victim}{source.suffix}"
+            for n, (old, new) in enumerate(zip(parts(source), parts(path), strict=True)):
+                raw = old.read_bytes()
+                if n == victim and damage is None:
+                    raw = hashlib.sha256(raw).digest() * (1 + len(raw) // 64)
+                new.write_bytes(damage(raw) if n == victim and damage else raw)
+            if damage is None and victim > 0:
+                continue  # other weights are weights too: that is what the digest is for
+            with (
+                pytest.raises(UserError, match=rf"{path.name}: opening it ") as told,
+                Probe(path, Path(runtime(name).__file__)),
+            ):
+                pass
+            assert "Traceback" not in str(told.value) and ".cpp" not in str(told.value)
+
+
+@pytest.mark.parametrize("name", [name for name in RUNTIMES if name != "pytorch"])
+def test_a_file_that_differs_is_not_left_behind(name, built, lowered, monkeypatch, tmp_path):
+    lowered(name, FLOAT, "cnn")  # installed
+    said = "model: output 'x' differs"
+
+    def differs(*_):
+        raise UserError(said)
+
+    monkeypatch.setattr(parity, "check", differs)
+    with pytest.raises(UserError, match=said):
+        runtime(name).lower(built["cnn"][0], tmp_path / f"model{runtime(name).SUFFIX}")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", RUNTIMES)
+def test_packages_are_imported_only_when_needed(name):
+    code = f"import sys; import paredown.runtimes as r; r.runtime({name!r}); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = {each.split(".")[0] for each in done.stdout.split()}
+    assert not loaded & {"onnxruntime", "openvino", "executorch", "litert_torch", "ai_edge_litert"}
+
+
+def architectures():
+    for name, each in itertools.product(OTHERS, ARCHITECTURES):
+        yield pytest.param(name, each, marks=() if each in QUICK else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("name", "each"), list(architectures()))
+def test_architecture(name, each, tmp_path):
+    """Float and int8 through the runtime: parity, other batches, what runs on integers."""
+    try:
+        chosen = ready(name)
+    except UserError as error:
+        pytest.skip(str(error))
+    entry = ARCHITECTURES[each]
+    module, example = make(each)
+    model = paredown.capture(module, example, entry.dynamic)
+    said = KNOWN_FAILURES.get((name, each))
+    if said:
+        with pytest.raises(UserError, match=said) as told:
+            chosen.lower(model, tmp_path / f"model{chosen.SUFFIX}")
+        assert "\n" not in str(told.value) and not list(tmp_path.iterdir())
+        return
+    leaves = structure.flatten(with_batch(example, 3))[0]
+    path = chosen.lower(model, tmp_path / f"float{chosen.SUFFIX}")
+    assert chosen.census(path).integer_ops == {}
+    agree(model, chosen.open(path)(*[leaf.numpy() for leaf in leaves]), leaves)
+    try:
+        quantized = step("int8").apply(model, page.calibration_task(entry, example))
+    except UserError as error:
+        assert page.NO_INTEGERS in str(error)
+        return
+    path = chosen.lower(quantized, tmp_path / f"int8{chosen.SUFFIX}")
+    census = chosen.census(path)
+    assert sum(census.integer_ops.values()) > 0 and census.unfused == ()
+    agree(quantized, chosen.open(path)(*[leaf.numpy() for leaf in leaves]), leaves)
+
+
+def test_sizes_count_all_files(lowered):
+    for name in RUNTIMES:
+        path = lowered(name, FLOAT, "cnn")
+        assert size_bytes(path) == sum(part.stat().st_size for part in parts(path))
+        assert dataclasses.is_dataclass(runtime(name).census(path))
