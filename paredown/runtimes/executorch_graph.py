@@ -1,44 +1,41 @@
-"""A captured graph as XNNPACK takes it, and without changing what it computes.
+"""A captured graph as XNNPACK takes it, without changing what it computes.
 
-XNNPACK runs an op on integers only where its whole pattern is there: dequantize ops on all inputs,
+XNNPACK runs an op on integers only where the whole pattern is there: dequantize ops before it,
 perhaps a ReLU behind it, then a quantize op. These rewrites make more of a graph fit.
 """
 
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import fx
-from torch.ao.quantization.fx._decomposed import quantized_decomposed_lib as _ops  # noqa: F401
+from torch import Tensor, fx
 
-from paredown.graph.decomposed import (
-    DEQUANTIZE,
-    DEQUANTIZE_CHANNEL,
-    QUANTIZE,
-    decompose,
-)
-from paredown.graph.edit import keep_meta, refresh_values, remove_state, set_buffer
+from paredown.graph.decomposed import DEQUANTIZE, DEQUANTIZE_CHANNEL, QUANTIZE, decompose
+from paredown.graph.edit import fold_batch_norm, remove_state, set_buffer
 from paredown.graph.model import Model
 from paredown.graph.regions import FOLLOWERS, prepare
 from paredown.graph.sites import tensor_of
 
 aten = torch.ops.aten
-quantized = torch.ops.quantized_decomposed
-MASKED = torch.finfo(torch.float32).min / 2  # added to what attention must not see
+ops = torch.ops.quantized_decomposed
+HIDDEN = torch.finfo(torch.float32).min / 2  # added to a score that attention must not see
+UNBOUNDED = torch.finfo(torch.float32).max
 PRODUCTS = (aten.mm.default, aten.addmm.default, aten.matmul.default)
+Rewrite = Callable[[fx.GraphModule, fx.Node], None]
 
 
 def shape_for_xnnpack(model: Model) -> Model:
-    """A copy of the model, quantizers decomposed, of which XNNPACK takes as much as it can."""
+    """A copy of the model, decomposed and in evaluation mode, that XNNPACK takes more of."""
     made = decompose(model)
     prepare(made)
-    for target, rewrite in REWRITES:
-        for node in list(made.graph.graph.nodes):
-            if node.target in target:
-                rewrite(made.graph, node)
+    fold_batch_norm(made.graph)
+    for targets, rewrite in REWRITES:
+        for node in [node for node in made.graph.graph.nodes if node.target in targets]:
+            rewrite(made.graph, node)
     made.graph.graph.eliminate_dead_code()
     made.graph.graph.lint()
     made.graph.recompile()
@@ -47,13 +44,12 @@ def shape_for_xnnpack(model: Model) -> Model:
 
 def _add(before: fx.Node, op: Any, *args: Any) -> fx.Node:
     with before.graph.inserting_before(before):
-        made = before.graph.call_function(op, args)
-    keep_meta(made, before)
-    return made
+        return before.graph.call_function(op, args)
 
 
 def _replace(node: fx.Node, made: fx.Node) -> None:
     node.replace_all_uses_with(made)
+    made.meta.setdefault("val", node.meta.get("val"))
     node.graph.erase_node(node)
 
 
@@ -61,42 +57,88 @@ def _argument(node: fx.Node, position: int, name: str, default: Any) -> Any:
     return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
 
 
+def _shape(node: Any) -> Any:
+    """The shape that a node has on the example inputs."""
+    return node.meta["val"].shape
+
+
+def _buffer(graph: fx.GraphModule, before: fx.Node, name: str, value: Tensor) -> fx.Node:
+    set_buffer(graph, name, value)
+    with before.graph.inserting_before(before):
+        return before.graph.get_attr(name)
+
+
 # --- float ops -------------------------------------------------------------------------------
 
 
+def _drop_unit_factor(graph: fx.GraphModule, node: fx.Node) -> None:
+    """A product with ones goes: what drop-path is in evaluation."""
+    x, factor = node.args[:2]
+    for kept, other in ((x, factor), (factor, x)):
+        if isinstance(kept, fx.Node) and isinstance(other, fx.Node) and _constant(other) == 1.0:
+            if _shape(kept) == _shape(node):
+                return _replace(node, kept)
+
+
+def _constant(value: Any) -> float | None:
+    """The number that fills a tensor, where it is one number known beforehand."""
+    if isinstance(value, (int, float)):
+        return float(value)
+    if not isinstance(value, fx.Node) or not value.args:
+        return None
+    if value.target in (aten.fill_.Scalar, aten.full_like.default, aten.full.default):
+        return _constant(value.args[1])
+    if value.target in (aten.zeros.default, aten.ones.default):
+        return float(value.target is aten.ones.default)
+    if value.target is aten.clone.default:
+        return _constant(value.args[0])
+    if value.target in _SCALAR_OPS and len(value.args) == 2:
+        a, b = (_constant(arg) for arg in value.args)
+        return None if a is None or b is None else _SCALAR_OPS[value.target](a, b)
+    return None
+
+
+_SCALAR_OPS: dict[Any, Callable[[float, float], float]] = {
+    aten.div.Tensor: operator.truediv,
+    aten.div_.Tensor: operator.truediv,
+    aten.add.Tensor: operator.add,
+    aten.mul.Tensor: operator.mul,
+}
+
+
 def _spell_attention(graph: fx.GraphModule, node: fx.Node) -> None:
-    """Two products and a softmax, without the guards against rows that see nothing at all."""
+    """Two products and a softmax, without the guards for rows that may see nothing at all."""
     query, key, value = node.args[:3]
     mask = _argument(node, 3, "attn_mask", None)
-    causal = _argument(node, 5, "is_causal", False)
-    if causal or node.kwargs.get("enable_gqa", False):
+    if node.kwargs.get("enable_gqa", False):
         return
-    width = query.meta["val"].shape[-1]  # type: ignore[union-attr]
-    scale = node.kwargs.get("scale") or 1 / math.sqrt(width)
+    scale = node.kwargs.get("scale") or 1 / math.sqrt(_shape(query)[-1])
     scaled = _add(node, aten.mul.Tensor, query, scale)
-    turned = _add(node, aten.transpose.int, key, -2, -1)
-    scores = _add(node, aten.matmul.default, scaled, turned)
-    if isinstance(mask, fx.Node):
-        scores = _add(node, aten.add.Tensor, scores, _as_addend(node, mask))
+    scores = _add(node, aten.matmul.default, scaled, _add(node, aten.transpose.int, key, -2, -1))
+    if _argument(node, 5, "is_causal", False):
+        lengths = [_add(node, aten.sym_size.int, each, -2) for each in (query, key)]
+        hidden = _add(node, aten.full.default, lengths, HIDDEN)
+        scores = _add(node, aten.add.Tensor, scores, _add(node, aten.triu.default, hidden, 1))
+    elif isinstance(mask, fx.Node):
+        scores = _add(node, aten.add.Tensor, scores, _addend(graph, node, mask))
     weights = _add(node, aten.softmax.int, scores, -1)
     _replace(node, _add(node, aten.matmul.default, weights, value))
 
 
-def _as_addend(node: fx.Node, mask: fx.Node) -> fx.Node:
+def _addend(graph: fx.GraphModule, node: fx.Node, mask: fx.Node) -> fx.Node:
     """0 where a mask is true and very negative where it is false; float masks are that already."""
     if mask.meta["val"].dtype is not torch.bool:
         return mask
+    if mask.op == "get_attr":
+        hidden = tensor_of(graph, str(mask.target)).logical_not().float() * HIDDEN
+        return _buffer(graph, node, f"{mask.target}_addend", hidden)
     seen = _add(node, aten.to.dtype, mask, torch.float32)
-    return _add(node, aten.mul.Tensor, _add(node, aten.sub.Tensor, seen, 1.0), -MASKED)
+    return _add(node, aten.mul.Tensor, _add(node, aten.sub.Tensor, seen, 1.0), -HIDDEN)
 
 
 def _pool_by_mean(graph: fx.GraphModule, node: fx.Node) -> None:
-    if node.args[1] in ([1, 1], 1) and node.args[0].meta["val"].dim() == 4:  # type: ignore[union-attr]
+    if node.args[1] in ([1, 1], 1) and len(_shape(node)) == 4:
         _replace(node, _add(node, aten.mean.dim, node.args[0], [2, 3], True))
-
-
-def _multiply_by_tensor(graph: fx.GraphModule, node: fx.Node) -> None:
-    node.target = aten.mul.Tensor
 
 
 # --- integer ops -----------------------------------------------------------------------------
@@ -107,81 +149,82 @@ def _drop_clamp(graph: fx.GraphModule, node: fx.Node) -> None:
     users = list(node.users)
     if len(users) != 1 or users[0].target is not QUANTIZE:
         return
-    _, scale, zero, low, high, _ = users[0].args
+    scale, zero, low, high = users[0].args[1:5]
     bottom, top = _bounds(node)
-    if round(bottom / scale) + zero <= low and round(top / scale) + zero >= high:  # type: ignore[operator]
+    if _level(bottom, scale, zero) <= low and _level(top, scale, zero) >= high:  # type: ignore[operator]
         _replace(node, node.args[0])  # type: ignore[arg-type]
     elif node.target is aten.clamp.default:
-        limit = torch.finfo(torch.float32).max
-        _replace(node, _add(node, aten.hardtanh.default, node.args[0], max(bottom, -limit), min(top, limit)))
+        _replace(node, _add(node, aten.hardtanh.default, node.args[0], bottom, top))
+
+
+def _level(value: float, scale: Any, zero: Any) -> float:
+    return float(round(value / scale) + zero)
 
 
 def _bounds(node: fx.Node) -> tuple[float, float]:
-    if node.target is aten.relu.default:
-        return 0.0, 1e38
-    if node.target is aten.relu6.default:
-        return 0.0, 6.0
-    default = (-1.0, 1.0) if node.target is aten.hardtanh.default else (None, None)
-    names = ("min_val", "max_val") if node.target is aten.hardtanh.default else ("min", "max")
-    low, high = (_argument(node, n + 1, names[n], default[n]) for n in (0, 1))
-    return -1e38 if low is None else low, 1e38 if high is None else high
+    if node.target in (aten.relu.default, aten.relu6.default):
+        return 0.0, 6.0 if node.target is aten.relu6.default else UNBOUNDED
+    tanh = node.target is aten.hardtanh.default
+    low = _argument(node, 1, "min_val" if tanh else "min", -1.0 if tanh else None)
+    high = _argument(node, 2, "max_val" if tanh else "max", 1.0 if tanh else None)
+    return -UNBOUNDED if low is None else low, UNBOUNDED if high is None else high
 
 
 def _turn_product(graph: fx.GraphModule, node: fx.Node) -> None:
-    """A product with an integer weight (in, out) is a linear layer with a weight (out, in)."""
+    """A product with an integer weight (in, out) becomes a linear layer with one of (out, in)."""
     bias, x, weight = node.args if len(node.args) == 3 else (None, *node.args)
     if not isinstance(weight, fx.Node) or weight.target is not DEQUANTIZE_CHANNEL or node.kwargs:
         return
-    source, scale, zeros, axis, *rest = weight.args
-    name = f"{source.target}_turned"  # type: ignore[union-attr]
-    set_buffer(graph, name, tensor_of(graph, str(source.target)).t().contiguous())  # type: ignore[union-attr]
-    with graph.graph.inserting_before(node):
-        held = graph.graph.get_attr(name)
-    turned = _add(node, DEQUANTIZE_CHANNEL, held, scale, zeros, 1 - axis, *rest)  # type: ignore[operator]
-    _replace(node, _add(node, aten.linear.default, x, turned, bias))
-    if not weight.users:
-        graph.graph.erase_node(weight)
-        remove_state(graph, str(source.target))  # type: ignore[union-attr]
+    arguments: Any = weight.args
+    source, scale, zeros, axis, *rest = arguments
+    turned = tensor_of(graph, str(source.target)).t().contiguous()  # (out, in)
+    held = _buffer(graph, node, f"{source.target}_turned", turned)
+    made = _add(node, DEQUANTIZE_CHANNEL, held, scale, zeros, 1 - axis, *rest)
+    _replace(node, _add(node, aten.linear.default, x, made, bias))
+    graph.graph.erase_node(weight)
+    remove_state(graph, str(source.target))
 
 
 def _quantize_dynamically(graph: fx.GraphModule, node: fx.Node) -> None:
-    """A linear layer whose result stays in float: its kernel rounds each row of the input anew."""
+    """A linear layer whose result stays in float: its kernel rounds each row of the input."""
     x, weight = node.args[:2]
     if not isinstance(weight, fx.Node) or weight.target is not DEQUANTIZE_CHANNEL:
         return
-    result = node
-    users = list(result.users)
-    if len(users) == 1 and users[0].target in FOLLOWERS:
-        result = users[0]
-    if len(result.users) == 1 and next(iter(result.users)).target is QUANTIZE and x.target is DEQUANTIZE:
+    if isinstance(x, fx.Node) and x.target is DEQUANTIZE and _leads_to_integers(node):
         return
-    chosen = _add(node, quantized.choose_qparams_per_token_asymmetric.default, x, torch.int8)
-    with graph.graph.inserting_before(node):
-        scale, zero = (graph.graph.call_function(__import__("operator").getitem, (chosen, n)) for n in (0, 1))
+    chosen = _add(node, ops.choose_qparams_per_token_asymmetric.default, x, torch.int8)
+    scale, zero = (_add(node, operator.getitem, chosen, n) for n in (0, 1))
     grid = (scale, zero, -128, 127, torch.int8)
-    rounded = _add(node, quantized.quantize_per_token.default, x, *grid)
-    restored = _add(node, quantized.dequantize_per_token.default, rounded, *grid, torch.float32)
-    node.update_arg(0, restored)
+    integers = _add(node, ops.quantize_per_token.default, x, *grid)
+    floats = _add(node, ops.dequantize_per_token.default, integers, *grid, torch.float32)
+    node.update_arg(0, floats)
+
+
+def _leads_to_integers(node: fx.Node) -> bool:
+    users = list(node.users)
+    if len(users) == 1 and users[0].target in FOLLOWERS:
+        users = list(users[0].users)
+    return len(users) == 1 and users[0].target is QUANTIZE
 
 
 def _share_scale(graph: fx.GraphModule, node: fx.Node) -> None:
-    """What is joined takes over the scale of the result: integers are then moved alone."""
+    """What is joined takes over the scale of the result, so that joining only moves bytes."""
     users = list(node.users)
     if len(users) != 1 or users[0].target is not QUANTIZE:
         return
-    grid = users[0].args[1:]
-    parts = []
-    for part in node.args[0]:  # type: ignore[union-attr]
+    grid, parts = users[0].args[1:], []
+    joined: Any = node.args[0]
+    for part in joined:
         if part.target is not DEQUANTIZE or part.args[1:] != grid:
             part = _add(node, DEQUANTIZE, _add(node, QUANTIZE, part, *grid), *grid)
         parts.append(part)
     node.update_arg(0, parts)
 
 
-REWRITES: list[tuple[tuple[Any, ...], Callable[[fx.GraphModule, fx.Node], None]]] = [
+REWRITES: list[tuple[tuple[Any, ...], Rewrite]] = [
+    ((aten.mul.Tensor,), _drop_unit_factor),
     ((aten.scaled_dot_product_attention.default,), _spell_attention),
     ((aten.adaptive_avg_pool2d.default,), _pool_by_mean),
-    ((aten.mul.Scalar,), _multiply_by_tensor),
     (tuple(FOLLOWERS), _drop_clamp),
     (PRODUCTS, _turn_product),
     ((aten.linear.default,), _quantize_dynamically),
