@@ -26,6 +26,7 @@ PACKED = ".pare"  # what `paredown.pack` writes
 RUNTIMES = {
     "onnxruntime": "paredown.runtimes.onnxruntime",
     "pytorch": "paredown.runtimes.pytorch",
+    "executorch": "paredown.runtimes.executorch",
     "litert": "paredown.runtimes.litert",
 }
 CORE = ("onnxruntime", "pytorch")  # installed with paredown; each other one has its extra

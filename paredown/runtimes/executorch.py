@@ -24,7 +24,10 @@ if TYPE_CHECKING:
     from paredown.types import Census
 
 SUFFIX = ".pte"
+COMPANIONS = ()
+PACKAGES = ("executorch",)
 FORMS = frozenset({"int8", "int4"})  # besides float32; see paredown.types.Step
+INT8_BYTES = (8, 700)  # of scales for each channel, of keys and padding for each layer
 SIGNATURE = "paredown"  # a method of the file that returns names and shapes, as JSON
 
 
@@ -132,13 +135,9 @@ def _signature(program: Any) -> dict[str, Any]:
 
 def _binding() -> Any:
     """ExecuTorch's runtime; the package's own entry would import its exporter, for seconds."""
-    try:
-        import torch  # noqa: F401  # whose libraries the binding links to
-        from executorch.extension.pybindings import _C
-    except ImportError as error:
-        raise ImportError(
-            f"ExecuTorch is not installed ({error}): pip install 'paredown[executorch]'"
-        ) from error
+    import torch  # noqa: F401  # whose libraries the binding links to
+    from executorch.extension.pybindings import _C
+
     return _C
 
 

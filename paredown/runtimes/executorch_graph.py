@@ -17,14 +17,20 @@ from torch import Tensor, fx
 from paredown.graph.decomposed import DEQUANTIZE, DEQUANTIZE_CHANNEL, QUANTIZE, decompose
 from paredown.graph.edit import fold_batch_norm, remove_state, set_buffer
 from paredown.graph.model import Model
-from paredown.graph.regions import FOLLOWERS, prepare
-from paredown.graph.sites import tensor_of
+from paredown.graph.regions import FOLLOWERS, MOVERS, prepare
+from paredown.graph.sites import CONVOLUTIONS, tensor_of
 
 aten = torch.ops.aten
 ops = torch.ops.quantized_decomposed
 HIDDEN = torch.finfo(torch.float32).min / 2  # added to a score that attention must not see
 UNBOUNDED = torch.finfo(torch.float32).max
 PRODUCTS = (aten.mm.default, aten.addmm.default, aten.matmul.default)
+MOST_RESCALED = 256.0  # input scale times weight scale over output scale, in XNNPACK's kernels
+# The least that input scale over output scale may be; of a product, both input scales multiplied.
+RATIOS = {
+    **{aten.add.Tensor: 2.0**-10, aten.sub.Tensor: 2.0**-10},
+    **{aten.mul.Tensor: 2.0**-16, aten.mean.dim: 2.0**-8},
+}
 Rewrite = Callable[[fx.GraphModule, fx.Node], None]
 
 
@@ -190,7 +196,11 @@ def _quantize_dynamically(graph: fx.GraphModule, node: fx.Node) -> None:
     x, weight = node.args[:2]
     if not isinstance(weight, fx.Node) or weight.target is not DEQUANTIZE_CHANNEL:
         return
-    if isinstance(x, fx.Node) and x.target is DEQUANTIZE and _leads_to_integers(node):
+    low, high = weight.args[-3:-1]
+    nibbles = low >= -8 and high <= 7  # type: ignore[operator]
+    if nibbles:  # only the kernel that rounds rows takes them two to a byte, and on this grid
+        weight.args = (*weight.args[:-3], -8, 7, weight.args[-1])
+    elif _rescales_within(graph, node):
         return
     chosen = _add(node, ops.choose_qparams_per_token_asymmetric.default, x, torch.int8)
     scale, zero = (_add(node, operator.getitem, chosen, n) for n in (0, 1))
@@ -200,25 +210,67 @@ def _quantize_dynamically(graph: fx.GraphModule, node: fx.Node) -> None:
     node.update_arg(0, floats)
 
 
-def _leads_to_integers(node: fx.Node) -> bool:
+def _restore_weight(graph: fx.GraphModule, node: fx.Node) -> None:
+    """A convolution that cannot run on integers has a weight in float, rounded as it was."""
+    weight = node.args[1]
+    if not isinstance(weight, fx.Node) or weight.target is not DEQUANTIZE_CHANNEL:
+        return
+    if len(_shape(node)) > 4 or not _rescales_within(graph, node):
+        integers, scale, zeros, *rest = weight.args
+        held = [tensor_of(graph, str(each.target)) for each in (integers, scale, zeros)]  # type: ignore[union-attr]
+        floats = DEQUANTIZE_CHANNEL(*held, *rest)
+        made = _buffer(graph, node, f"{integers.target}_restored", floats)  # type: ignore[union-attr]
+        node.replace_input_with(weight, made)
+        graph.graph.erase_node(weight)
+
+
+def _rescales_within(graph: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether input and result are integers, and the product of scales is one XNNPACK takes."""
+    x, weight = node.args[:2]
+    result = _quantized_result(node)
+    if not isinstance(x, fx.Node) or x.target is not DEQUANTIZE or result is None:
+        return False
+    scales: Any = weight.args[1]  # type: ignore[union-attr]
+    product = x.args[1] * float(tensor_of(graph, str(scales.target)).max())  # type: ignore[operator]
+    return bool(product < MOST_RESCALED * result.args[1])  # type: ignore[operator]
+
+
+def _quantized_result(node: fx.Node) -> fx.Node | None:
+    """The quantize op behind an op, perhaps behind its activation; None where others read it."""
     users = list(node.users)
     if len(users) == 1 and users[0].target in FOLLOWERS:
         users = list(users[0].users)
-    return len(users) == 1 and users[0].target is QUANTIZE
+    return users[0] if len(users) == 1 and users[0].target is QUANTIZE else None
 
 
 def _share_scale(graph: fx.GraphModule, node: fx.Node) -> None:
-    """What is joined takes over the scale of the result, so that joining only moves bytes."""
+    """What only moves takes over the scale of its result: XNNPACK moves bytes as they are."""
     users = list(node.users)
     if len(users) != 1 or users[0].target is not QUANTIZE:
         return
-    grid, parts = users[0].args[1:], []
-    joined: Any = node.args[0]
-    for part in joined:
-        if part.target is not DEQUANTIZE or part.args[1:] != grid:
-            part = _add(node, DEQUANTIZE, _add(node, QUANTIZE, part, *grid), *grid)
-        parts.append(part)
-    node.update_arg(0, parts)
+    grid = users[0].args[1:]
+
+    def shared(part: fx.Node) -> fx.Node:
+        if part.target is DEQUANTIZE and part.args[1:] == grid:
+            return part
+        if part.target is not DEQUANTIZE and node.target is not aten.cat.default:
+            return part
+        return _add(node, DEQUANTIZE, _add(node, QUANTIZE, part, *grid), *grid)
+
+    moved: Any = node.args[0]
+    node.update_arg(0, shared(moved) if isinstance(moved, fx.Node) else [*map(shared, moved)])
+
+
+def _leave_integers(graph: fx.GraphModule, node: fx.Node) -> None:
+    """An op whose scales lie too far apart for XNNPACK runs in float, behind a product with 1."""
+    inputs, result = node.all_input_nodes, _quantized_result(node)
+    if result is None or any(each.target is not DEQUANTIZE for each in inputs):
+        return
+    least, factors = RATIOS[node.target], [each.args[1] / result.args[1] for each in inputs]  # type: ignore[operator]
+    if node.target is aten.mul.Tensor:
+        factors = [math.prod(each.args[1] for each in inputs) / result.args[1]]  # type: ignore[misc, operator]
+    if not all(least <= factor < MOST_RESCALED for factor in factors):
+        node.replace_input_with(inputs[0], _add(node, aten.mul.Tensor, inputs[0], 1.0))
 
 
 REWRITES: list[tuple[tuple[Any, ...], Rewrite]] = [
@@ -228,5 +280,7 @@ REWRITES: list[tuple[tuple[Any, ...], Rewrite]] = [
     (tuple(FOLLOWERS), _drop_clamp),
     (PRODUCTS, _turn_product),
     ((aten.linear.default,), _quantize_dynamically),
-    ((aten.cat.default,), _share_scale),
+    (CONVOLUTIONS, _restore_weight),
+    ((aten.cat.default, *MOVERS), _share_scale),
+    (tuple(RATIOS), _leave_integers),
 ]
