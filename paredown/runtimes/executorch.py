@@ -23,10 +23,9 @@ if TYPE_CHECKING:
     from paredown.graph.model import Model
     from paredown.types import Census
 
-SUFFIX = ".pte"
-COMPANIONS = ()
+SUFFIX, COMPANIONS = ".pte", ()
 PACKAGES = ("executorch",)
-FORMS = frozenset({"int8", "int4"})  # besides float32; see paredown.types.Step
+FORMS = frozenset({"int8", "int4", "fp16"})  # besides float32; see paredown.types.Step
 INT8_BYTES = (8, 700)  # of scales for each channel, of keys and padding for each layer
 SIGNATURE = "paredown"  # a method of the file that returns names and shapes, as JSON
 
@@ -202,7 +201,7 @@ def lower(model: Model, path: Path | str) -> Path:
     from paredown.types import UserError
 
     path = Path(path)
-    write_atomically(path, executorch_file.encode(model))
+    write_atomically(path, executorch_file.encode(model, SIGNATURE))
     try:
         parity.check(model, path, open(path))
     except UserError:

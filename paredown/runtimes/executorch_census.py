@@ -94,11 +94,11 @@ def _unfused(nodes: list[Node], values: dict[int, Value]) -> Iterator[str]:
 
 def _constants(graph: dict[str, Any], values: dict[int, Value]) -> Iterator[tuple[Any, Size]]:
     """Key of each constant of a delegate -> its type and bytes; the same bytes have one key."""
-    stored = graph["constant_data"]
+    stored: list[dict[str, Any]] = graph["constant_data"]
     for value in values.values():
         place = value["constant_buffer_idx"]
         if place:
-            kind = TYPES.get(value["datatype"], value["datatype"])
+            kind = TYPES.get(str(value["datatype"]), str(value["datatype"]))
             yield stored[place]["named_key"], (kind, stored[place]["size"])
         scales = value["quantization"].get("scale_buffer_idx", 0)
         if scales:
@@ -142,8 +142,8 @@ def _tables(raw: bytes, schema: str, path: Path) -> dict[str, Any]:
         source = Path(folder) / "tables.bin"
         source.write_bytes(raw)
         options = ["--json", "--strict-json", "--defaults-json", "--raw-binary", "-o", folder]
-        command = [home / "data/bin/flatc", *options, home / schema, "--", source]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        command = map(str, [home / "data/bin/flatc", *options, home / schema, "--", source])
+        done = subprocess.run([*command], capture_output=True, text=True, check=False)
         made = source.with_suffix(".json")
         if done.returncode or not made.exists():
             raise UserError(f"{path}: cannot be read: {done.stdout.strip()[:200]}")

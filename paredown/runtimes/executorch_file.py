@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,15 +19,17 @@ from paredown.runtimes.executorch_graph import shape_for_xnnpack
 from paredown.runtimes.quiet import quiet
 from paredown.types import UserError
 
-SIGNATURE = "paredown"  # a method of the file that returns names and shapes, as JSON
 # Memory is planned ahead, for the most examples and the largest other dimensions there may be.
 MOST_EXAMPLES, MOST_ELSE = 64, 512
 PLANNED_BYTES = 2**28  # above this, smaller sizes are settled for
 Bounds = dict[sympy.Symbol, int]
 
 
-def encode(model: Model) -> bytes:
+def encode(model: Model, method: str) -> bytes:
     """The ExecuTorch file's bytes; the same model gives the same bytes.
+
+    Args:
+        method: the name of a method that returns names and shapes, as JSON.
 
     Raises:
         UserError: neither XNNPACK nor ExecuTorch's own kernels have one of the ops.
@@ -33,7 +37,7 @@ def encode(model: Model) -> bytes:
     program = reexport(shape_for_xnnpack(model))
     try:
         with quiet(), torch.no_grad():
-            return _lower(model, program)
+            return _lower(model, program, method)
     except Exception as error:
         raise UserError(f"model: cannot be written for ExecuTorch: {_root_cause(error)}") from error
 
@@ -45,7 +49,7 @@ def _root_cause(error: BaseException) -> str:
     return lines[0]
 
 
-def _lower(model: Model, program: Any) -> bytes:
+def _lower(model: Model, program: Any, method: str) -> bytes:
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import (
         EdgeCompileConfig,
@@ -56,17 +60,18 @@ def _lower(model: Model, program: Any) -> bytes:
 
     sizes, most = _symbols(model, program), _largest(model, program)
     _bound(program, most)
-    edge = to_edge_transform_and_lower(
-        program,
-        transform_passes=[_simplify],
-        partitioner=[XnnpackPartitioner()],
-        compile_config=EdgeCompileConfig(_check_ir_validity=False),
-        constant_methods={SIGNATURE: "placeholder"},
-    )
+    with _half_convolutions():
+        edge = to_edge_transform_and_lower(
+            program,
+            transform_passes=[_simplify],
+            partitioner=[XnnpackPartitioner()],
+            compile_config=EdgeCompileConfig(_check_ir_validity=False),
+            constant_methods={method: ""},
+        )
     lowered = edge.exported_program()
     most = _affordable(lowered.graph, most, sizes)
     _bound(lowered, most)  # lowering takes what it learns of the example for bounds
-    edge._config_methods[SIGNATURE] = json.dumps(_signature(model, lowered, most, sizes))
+    edge._config_methods[method] = json.dumps(_signature(model, lowered, most, sizes))
     planning = MemoryPlanningPass(alloc_graph_input=False, alloc_graph_output=False)
     made = edge.to_executorch(ExecutorchBackendConfig(memory_planning_pass=planning))
     return bytes(made.buffer)
@@ -104,7 +109,8 @@ def _symbols(model: Model, program: Any) -> dict[sympy.Symbol, _Size]:
 
 def _largest(model: Model, program: Any) -> Bounds:
     """The largest sizes that are offered, where the model itself allows as much."""
-    sizes, most = _symbols(model, program), {}
+    sizes = _symbols(model, program)
+    most: dict[str, int] = {}
     for symbol, size in sizes.items():
         offered = max(MOST_ELSE if size.dim else MOST_EXAMPLES, 2 * size.deployed)
         allowed = program.range_constraints[symbol].upper
@@ -210,6 +216,25 @@ def _names(size: Any, sizes: dict[sympy.Symbol, _Size]) -> set[str]:
 
 
 # --- ops -------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _half_convolutions() -> Iterator[None]:
+    """Keep 16-bit weights of convolutions, which ExecuTorch would write in 32 bits."""
+    from executorch.backends.xnnpack.operators import node_visitor, op_conv2d  # noqa: F401
+
+    writers: dict[str, Any] = node_visitor._node_visitor_dict
+    kept = writers["aten.convolution.default"]
+
+    class Convolution(kept):  # type: ignore[misc, valid-type]
+        def define_tensor(self, *args: Any, force_fp32: bool = False, **options: Any) -> None:
+            super().define_tensor(*args, **options)
+
+    writers["aten.convolution.default"] = Convolution
+    try:
+        yield
+    finally:
+        writers["aten.convolution.default"] = kept
 
 
 def _simplify(graph: fx.GraphModule) -> Any:

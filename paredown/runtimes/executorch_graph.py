@@ -27,7 +27,7 @@ UNBOUNDED = torch.finfo(torch.float32).max
 PRODUCTS = (aten.mm.default, aten.addmm.default, aten.matmul.default)
 MOST_RESCALED = 256.0  # input scale times weight scale over output scale, in XNNPACK's kernels
 # The least that input scale over output scale may be; of a product, both input scales multiplied.
-RATIOS = {
+LEAST_RATIO: dict[Any, float] = {
     **{aten.add.Tensor: 2.0**-10, aten.sub.Tensor: 2.0**-10},
     **{aten.mul.Tensor: 2.0**-16, aten.mean.dim: 2.0**-8},
 }
@@ -61,6 +61,11 @@ def _replace(node: fx.Node, made: fx.Node) -> None:
 
 def _argument(node: fx.Node, position: int, name: str, default: Any) -> Any:
     return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+
+
+def _args(node: fx.Node) -> Any:
+    """A node's arguments, whose types its op fixes."""
+    return node.args
 
 
 def _shape(node: Any) -> Any:
@@ -155,16 +160,12 @@ def _drop_clamp(graph: fx.GraphModule, node: fx.Node) -> None:
     users = list(node.users)
     if len(users) != 1 or users[0].target is not QUANTIZE:
         return
-    scale, zero, low, high = users[0].args[1:5]
+    scale, zero, low, high = _args(users[0])[1:5]
     bottom, top = _bounds(node)
-    if _level(bottom, scale, zero) <= low and _level(top, scale, zero) >= high:  # type: ignore[operator]
-        _replace(node, node.args[0])  # type: ignore[arg-type]
+    if round(bottom / scale) + zero <= low and round(top / scale) + zero >= high:
+        _replace(node, _args(node)[0])
     elif node.target is aten.clamp.default:
         _replace(node, _add(node, aten.hardtanh.default, node.args[0], bottom, top))
-
-
-def _level(value: float, scale: Any, zero: Any) -> float:
-    return float(round(value / scale) + zero)
 
 
 def _bounds(node: fx.Node) -> tuple[float, float]:
@@ -178,11 +179,10 @@ def _bounds(node: fx.Node) -> tuple[float, float]:
 
 def _turn_product(graph: fx.GraphModule, node: fx.Node) -> None:
     """A product with an integer weight (in, out) becomes a linear layer with one of (out, in)."""
-    bias, x, weight = node.args if len(node.args) == 3 else (None, *node.args)
+    bias, x, weight = node.args if len(node.args) == 3 else (None, *_args(node))
     if not isinstance(weight, fx.Node) or weight.target is not DEQUANTIZE_CHANNEL or node.kwargs:
         return
-    arguments: Any = weight.args
-    source, scale, zeros, axis, *rest = arguments
+    source, scale, zeros, axis, *rest = _args(weight)
     turned = tensor_of(graph, str(source.target)).t().contiguous()  # (out, in)
     held = _buffer(graph, node, f"{source.target}_turned", turned)
     made = _add(node, DEQUANTIZE_CHANNEL, held, scale, zeros, 1 - axis, *rest)
@@ -196,9 +196,10 @@ def _quantize_dynamically(graph: fx.GraphModule, node: fx.Node) -> None:
     x, weight = node.args[:2]
     if not isinstance(weight, fx.Node) or weight.target is not DEQUANTIZE_CHANNEL:
         return
-    low, high = weight.args[-3:-1]
-    nibbles = low >= -8 and high <= 7  # type: ignore[operator]
-    if nibbles:  # only the kernel that rounds rows takes them two to a byte, and on this grid
+    low, high = _args(weight)[-3:-1]
+    if (
+        low >= -8 and high <= 7
+    ):  # only the kernel that rounds rows takes them two to a byte, and on this grid
         weight.args = (*weight.args[:-3], -8, 7, weight.args[-1])
     elif _rescales_within(graph, node):
         return
@@ -216,23 +217,23 @@ def _restore_weight(graph: fx.GraphModule, node: fx.Node) -> None:
     if not isinstance(weight, fx.Node) or weight.target is not DEQUANTIZE_CHANNEL:
         return
     if len(_shape(node)) > 4 or not _rescales_within(graph, node):
-        integers, scale, zeros, *rest = weight.args
-        held = [tensor_of(graph, str(each.target)) for each in (integers, scale, zeros)]  # type: ignore[union-attr]
-        floats = DEQUANTIZE_CHANNEL(*held, *rest)
-        made = _buffer(graph, node, f"{integers.target}_restored", floats)  # type: ignore[union-attr]
+        integers, scale, zeros, *rest = _args(weight)
+        tensors = [tensor_of(graph, str(each.target)) for each in (integers, scale, zeros)]
+        made = _buffer(
+            graph, node, f"{integers.target}_restored", DEQUANTIZE_CHANNEL(*tensors, *rest)
+        )
         node.replace_input_with(weight, made)
         graph.graph.erase_node(weight)
 
 
 def _rescales_within(graph: fx.GraphModule, node: fx.Node) -> bool:
     """Whether input and result are integers, and the product of scales is one XNNPACK takes."""
-    x, weight = node.args[:2]
+    x, weight = _args(node)[:2]
     result = _quantized_result(node)
     if not isinstance(x, fx.Node) or x.target is not DEQUANTIZE or result is None:
         return False
-    scales: Any = weight.args[1]  # type: ignore[union-attr]
-    product = x.args[1] * float(tensor_of(graph, str(scales.target)).max())  # type: ignore[operator]
-    return bool(product < MOST_RESCALED * result.args[1])  # type: ignore[operator]
+    scales = tensor_of(graph, str(_args(weight)[1].target))  # (C,)
+    return bool(_args(x)[1] * float(scales.max()) < MOST_RESCALED * _args(result)[1])
 
 
 def _quantized_result(node: fx.Node) -> fx.Node | None:
@@ -257,7 +258,7 @@ def _share_scale(graph: fx.GraphModule, node: fx.Node) -> None:
             return part
         return _add(node, DEQUANTIZE, _add(node, QUANTIZE, part, *grid), *grid)
 
-    moved: Any = node.args[0]
+    moved = _args(node)[0]
     node.update_arg(0, shared(moved) if isinstance(moved, fx.Node) else [*map(shared, moved)])
 
 
@@ -266,10 +267,9 @@ def _leave_integers(graph: fx.GraphModule, node: fx.Node) -> None:
     inputs, result = node.all_input_nodes, _quantized_result(node)
     if result is None or any(each.target is not DEQUANTIZE for each in inputs):
         return
-    least, factors = RATIOS[node.target], [each.args[1] / result.args[1] for each in inputs]  # type: ignore[operator]
-    if node.target is aten.mul.Tensor:
-        factors = [math.prod(each.args[1] for each in inputs) / result.args[1]]  # type: ignore[misc, operator]
-    if not all(least <= factor < MOST_RESCALED for factor in factors):
+    scales, scale = [_args(each)[1] for each in inputs], _args(result)[1]
+    scales = [math.prod(scales)] if node.target is aten.mul.Tensor else scales
+    if not all(LEAST_RATIO[node.target] <= each / scale < MOST_RESCALED for each in scales):
         node.replace_input_with(inputs[0], _add(node, aten.mul.Tensor, inputs[0], 1.0))
 
 
@@ -282,5 +282,5 @@ REWRITES: list[tuple[tuple[Any, ...], Rewrite]] = [
     ((aten.linear.default,), _quantize_dynamically),
     (CONVOLUTIONS, _restore_weight),
     ((aten.cat.default, *MOVERS), _share_scale),
-    (tuple(RATIOS), _leave_integers),
+    (tuple(LEAST_RATIO), _leave_integers),
 ]
