@@ -193,7 +193,8 @@ def lower(model: Model, path: Path | str) -> Path:
     """Write the model as an ExecuTorch file for XNNPACK, and check it.
 
     Raises:
-        UserError: an op has no kernel, or the file's outputs differ from the model's.
+        UserError: an op has no kernel, or the file's outputs differ from the model's; names the
+            tensor that differs most.
     """
     from paredown import parity
     from paredown.files import write_atomically
@@ -203,11 +204,29 @@ def lower(model: Model, path: Path | str) -> Path:
     path = Path(path)
     write_atomically(path, executorch_file.encode(model, SIGNATURE))
     try:
-        parity.check(model, path, open(path))
-    except UserError:
+        parity.check(model, path, open(path), _worst_tensor)
+    except (UserError, ValueError) as error:
         path.unlink()
-        raise
+        raise UserError(str(error)) from error
     return path
+
+
+def _worst_tensor(model: Model, path: Path) -> tuple[float, str] | None:
+    """Agreement in dB and name of the inner tensor that differs most between two quantizers.
+
+    Another file tells: it returns what passes through each quantizer.
+    """
+    from paredown import parity
+    from paredown.runtimes import executorch_file
+
+    shown, names = executorch_file.tapped(model)
+    if not names:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        other = Path(folder) / path.name
+        other.write_bytes(executorch_file.encode(shown, SIGNATURE))
+        values = open(other)(*[item.example.numpy() for item in model.inputs])
+    return parity.stretches(model, dict(zip(names, values, strict=True)))[0]
 
 
 def census(path: Path | str) -> Census:

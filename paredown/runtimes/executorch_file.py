@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy
@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from paredown.graph import structure
 from paredown.graph.edit import reexport
 from paredown.graph.model import Model
+from paredown.graph.quantized import PER_TENSOR, quantizers
 from paredown.runtimes.executorch_graph import shape_for_xnnpack
 from paredown.runtimes.quiet import quiet
 from paredown.types import UserError
@@ -40,6 +41,17 @@ def encode(model: Model, method: str) -> bytes:
             return _lower(model, program, method)
     except Exception as error:
         raise UserError(f"model: cannot be written for ExecuTorch: {_root_cause(error)}") from error
+
+
+def tapped(model: Model) -> tuple[Model, list[str]]:
+    """The model with what passes through its quantizers for outputs, and these nodes' names."""
+    made = model.copy()
+    nodes = [node for node in quantizers(made.graph) if node.target is PER_TENSOR]
+    for node in made.graph.graph.nodes:
+        if node.op == "output":
+            node.args = (tuple(nodes),)
+    made.graph.recompile()
+    return replace(made, outputs={"tuple": ["*"] * len(nodes)}), [node.name for node in nodes]
 
 
 def _root_cause(error: BaseException) -> str:

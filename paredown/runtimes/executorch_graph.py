@@ -88,7 +88,17 @@ def _drop_unit_factor(graph: fx.GraphModule, node: fx.Node) -> None:
     for kept, other in ((x, factor), (factor, x)):
         if isinstance(kept, fx.Node) and isinstance(other, fx.Node) and _constant(other) == 1.0:
             if _shape(kept) == _shape(node):
-                return _replace(node, kept)
+                _replace(node, kept)
+                return _erase_unread(other)
+
+
+def _erase_unread(node: fx.Node) -> None:
+    """Erase an op that nothing reads, in place or not, and then what only it has read."""
+    sources = node.all_input_nodes
+    if not node.users and node.op == "call_function":
+        node.graph.erase_node(node)
+        for source in sources:
+            _erase_unread(source)
 
 
 def _constant(value: Any) -> float | None:

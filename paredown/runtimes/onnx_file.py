@@ -30,7 +30,7 @@ from paredown.graph.quantized import (
     quantizers,
     stored_bits,
 )
-from paredown.parity import agreement_db
+from paredown.parity import stretches
 from paredown.runtimes import onnx_bits, onnx_blocks
 from paredown.runtimes.onnx_graph import array, attribute, initializer, insert, replace
 from paredown.types import UserError
@@ -312,46 +312,30 @@ def _name_dimensions(graph: ir.Graph, model: Model) -> None:
 def worst_tensor(model: Model, path: Path) -> tuple[float, str] | None:
     """Agreement in dB and name of the inner tensor that differs most, each stretch between two
     quantizers being compared on the file's own values before it; None where none can be."""
-    ranked = _compare_stretches(model, path, [item.example for item in model.inputs])
+    ranked = stretches(model, _inner_values(model, path))
     return ranked[0] if ranked else None
 
 
-def _compare_stretches(
-    model: Model, path: Path, leaves: list[torch.Tensor]
-) -> list[tuple[float, str]]:
-    """Agreement in dB of each inner tensor, given the file's values before it; worst first."""
+def _inner_values(model: Model, path: Path) -> dict[str, np.ndarray]:
+    """Graph node -> what the file computes there on the example inputs."""
     import onnxruntime
 
     loaded = onnx.load(str(path))
     made = {name for node in loaded.graph.node for name in node.output}
-    values: dict[str, np.ndarray] = {}
-    agreements: list[tuple[float, str]] = []
-    graph = model.copy().eval().graph.cpu()
-    shown = _shown(graph, made)
+    shown = _shown(model.graph, made)
+    if not shown:
+        return {}
     known = {value.name for value in loaded.graph.output}
     extra = [name for name in shown.values() if name not in known]
     loaded.graph.output.extend(onnx.ValueInfoProto(name=name) for name in dict.fromkeys(extra))
     session = onnxruntime.InferenceSession(
         loaded.SerializeToString(), providers=["CPUExecutionProvider"]
     )
-    feeds = {
-        item.name: leaf.numpy() for item, leaf in zip(session.get_inputs(), leaves, strict=True)
-    }
-    wanted = list(dict.fromkeys(shown.values()))
-    values |= dict(zip(wanted, session.run(wanted, feeds), strict=True)) if wanted else {}
-
-    class Follower(fx.Interpreter):
-        def run_node(self, n: fx.Node) -> Any:
-            result = super().run_node(n)
-            if n.name not in shown:
-                return result
-            theirs = values[shown[n.name]]
-            agreements.append((agreement_db(result.detach().numpy(), theirs), n.name))
-            return torch.from_numpy(theirs.copy()) if result.shape == theirs.shape else result
-
-    with torch.no_grad():
-        Follower(graph).run(*[leaf.clone() for leaf in leaves])
-    return sorted(agreements)
+    pairs = zip(session.get_inputs(), model.inputs, strict=True)
+    values = session.run(
+        list(shown.values()), {given.name: i.example.numpy() for given, i in pairs}
+    )
+    return dict(zip(shown, values, strict=True))
 
 
 def _shown(graph: fx.GraphModule, made: set[str]) -> dict[str, str]:
