@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import fx
 
 from paredown.graph.model import Model
 from paredown.graph.quantized import ACTIVATION_QUANTIZERS, PER_GROUP, quantizers
@@ -66,6 +67,32 @@ def _run_graph(model: Model, leaves: list[torch.Tensor]) -> list[torch.Tensor]:
     graph = model.copy().eval().graph.cpu()
     with torch.no_grad():
         return [value.detach() for value in graph(*[leaf.clone() for leaf in leaves])]
+
+
+def stretches(model: Model, values: dict[str, np.ndarray]) -> list[tuple[float, str]]:
+    """Agreement in dB and name of each inner tensor on the example inputs, worst first.
+
+    Each is computed from the file's own values before it, so that what happens between two
+    quantizers is told apart from what those before them passed on.
+
+    Args:
+        values: a graph node's name -> what the file computes there.
+    """
+    found: list[tuple[float, str]] = []
+
+    class Follower(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            result = super().run_node(n)
+            if n.name not in values:
+                return result
+            theirs = values[n.name]
+            found.append((agreement_db(result.detach().numpy(), theirs), n.name))
+            return torch.from_numpy(theirs.copy()) if result.shape == theirs.shape else result
+
+    with torch.no_grad():
+        graph = model.copy().eval().graph.cpu()
+        Follower(graph).run(*[item.example.clone() for item in model.inputs])
+    return sorted(found)
 
 
 def agreement_db(expected: np.ndarray, got: np.ndarray) -> float:

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 aten = torch.ops.aten
 
 # op -> (kind, position of the input, of the weight, of the bias, the weight's output axis)
-_CONVOLUTIONS = (
+CONVOLUTIONS = (
     *(aten.conv1d.default, aten.conv1d.padding, aten.conv2d.default, aten.conv2d.padding),
     *(aten.conv3d.default, aten.conv3d.padding, aten.convolution.default),
 )
@@ -21,7 +21,7 @@ _TRANSPOSED = (
     aten.conv_transpose3d.input,
 )
 _OPS: dict[Any, tuple[str, int, int, int | None, int]] = {
-    **dict.fromkeys(_CONVOLUTIONS, ("conv", 0, 1, 2, 0)),
+    **dict.fromkeys(CONVOLUTIONS, ("conv", 0, 1, 2, 0)),
     **dict.fromkeys(_TRANSPOSED, ("conv_transpose", 0, 1, 2, 1)),
     aten.linear.default: ("linear", 0, 1, 2, 0),
     aten.addmm.default: ("matmul", 1, 2, 0, 1),

@@ -27,6 +27,7 @@ RUNTIMES = {
     "onnxruntime": "paredown.runtimes.onnxruntime",
     "openvino": "paredown.runtimes.openvino",
     "pytorch": "paredown.runtimes.pytorch",
+    "executorch": "paredown.runtimes.executorch",
     "litert": "paredown.runtimes.litert",
 }
 CORE = ("onnxruntime", "pytorch")  # installed with paredown; each other one has its extra

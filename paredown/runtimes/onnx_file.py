@@ -7,7 +7,6 @@ import functools
 import io
 import logging
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ from paredown.graph.quantized import (
     quantizers,
     stored_bits,
 )
-from paredown.parity import agreement_db
+from paredown.parity import stretches
 from paredown.runtimes import onnx_bits, onnx_blocks
 from paredown.runtimes.onnx_graph import array, attribute, initializer, insert, replace
 from paredown.types import UserError
@@ -317,56 +316,33 @@ def _name_dimensions(graph: ir.Graph, model: Model) -> None:
 def worst_tensor(model: Model, path: Path) -> tuple[float, str] | None:
     """Agreement in dB and name of the inner tensor that differs most, each stretch between two
     quantizers being compared on the file's own values before it; None where none can be."""
-    loaded = onnx.load(str(path))
-    made = {name for node in loaded.graph.node for name in node.output}
-
-    def values(wanted: list[str]) -> list[np.ndarray]:
-        import onnxruntime
-
-        known = {value.name for value in loaded.graph.output}
-        extra = [onnx.ValueInfoProto(name=name) for name in wanted if name not in known]
-        loaded.graph.output.extend(extra)
-        session = onnxruntime.InferenceSession(
-            loaded.SerializeToString(), providers=["CPUExecutionProvider"]
-        )
-        examples = [item.example.numpy() for item in model.inputs]
-        names = [item.name for item in session.get_inputs()]
-        return session.run(wanted, dict(zip(names, examples, strict=True)))  # type: ignore[no-any-return]
-
-    ranked = compare_stretches(model, made, values)
+    ranked = stretches(model, _inner_values(model, path))
     return ranked[0] if ranked else None
 
 
-def compare_stretches(
-    model: Model, made: set[str], values: Callable[[list[str]], list[np.ndarray]]
-) -> list[tuple[float, str]]:
-    """Agreement in dB of each inner tensor, given the file's values before it; worst first.
+def _inner_values(model: Model, path: Path) -> dict[str, np.ndarray]:
+    """Graph node -> what the file computes there on the example inputs."""
+    import onnxruntime
 
-    Args:
-        made: names of the file's inner tensors.
-        values: gives those of these names that it is asked for, on the model's example.
-    """
-    agreements: list[tuple[float, str]] = []
-    graph = model.copy().eval().graph.cpu()
-    shown = _shown(graph, made)
-    wanted = list(dict.fromkeys(shown.values()))
-    found = dict(zip(wanted, values(wanted), strict=True)) if wanted else {}
-
-    class Follower(fx.Interpreter):
-        def run_node(self, n: fx.Node) -> Any:
-            result = super().run_node(n)
-            if n.name not in shown:
-                return result
-            theirs = found[shown[n.name]]
-            agreements.append((agreement_db(result.detach().numpy(), theirs), n.name))
-            return torch.from_numpy(theirs.copy()) if result.shape == theirs.shape else result
-
-    with torch.no_grad():
-        Follower(graph).run(*[item.example.clone() for item in model.inputs])
-    return sorted(agreements)
+    loaded = onnx.load(str(path))
+    made = {name for node in loaded.graph.node for name in node.output}
+    shown = shown_values(model.graph, made)
+    if not shown:
+        return {}
+    known = {value.name for value in loaded.graph.output}
+    extra = [name for name in shown.values() if name not in known]
+    loaded.graph.output.extend(onnx.ValueInfoProto(name=name) for name in dict.fromkeys(extra))
+    session = onnxruntime.InferenceSession(
+        loaded.SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    pairs = zip(session.get_inputs(), model.inputs, strict=True)
+    values = session.run(
+        list(shown.values()), {given.name: i.example.numpy() for given, i in pairs}
+    )
+    return dict(zip(shown, values, strict=True))
 
 
-def _shown(graph: fx.GraphModule, made: set[str]) -> dict[str, str]:
+def shown_values(graph: fx.GraphModule, made: set[str]) -> dict[str, str]:
     """Graph node -> the file's tensor to compare: at the quantizers, else at every op."""
     found = [node for node in quantizers(graph) if node.target is PER_TENSOR]
     if not found:

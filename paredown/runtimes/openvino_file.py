@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-import numpy as np
-
+from paredown import parity
 from paredown.graph.model import Model
 from paredown.runtimes import onnx_file, openvino_graph
 from paredown.runtimes.openvino import WEIGHTED, Predictor, plainly
@@ -54,13 +53,17 @@ def worst_tensor(model: Model, path: Path) -> tuple[float, str] | None:
     made = {name for op in graph.get_ops() for value in op.outputs() for name in value.get_names()}
     known = {name for value in graph.outputs for name in value.get_names()}
 
-    def values(wanted: list[str]) -> list[np.ndarray]:
-        graph.add_outputs([name for name in wanted if name not in known])
-        outputs = Predictor(graph, 1)(*[item.example.numpy() for item in model.inputs])
-        named = [value.get_names() for value in graph.outputs]
-        return [outputs[next(n for n, have in enumerate(named) if name in have)] for name in wanted]
-
-    ranked = onnx_file.compare_stretches(model, made, values)
+    shown = onnx_file.shown_values(model.graph, made)
+    if not shown:
+        return None
+    graph.add_outputs([name for name in dict.fromkeys(shown.values()) if name not in known])
+    outputs = Predictor(graph, 1)(*[item.example.numpy() for item in model.inputs])
+    values = {
+        name: value
+        for output, value in zip(graph.outputs, outputs, strict=True)
+        for name in output.get_names()
+    }
+    ranked = parity.stretches(model, {node: values[name] for node, name in shown.items()})
     return ranked[0] if ranked else None
 
 

@@ -1,0 +1,296 @@
+"""A captured graph as XNNPACK takes it, without changing what it computes.
+
+XNNPACK runs an op on integers only where the whole pattern is there: dequantize ops before it,
+perhaps a ReLU behind it, then a quantize op. These rewrites make more of a graph fit.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from paredown.graph.decomposed import DEQUANTIZE, DEQUANTIZE_CHANNEL, QUANTIZE, decompose
+from paredown.graph.edit import fold_batch_norm, remove_state, set_buffer
+from paredown.graph.model import Model
+from paredown.graph.regions import FOLLOWERS, MOVERS, prepare
+from paredown.graph.sites import CONVOLUTIONS, tensor_of
+
+aten = torch.ops.aten
+ops = torch.ops.quantized_decomposed
+HIDDEN = torch.finfo(torch.float32).min / 2  # added to a score that attention must not see
+UNBOUNDED = torch.finfo(torch.float32).max
+PRODUCTS = (aten.mm.default, aten.addmm.default, aten.matmul.default)
+MOST_RESCALED = 256.0  # input scale times weight scale over output scale, in XNNPACK's kernels
+# The least that input scale over output scale may be; of a product, both input scales multiplied.
+LEAST_RATIO: dict[Any, float] = {
+    **{aten.add.Tensor: 2.0**-10, aten.sub.Tensor: 2.0**-10},
+    **{aten.mul.Tensor: 2.0**-16, aten.mean.dim: 2.0**-8},
+}
+Rewrite = Callable[[fx.GraphModule, fx.Node], None]
+
+
+def shape_for_xnnpack(model: Model) -> Model:
+    """A copy of the model, decomposed and in evaluation mode, that XNNPACK takes more of."""
+    made = decompose(model)
+    prepare(made)
+    fold_batch_norm(made.graph)
+    for targets, rewrite in REWRITES:
+        for node in [node for node in made.graph.graph.nodes if node.target in targets]:
+            rewrite(made.graph, node)
+    made.graph.graph.eliminate_dead_code()
+    made.graph.graph.lint()
+    made.graph.recompile()
+    return made
+
+
+def _add(before: fx.Node, op: Any, *args: Any) -> fx.Node:
+    with before.graph.inserting_before(before):
+        return before.graph.call_function(op, args)
+
+
+def _replace(node: fx.Node, made: fx.Node) -> None:
+    node.replace_all_uses_with(made)
+    made.meta.setdefault("val", node.meta.get("val"))
+    node.graph.erase_node(node)
+
+
+def _argument(node: fx.Node, position: int, name: str, default: Any) -> Any:
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+
+
+def _args(node: fx.Node) -> Any:
+    """A node's arguments, whose types its op fixes."""
+    return node.args
+
+
+def _shape(node: Any) -> Any:
+    """The shape that a node has on the example inputs."""
+    return node.meta["val"].shape
+
+
+def _buffer(graph: fx.GraphModule, before: fx.Node, name: str, value: Tensor) -> fx.Node:
+    set_buffer(graph, name, value)
+    with before.graph.inserting_before(before):
+        return before.graph.get_attr(name)
+
+
+# --- float ops -------------------------------------------------------------------------------
+
+
+def _drop_unit_factor(graph: fx.GraphModule, node: fx.Node) -> None:
+    """A product with ones goes: what drop-path is in evaluation."""
+    x, factor = node.args[:2]
+    for kept, other in ((x, factor), (factor, x)):
+        if isinstance(kept, fx.Node) and isinstance(other, fx.Node) and _constant(other) == 1.0:
+            if _shape(kept) == _shape(node):
+                _replace(node, kept)
+                return _erase_unread(other)
+
+
+def _erase_unread(node: fx.Node) -> None:
+    """Erase an op that nothing reads, in place or not, and then what only it has read."""
+    sources = node.all_input_nodes
+    if not node.users and node.op == "call_function":
+        node.graph.erase_node(node)
+        for source in sources:
+            _erase_unread(source)
+
+
+def _constant(value: Any) -> float | None:
+    """The number that fills a tensor, where it is one number known beforehand."""
+    if isinstance(value, (int, float)):
+        return float(value)
+    if not isinstance(value, fx.Node) or not value.args:
+        return None
+    if value.target in (aten.fill_.Scalar, aten.full_like.default, aten.full.default):
+        return _constant(value.args[1])
+    if value.target in (aten.zeros.default, aten.ones.default):
+        return float(value.target is aten.ones.default)
+    if value.target is aten.clone.default:
+        return _constant(value.args[0])
+    if value.target in _SCALAR_OPS and len(value.args) == 2:
+        a, b = (_constant(arg) for arg in value.args)
+        return None if a is None or b is None else _SCALAR_OPS[value.target](a, b)
+    return None
+
+
+_SCALAR_OPS: dict[Any, Callable[[float, float], float]] = {
+    aten.div.Tensor: operator.truediv,
+    aten.div_.Tensor: operator.truediv,
+    aten.add.Tensor: operator.add,
+    aten.mul.Tensor: operator.mul,
+}
+
+
+def _spell_attention(graph: fx.GraphModule, node: fx.Node) -> None:
+    """Two products and a softmax, without the guards for rows that may see nothing at all."""
+    query, key, value = node.args[:3]
+    mask = _argument(node, 3, "attn_mask", None)
+    if node.kwargs.get("enable_gqa", False):
+        return
+    scale = node.kwargs.get("scale") or 1 / math.sqrt(_shape(query)[-1])
+    scaled = _add(node, aten.mul.Tensor, query, scale)
+    scores = _add(node, aten.matmul.default, scaled, _add(node, aten.transpose.int, key, -2, -1))
+    if _argument(node, 5, "is_causal", False):
+        lengths = [_add(node, aten.sym_size.int, each, -2) for each in (query, key)]
+        hidden = _add(node, aten.full.default, lengths, HIDDEN)
+        scores = _add(node, aten.add.Tensor, scores, _add(node, aten.triu.default, hidden, 1))
+    elif isinstance(mask, fx.Node):
+        scores = _add(node, aten.add.Tensor, scores, _addend(graph, node, mask))
+    weights = _add(node, aten.softmax.int, scores, -1)
+    _replace(node, _add(node, aten.matmul.default, weights, value))
+
+
+def _addend(graph: fx.GraphModule, node: fx.Node, mask: fx.Node) -> fx.Node:
+    """0 where a mask is true and very negative where it is false; float masks are that already."""
+    if mask.meta["val"].dtype is not torch.bool:
+        return mask
+    if mask.op == "get_attr":
+        hidden = tensor_of(graph, str(mask.target)).logical_not().float() * HIDDEN
+        return _buffer(graph, node, f"{mask.target}_addend", hidden)
+    seen = _add(node, aten.to.dtype, mask, torch.float32)
+    return _add(node, aten.mul.Tensor, _add(node, aten.sub.Tensor, seen, 1.0), -HIDDEN)
+
+
+def _pool_by_mean(graph: fx.GraphModule, node: fx.Node) -> None:
+    if node.args[1] in ([1, 1], 1) and len(_shape(node)) == 4:
+        _replace(node, _add(node, aten.mean.dim, node.args[0], [2, 3], True))
+
+
+# --- integer ops -----------------------------------------------------------------------------
+
+
+def _drop_clamp(graph: fx.GraphModule, node: fx.Node) -> None:
+    """A ReLU goes where the quantize op behind it clips at the same levels; else it fuses."""
+    users = list(node.users)
+    if len(users) != 1 or users[0].target is not QUANTIZE:
+        return
+    scale, zero, low, high = _args(users[0])[1:5]
+    bottom, top = _bounds(node)
+    if round(bottom / scale) + zero <= low and round(top / scale) + zero >= high:
+        _replace(node, _args(node)[0])
+    elif node.target is aten.clamp.default:
+        _replace(node, _add(node, aten.hardtanh.default, node.args[0], bottom, top))
+
+
+def _bounds(node: fx.Node) -> tuple[float, float]:
+    if node.target in (aten.relu.default, aten.relu6.default):
+        return 0.0, 6.0 if node.target is aten.relu6.default else UNBOUNDED
+    tanh = node.target is aten.hardtanh.default
+    low = _argument(node, 1, "min_val" if tanh else "min", -1.0 if tanh else None)
+    high = _argument(node, 2, "max_val" if tanh else "max", 1.0 if tanh else None)
+    return -UNBOUNDED if low is None else low, UNBOUNDED if high is None else high
+
+
+def _turn_product(graph: fx.GraphModule, node: fx.Node) -> None:
+    """A product with an integer weight (in, out) becomes a linear layer with one of (out, in)."""
+    bias, x, weight = node.args if len(node.args) == 3 else (None, *_args(node))
+    if not isinstance(weight, fx.Node) or weight.target is not DEQUANTIZE_CHANNEL or node.kwargs:
+        return
+    source, scale, zeros, axis, *rest = _args(weight)
+    turned = tensor_of(graph, str(source.target)).t().contiguous()  # (out, in)
+    held = _buffer(graph, node, f"{source.target}_turned", turned)
+    made = _add(node, DEQUANTIZE_CHANNEL, held, scale, zeros, 1 - axis, *rest)
+    _replace(node, _add(node, aten.linear.default, x, made, bias))
+    graph.graph.erase_node(weight)
+    remove_state(graph, str(source.target))
+
+
+def _quantize_dynamically(graph: fx.GraphModule, node: fx.Node) -> None:
+    """A linear layer whose result stays in float: its kernel rounds each row of the input."""
+    x, weight = node.args[:2]
+    if not isinstance(weight, fx.Node) or weight.target is not DEQUANTIZE_CHANNEL:
+        return
+    low, high = _args(weight)[-3:-1]
+    if (
+        low >= -8 and high <= 7
+    ):  # only the kernel that rounds rows takes them two to a byte, and on this grid
+        weight.args = (*weight.args[:-3], -8, 7, weight.args[-1])
+    elif _rescales_within(graph, node):
+        return
+    chosen = _add(node, ops.choose_qparams_per_token_asymmetric.default, x, torch.int8)
+    scale, zero = (_add(node, operator.getitem, chosen, n) for n in (0, 1))
+    grid = (scale, zero, -128, 127, torch.int8)
+    integers = _add(node, ops.quantize_per_token.default, x, *grid)
+    floats = _add(node, ops.dequantize_per_token.default, integers, *grid, torch.float32)
+    node.update_arg(0, floats)
+
+
+def _restore_weight(graph: fx.GraphModule, node: fx.Node) -> None:
+    """A convolution that cannot run on integers has a weight in float, rounded as it was."""
+    weight = node.args[1]
+    if not isinstance(weight, fx.Node) or weight.target is not DEQUANTIZE_CHANNEL:
+        return
+    if len(_shape(node)) > 4 or not _rescales_within(graph, node):
+        integers, scale, zeros, *rest = _args(weight)
+        tensors = [tensor_of(graph, str(each.target)) for each in (integers, scale, zeros)]
+        made = _buffer(
+            graph, node, f"{integers.target}_restored", DEQUANTIZE_CHANNEL(*tensors, *rest)
+        )
+        node.replace_input_with(weight, made)
+        graph.graph.erase_node(weight)
+
+
+def _rescales_within(graph: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether input and result are integers, and the product of scales is one XNNPACK takes."""
+    x, weight = _args(node)[:2]
+    result = _quantized_result(node)
+    if not isinstance(x, fx.Node) or x.target is not DEQUANTIZE or result is None:
+        return False
+    scales = tensor_of(graph, str(_args(weight)[1].target))  # (C,)
+    return bool(_args(x)[1] * float(scales.max()) < MOST_RESCALED * _args(result)[1])
+
+
+def _quantized_result(node: fx.Node) -> fx.Node | None:
+    """The quantize op behind an op, perhaps behind its activation; None where others read it."""
+    users = list(node.users)
+    if len(users) == 1 and users[0].target in FOLLOWERS:
+        users = list(users[0].users)
+    return users[0] if len(users) == 1 and users[0].target is QUANTIZE else None
+
+
+def _share_scale(graph: fx.GraphModule, node: fx.Node) -> None:
+    """What only moves takes over the scale of its result: XNNPACK moves bytes as they are."""
+    users = list(node.users)
+    if len(users) != 1 or users[0].target is not QUANTIZE:
+        return
+    grid = users[0].args[1:]
+
+    def shared(part: fx.Node) -> fx.Node:
+        if part.target is DEQUANTIZE and part.args[1:] == grid:
+            return part
+        if part.target is not DEQUANTIZE and node.target is not aten.cat.default:
+            return part
+        return _add(node, DEQUANTIZE, _add(node, QUANTIZE, part, *grid), *grid)
+
+    moved = _args(node)[0]
+    node.update_arg(0, shared(moved) if isinstance(moved, fx.Node) else [*map(shared, moved)])
+
+
+def _leave_integers(graph: fx.GraphModule, node: fx.Node) -> None:
+    """An op whose scales lie too far apart for XNNPACK runs in float, behind a product with 1."""
+    inputs, result = node.all_input_nodes, _quantized_result(node)
+    if result is None or any(each.target is not DEQUANTIZE for each in inputs):
+        return
+    scales, scale = [_args(each)[1] for each in inputs], _args(result)[1]
+    scales = [math.prod(scales)] if node.target is aten.mul.Tensor else scales
+    if not all(LEAST_RATIO[node.target] <= each / scale < MOST_RESCALED for each in scales):
+        node.replace_input_with(inputs[0], _add(node, aten.mul.Tensor, inputs[0], 1.0))
+
+
+REWRITES: list[tuple[tuple[Any, ...], Rewrite]] = [
+    ((aten.mul.Tensor,), _drop_unit_factor),
+    ((aten.scaled_dot_product_attention.default,), _spell_attention),
+    ((aten.adaptive_avg_pool2d.default,), _pool_by_mean),
+    (tuple(FOLLOWERS), _drop_clamp),
+    (PRODUCTS, _turn_product),
+    ((aten.linear.default,), _quantize_dynamically),
+    (CONVOLUTIONS, _restore_weight),
+    ((aten.cat.default, *MOVERS), _share_scale),
+    (tuple(LEAST_RATIO), _leave_integers),
+]
