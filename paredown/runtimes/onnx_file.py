@@ -7,7 +7,6 @@ import functools
 import io
 import logging
 import warnings
-from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -17,7 +16,6 @@ import onnx_ir as ir
 import torch
 from onnx.defs import OpSchema
 from onnxscript import values as onnxscript_values
-from torch import fx
 
 from paredown.graph import structure
 from paredown.graph.edit import reexport
@@ -27,10 +25,8 @@ from paredown.graph.quantized import (
     PER_GROUP,
     PER_TENSOR,
     quantized_weights,
-    quantizers,
     stored_bits,
 )
-from paredown.parity import agreement_db
 from paredown.runtimes import onnx_bits, onnx_blocks
 from paredown.runtimes.onnx_graph import array, attribute, initializer, insert, replace
 from paredown.types import UserError
@@ -307,60 +303,3 @@ def _name_dimensions(graph: ir.Graph, model: Model) -> None:
                 s if isinstance(s, int) else names.get(str(s.value), s.value) for s in value.shape
             ]
             value.shape = ir.Shape(sizes)
-
-
-def worst_tensor(model: Model, path: Path) -> tuple[float, str] | None:
-    """Agreement in dB and name of the inner tensor that differs most, each stretch between two
-    quantizers being compared on the file's own values before it; None where none can be."""
-    ranked = _compare_stretches(model, path, [item.example for item in model.inputs])
-    return ranked[0] if ranked else None
-
-
-def _compare_stretches(
-    model: Model, path: Path, leaves: list[torch.Tensor]
-) -> list[tuple[float, str]]:
-    """Agreement in dB of each inner tensor, given the file's values before it; worst first."""
-    import onnxruntime
-
-    loaded = onnx.load(str(path))
-    made = {name for node in loaded.graph.node for name in node.output}
-    values: dict[str, np.ndarray] = {}
-    agreements: list[tuple[float, str]] = []
-    graph = model.copy().eval().graph.cpu()
-    shown = _shown(graph, made)
-    known = {value.name for value in loaded.graph.output}
-    extra = [name for name in shown.values() if name not in known]
-    loaded.graph.output.extend(onnx.ValueInfoProto(name=name) for name in dict.fromkeys(extra))
-    session = onnxruntime.InferenceSession(
-        loaded.SerializeToString(), providers=["CPUExecutionProvider"]
-    )
-    feeds = {
-        item.name: leaf.numpy() for item, leaf in zip(session.get_inputs(), leaves, strict=True)
-    }
-    wanted = list(dict.fromkeys(shown.values()))
-    values |= dict(zip(wanted, session.run(wanted, feeds), strict=True)) if wanted else {}
-
-    class Follower(fx.Interpreter):
-        def run_node(self, n: fx.Node) -> Any:
-            result = super().run_node(n)
-            if n.name not in shown:
-                return result
-            theirs = values[shown[n.name]]
-            agreements.append((agreement_db(result.detach().numpy(), theirs), n.name))
-            return torch.from_numpy(theirs.copy()) if result.shape == theirs.shape else result
-
-    with torch.no_grad():
-        Follower(graph).run(*[leaf.clone() for leaf in leaves])
-    return sorted(agreements)
-
-
-def _shown(graph: fx.GraphModule, made: set[str]) -> dict[str, str]:
-    """Graph node -> the file's tensor to compare: at the quantizers, else at every op."""
-    found = [node for node in quantizers(graph) if node.target is PER_TENSOR]
-    if not found:
-        nodes = [node for node in graph.graph.nodes if node.op != "output"]
-        return {node.name: node.name for node in nodes if node.name in made}
-    # The exporter numbers the quantizers anew, in the order they run.
-    names = [f"fake_quantize{f'_{n}' if n else ''}_dequantized" for n in range(len(found))]
-    pairs = zip(found, names, strict=True)
-    return {node.name: name for node, name in pairs if name in made}
