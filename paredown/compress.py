@@ -450,8 +450,8 @@ def _explanation(state: _State, best: _Best, took_s: float) -> dict[str, Any] | 
     if not best.steps:
         return None
     seconds = min(LONGEST_EXPLANATION_S, took_s / 10)
-    parts = state.original, best.model, best.file, state.target.runtime, state.task, best.steps
-    return within_run(*parts, seconds)
+    made = state.original, best.model, best.file, state.target.runtime
+    return within_run(*made, state.task, best.steps, seconds)
 
 
 def replay(

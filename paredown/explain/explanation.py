@@ -17,6 +17,7 @@ from paredown import progress
 from paredown.explain.findings import Cause, Context, find_causes
 from paredown.explain.layers import Layer, find_layers, folded
 from paredown.explain.noise import PARTS, Inside, Meter
+from paredown.explain.remedies import try_remedies
 from paredown.explain.restore import Batch, Outcome, Pruning, Ranking, Rounding, rank
 from paredown.explain.runner import Runner, all_quantizers, batch_size, examples
 from paredown.explain.watch import Watch
@@ -61,11 +62,20 @@ class Explanation:
         return dataclasses.asdict(self)
 
 
-def within_run(*parts: Any) -> dict[str, Any]:
-    """`explain_file` as JSON; where that fails, a run is as good without it, and this says why."""
+def within_run(
+    original: Model,
+    compressed: Model,
+    file: Path,
+    name: str,
+    task: Task,
+    steps: Sequence[Step],
+    seconds: float,
+) -> dict[str, Any]:
+    """`explain_file` as JSON, no remedy tried; a run is as good without it, so this says why."""
     progress.say("Explain: the noise of each layer")
     try:
-        return explain_file(*parts).to_json()
+        made = explain_file(original, compressed, file, name, task, steps, seconds, False)
+        return made.to_json()
     except Exception as error:
         problem = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         progress.say(f"  left out: {problem}")
@@ -80,6 +90,7 @@ def explain_file(
     task: Task,
     steps: Sequence[Step],
     seconds: float,
+    remedies: bool = True,
 ) -> Explanation:
     """Explain what a compressed model lost.
 
@@ -87,6 +98,7 @@ def explain_file(
         file: the compressed model, exported for the runtime ``name``.
         steps: the recipe that made it.
         seconds: about how long it may take; one batch is run in any case.
+        remedies: whether to try them.
     """
     began = time.monotonic()
     base = folded(original)
@@ -102,6 +114,10 @@ def explain_file(
     context = Context(compressed.graph, layers, meter.noise, watch, steps, _Reach(compressed, task))
     causes = find_causes(context)
     left = seconds - (time.monotonic() - began)
+    won: dict[str, float] = {}
+    if remedies:
+        won = try_remedies(compressed, task, steps, causes, found, left / 2)
+        left = seconds - (time.monotonic() - began)
     ranking = _ranking(original, compressed, layers, meter, found, task, left)
     return Explanation(
         examples=seen,
@@ -112,7 +128,7 @@ def explain_file(
         rounding_db=_round(meter.exact.db) if all_quantizers(compressed.graph) else None,
         layers=[_row(layer, meter) for layer in layers],
         ranking=None if ranking is None else _ranked(ranking),
-        causes=[_cause(cause) for cause in causes],
+        causes=[_cause(cause, won) for cause in causes],
     )
 
 
@@ -231,14 +247,14 @@ def _difference(one: float | None, other: float | None) -> float | None:
     return None if one is None or other is None else one - other
 
 
-def _cause(cause: Cause) -> dict[str, Any]:
+def _cause(cause: Cause, won: Mapping[str, float]) -> dict[str, Any]:
     return {
         "kind": cause.kind,
         "layers": list(cause.layers),
         "words": cause.words,
-        "remedy": cause.advice,
+        "remedy": str(cause.remedy),
         "gain_db": _round(cause.gain_db),
-        "tried_db": None,
+        "tried_db": _round(won.get(str(cause.remedy))),
     }
 
 

@@ -49,27 +49,36 @@ Reach = Callable[[Sequence[str]], Mapping[str, tuple[float, float]]]  # node -> 
 
 
 @dataclass(frozen=True)
+class Remedy:
+    """A step for the recipe; ``settings`` names those that are new where it replaces another."""
+
+    step: Step
+    settings: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        """As a person would type it, with what is new about it."""
+        if not self.settings:
+            return recipe.line(self.step)
+        inside = ", ".join(f"{name}={getattr(self.step, name)!r}" for name in self.settings)
+        return f"{type(self.step).__name__}({inside})"
+
+
+@dataclass(frozen=True)
 class Cause:
     """Why layers lose what they lose, and the setting that mends it.
 
     Attributes:
         kind: one of `KINDS`.
         words: what was found, with its figures.
-        remedy: the step that stands in the recipe instead, or what else to do.
+        remedy: a step of the recipe, or what else to do.
         gain_db: by how much the error of this rounding would fall without the cause.
-        replaces: whether the remedy stands for a step of the recipe, rather than beside it.
     """
 
     kind: str
     layers: tuple[str, ...]
     words: str
-    remedy: Step | str
+    remedy: Remedy | str
     gain_db: float
-    replaces: bool = True
-
-    @property
-    def advice(self) -> str:
-        return self.remedy if isinstance(self.remedy, str) else recipe.line(self.remedy)
 
 
 @dataclass(frozen=True)
@@ -83,13 +92,18 @@ class Context:
     steps: Sequence[Step]
     reach: Reach
 
-    def changed(self, **settings: Any) -> Step:
-        """The recipe's last `Quantize` with other settings; excluded layers add up."""
-        found = [step for step in self.steps if isinstance(step, Quantize)]
-        step = found[-1] if found else Quantize()
-        if "exclude" in settings:
-            settings["exclude"] = tuple(dict.fromkeys((*step.exclude, *settings["exclude"])))
-        return dataclasses.replace(step, **settings)
+    @property
+    def used(self) -> Quantize:
+        """The recipe's last `Quantize`."""
+        return next((s for s in reversed(self.steps) if isinstance(s, Quantize)), Quantize())
+
+    def ranges(self, name: str) -> Remedy:
+        step = dataclasses.replace(self.used, ranges=name, percentile=Quantize.percentile)
+        return Remedy(step, ("ranges",))
+
+    def exclude(self, layers: Sequence[str]) -> Remedy:
+        names = tuple(dict.fromkeys((*self.used.exclude, *layers)))
+        return Remedy(dataclasses.replace(self.used, exclude=names), ("exclude",))
 
     def share(self, layers: Sequence[Layer], part: str) -> float:
         """The largest share that this part has in the noise of one of the layers."""
@@ -111,7 +125,7 @@ def _grouped(found: Sequence[Cause]) -> list[Cause]:
     """Causes of a kind that one setting mends are one, told of the layer that suffers most."""
     groups: dict[tuple[str, str], list[Cause]] = {}
     for cause in found:
-        groups.setdefault((cause.kind, cause.advice), []).append(cause)
+        groups.setdefault((cause.kind, str(cause.remedy)), []).append(cause)
     return [
         dataclasses.replace(
             group[0], layers=tuple(dict.fromkeys(name for each in group for name in each.layers))
@@ -145,7 +159,7 @@ def _of_value(context: Context, rounded: Rounded) -> Iterator[Cause]:
             "shared_scale",
             where,
             f"values that span {_list(_part_spans(rounded))} are joined under one scale",
-            context.changed(exclude=where),
+            context.exclude(where),
             joined,
         )
     elif spans is not None and len(spans) > 1:
@@ -171,7 +185,13 @@ def _range_fault(context: Context, rounded: Rounded, names: tuple[str, ...]) -> 
     if rounded.outside < 0.5 * total:
         levels = max(1, round(255 * (high - low) / rounded.span))
         words = f"of 255 levels between {rounded.low:.3g} and {rounded.high:.3g} only {levels} pay"
-        return Cause("wide_range", names, words, _other_ranges(context, "percentile"), gain)
+        return Cause(
+            "wide_range",
+            names,
+            words,
+            context.ranges("percentile" if context.used.ranges == "mse" else "mse"),
+            gain,
+        )
     beyond = f"{rounded.beyond / rounded.values:.2%} of the values lie beyond {ranges}"
     reached = context.reach([rounded.source.name]).get(rounded.source.name)
     least, most = statistics.low, statistics.high
@@ -183,18 +203,15 @@ def _range_fault(context: Context, rounded: Rounded, names: tuple[str, ...]) -> 
             f"lie between {reached[0]:.3g} and {reached[1]:.3g}"
         )
         advice = "Task(calibration=...): more examples, and such as these"
-        return Cause("saturation", names, words, advice, gain, replaces=False)
+        return Cause("saturation", names, words, advice, gain)
     words = f"{beyond} and make {rounded.outside / total:.0%} of its error"
-    return Cause("clipped_range", names, words, _other_ranges(context, "minmax"), gain)
-
-
-def _other_ranges(context: Context, second: str) -> Step:
-    """Ranges of the least squared error; where the recipe has those, others."""
-    used = context.changed()
-    assert isinstance(used, Quantize)
-    if used.ranges != "mse":
-        return context.changed(ranges="mse", percentile=Quantize.percentile)
-    return context.changed(ranges=second)
+    return Cause(
+        "clipped_range",
+        names,
+        words,
+        context.ranges("minmax" if context.used.ranges == "mse" else "mse"),
+        gain,
+    )
 
 
 def _spans(rounded: Rounded) -> Tensor | None:
@@ -237,7 +254,7 @@ def _outlier(
     widest = int(spans.argmax())
     figures = f"channel {widest} spans {float(spans[widest]):.3g}, the median {_median(spans):.3g}"
     names, others = (tuple(layer.name for layer in each) for each in (makers, readers))
-    remedy = context.changed(exclude=names + others)
+    remedy = context.exclude(names + others)
     if makers:
         return Cause("outlier_channel", names, f"in its result {figures}", remedy, gain)
     return Cause("outlier_input", others, f"in its input {figures}", remedy, gain)
@@ -266,7 +283,7 @@ def _of_weights(context: Context, layer: Layer) -> Iterator[Cause]:
     scale = tensor_of(context.graph, str(quantizer.all_input_nodes[1].target))
     axis: Any = quantizer.args[2]
     assert isinstance(top, int)
-    away = context.changed(exclude=(layer.name,))
+    away = context.exclude([layer.name])
     held, outlying = (
         causes.held_scale(weight, scale, axis, top),
         causes.outlying_weights(weight, axis),
@@ -304,7 +321,7 @@ def _dead(context: Context) -> Iterator[Cause]:
         )
         share = max(0.01, round(count / channels, 2))
         remedy = PruneChannels(share, criterion="weight_activation")
-        yield Cause("dead_channels", tuple(found), words, remedy, 0.0, replaces=False)
+        yield Cause("dead_channels", tuple(found), words, Remedy(remedy), 0.0)
 
 
 def _constant(spread: Spread) -> Tensor | None:

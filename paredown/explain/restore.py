@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from paredown import progress
 from paredown.explain.layers import Layer, folded
 from paredown.explain.noise import Outputs
-from paredown.explain.runner import Runner, all_quantizers, without_quantizers
+from paredown.explain.runner import Edge, Runner, all_quantizers, without_quantizers
 from paredown.graph import structure
 from paredown.graph.edit import getattr_or_none
 from paredown.graph.model import Model
@@ -35,12 +35,14 @@ class Candidate:
 
     Attributes:
         passed: the quantizers that would not be there without these layers'.
+        edges: quantizers and ops that would not read them.
         weights: parameter name -> the weights with what was pruned.
         cost_bytes: by how much the file's weights would grow.
     """
 
     layers: tuple[str, ...]
     passed: frozenset[str] = frozenset()
+    edges: frozenset[Edge] = frozenset()
     weights: Mapping[str, Tensor] = field(default_factory=dict)
     cost_bytes: int = 0
 
@@ -91,25 +93,37 @@ class Rounding:
         self._weights = quantized_weights(compressed.graph)
         self._stripped = without_quantizers(compressed)
         self._float = {layer.name for layer in layers} - set(self._weights)
-        self._whole = self._rounded(set())
         self._quantizers = {
-            node.all_input_nodes[0].name: node.name
+            node.all_input_nodes[0].name: node
             for node in quantizers(compressed.graph)
             if node not in self._weights.values()
         }
+        self._whole = self._readers(set())
 
-    def _rounded(self, layers: set[str]) -> set[str]:
-        """The values that pass through integers while these layers stay in float."""
+    def _readers(self, layers: set[str]) -> dict[str, set[str] | None]:
+        """Values that pass through integers while these layers stay in float -> who reads them
+        so; None where all do."""
         regions = find_regions(self._stripped, self._float | layers)
-        return {node.name for node in (*regions.own, *regions.shared)}
+        found: dict[str, set[str] | None] = {}
+        for node in (*regions.own, *regions.shared):
+            takers = regions.takers.get(node)
+            found[node.name] = None if takers is None else {taker.name for taker in takers}
+        return found
 
     def candidate(self, layers: Sequence[str]) -> Candidate:
         """These layers in float, as if they had been excluded."""
-        gone = self._whole - self._rounded(set(layers))
-        passed = {self._quantizers[name] for name in gone if name in self._quantizers}
-        passed |= {self._weights[name].name for name in layers}
+        left = self._readers(set(layers))
+        passed = {self._weights[name].name for name in layers}
+        edges: set[Edge] = set()
+        for name in self._whole:
+            quantizer = self._quantizers.get(name)
+            if quantizer is not None and name not in left:
+                passed.add(quantizer.name)
+            elif quantizer is not None and (readers := left[name]) is not None:
+                others = (user.name for user in quantizer.users if user.name not in readers)
+                edges |= {(quantizer.name, user) for user in others}
         cost = sum(self._cost(name) for name in layers)
-        return Candidate(tuple(layers), frozenset(passed), {}, cost)
+        return Candidate(tuple(layers), frozenset(passed), frozenset(edges), {}, cost)
 
     def _cost(self, name: str) -> int:
         bits = 32 - stored_bits(self._weights[name])
@@ -149,7 +163,7 @@ class Pruning:
             )
             for name in layers
         }
-        return Candidate(tuple(layers), frozenset(), weights, 0)
+        return Candidate(tuple(layers), weights=weights)
 
 
 def _normed(chain: Sequence[fx.Node]) -> bool:
@@ -251,7 +265,8 @@ class _Trial:
             exact.add(wanted, wanted, self._scored(wanted, target), count)
             for one, tally in zip((Candidate(()), *candidates), tallies, strict=True):
                 next(bar)
-                mine = self._cut(self.runner.outputs(leaves, one.passed, one.weights), count)
+                mine = self.runner.outputs(leaves, one.passed, one.weights, edges=one.edges)
+                mine = self._cut(mine, count)
                 tally.add(mine, wanted, self._scored(mine, target), count)
         next(bar, None)  # the bar is full: let it go
         now, *others = (tally.outcome() for tally in tallies)

@@ -13,6 +13,7 @@ from paredown.files import write_atomically
 from paredown.graph.model import Model
 from paredown.graph.store import decode
 from paredown.ledger import FINISHED, MODEL, RUN, Ledger
+from paredown.runtimes import digest
 from paredown.types import Artifact, Run, Task, UserError
 
 SECONDS = 120.0
@@ -51,7 +52,7 @@ def explain(folder: str | Path, task: Task, seconds: float = SECONDS) -> Explana
         original = _model(ledger, run.details["model_sha256"])
         compressed = _model(ledger, stage)
         steps = recipe.from_toml(artifact.recipe, "the run's recipe")
-        file, name = _file(ledger, artifact), artifact.runtime
+        file, name = _file(folder, artifact), artifact.runtime
         found = explain_file(original, compressed, file, name, task, steps, seconds)
         _keep(ledger, run, found)
     return found
@@ -64,10 +65,10 @@ def _model(ledger: Ledger, sha256: str) -> Model:
     return decode(path.read_bytes(), str(path))
 
 
-def _file(ledger: Ledger, artifact: Artifact) -> Path:
-    path = ledger.get(artifact.sha256, Path(artifact.path).suffix)
-    if path is None:
-        raise UserError(f"{ledger.folder}: its exported file is gone; run it again.")
+def _file(folder: Path, artifact: Artifact) -> Path:
+    path = folder / artifact.path
+    if not path.is_file() or digest(path) != artifact.sha256:
+        raise UserError(f"{path}: is not the file that the run exported; run it again.")
     return path
 
 

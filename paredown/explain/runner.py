@@ -17,6 +17,7 @@ from paredown.types import Task
 MEMORY = 256 << 20  # bytes that the values of one batch may take in each graph
 
 Note = Callable[[fx.Node, Any], None]
+Edge = tuple[str, str]  # a quantizer, and an op that reads what it is given instead
 
 
 class Runner(fx.Interpreter):
@@ -26,6 +27,8 @@ class Runner(fx.Interpreter):
         super().__init__(graph)
         self.source = graph
         self._passed: Collection[str] = ()
+        self._edges: Collection[Edge] = ()
+        self._given: dict[fx.Node, Any] = {}  # to the quantizers of the edges
         self._weights: Mapping[str, Tensor] = {}
         self._note: Note | None = None
         self._rounded: dict[str, Tensor] = {}
@@ -38,6 +41,7 @@ class Runner(fx.Interpreter):
         passed: Collection[str] = (),
         weights: Mapping[str, Tensor] | None = None,
         note: Note | None = None,
+        edges: Collection[Edge] = (),
     ) -> list[Tensor]:
         """The outputs' tensors.
 
@@ -46,12 +50,18 @@ class Runner(fx.Interpreter):
             passed: names of quantizers that give what they are given.
             weights: parameter name -> what stands there instead.
             note: called with every node and its value.
+            edges: quantizers that are passed for one of their readers.
         """
         self._passed, self._weights, self._note = passed, weights or {}, note
+        self._edges, self._given = edges, {}
         with torch.no_grad():
-            return list(self.run(*[leaf.clone() for leaf in leaves]))
+            found = list(self.run(*[leaf.clone() for leaf in leaves]))
+        self._given = {}
+        return found
 
     def run_node(self, n: fx.Node) -> Any:
+        if any(n.name == quantizer for quantizer, _ in self._edges):
+            self._given[n] = self.fetch_args_kwargs_from_env(n)[0][0]
         if n.name in self._passed:
             value: Any = self.fetch_args_kwargs_from_env(n)[0][0]
             value = value.clone() if self._writes else value
@@ -62,6 +72,16 @@ class Runner(fx.Interpreter):
         if self._note is not None:
             self._note(n, value)
         return value
+
+    def fetch_args_kwargs_from_env(self, n: fx.Node) -> Any:
+        """The arguments of an op, those of its edges as they were before they were rounded."""
+        found = [q for q in n.all_input_nodes if (q.name, n.name) in self._edges]
+        rounded_values = {q: self.env[q] for q in found}
+        self.env |= {q: self._given[q] for q in found}
+        try:
+            return super().fetch_args_kwargs_from_env(n)
+        finally:
+            self.env |= rounded_values
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         found = self._weights.get(str(target))
