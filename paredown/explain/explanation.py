@@ -111,7 +111,8 @@ def explain_file(
         if not seen or time.monotonic() - began < seconds / 3:
             meter.add(leaves)
             seen += count
-    context = Context(compressed.graph, layers, meter.noise, watch, steps, _Reach(compressed, task))
+    reach = _Reach(compressed, task)
+    context = Context(compressed.graph, layers, meter.noise, watch, steps, reach, task)
     causes = find_causes(context)
     left = seconds - (time.monotonic() - began)
     won: dict[str, float] = {}
