@@ -60,6 +60,15 @@ def load(file: Path) -> tuple[nn.Module | Model, Task]:
     return _model(model, file), made
 
 
+def load_task(file: Path) -> Task:
+    """The task alone.
+
+    Raises:
+        UserError: as `load`.
+    """
+    return _task(load_file(file)[1], file)
+
+
 def _task(function: Callable[[], Any], file: Path) -> Task:
     made = call_user(function, file)
     if not isinstance(made, Task):

@@ -22,14 +22,17 @@ from paredown import progress, recipe
 from paredown.compress import compress, replay, versions
 from paredown.details import load_run
 from paredown.devices.local import DEVICES
+from paredown.explain.run import explain
+from paredown.explain.words import shown as shown_explanation
 from paredown.graph.capture import capture
 from paredown.graph.coupling import analyze
 from paredown.graph.model import Model
-from paredown.inspect import WIDEST, inspect_model, shown
+from paredown.inspect import inspect_model, shown
 from paredown.pack import Contents, contents, pack, unpack
 from paredown.plan import Recipe, plan
 from paredown.report import comparison, report
 from paredown.runtimes import RUNTIMES, parts
+from paredown.terminal import WIDEST
 from paredown.types import Goals, Measurement, Run, Target, Task, UserError, human
 
 FAILED, MISSED, DIFFERS, INTERRUPTED = 1, 3, 4, 130
@@ -361,6 +364,31 @@ def report_verb(
         _console(False).print(f"Report: {escape(str(path))}", highlight=False)
 
 
+@app.command("explain")
+def explain_verb(
+    folder: Annotated[Path, typer.Argument(help="Run folder.")],
+    file: Annotated[
+        Path | None, typer.Option(help="The Python file, where it is not where the run found it.")
+    ] = None,
+    top: Annotated[int, typer.Option(min=1, help="Layers shown of each table.")] = 10,
+    as_json: Json = False,
+) -> None:
+    """Say where the score went: the noise of each layer, what restoring it wins, and the causes.
+
+    The report is written again with the explanation.
+    """
+    run = load_run(folder)
+    with _working(as_json):
+        found = explain(folder, checks.load_task(file or _file_of(run, "explain")))
+        report(load_run(folder), folder / "report.html")
+    if as_json:
+        _print_json(found.to_json())
+        return
+    console = Console(width=None if sys.stdout.isatty() else WIDEST)
+    for part in shown_explanation(found, console.width, top, run.baseline.score_in_points):
+        console.print(part, highlight=False)
+
+
 @app.command("replay")
 def replay_verb(
     folder: Annotated[Path, typer.Argument(help="Run folder.")],
@@ -372,7 +400,7 @@ def replay_verb(
     """Make a run's artifact again from its recipe, and compare the two files' SHA-256."""
     run = load_run(folder)
     with _working(as_json):
-        artifact, digest = replay(folder, *checks.load(file or _file_of(run)))
+        artifact, digest = replay(folder, *checks.load(file or _file_of(run, "replay")))
     same = digest == artifact.sha256
     if as_json:
         _print_json({"kept": artifact.sha256, "replayed": digest, "same": same})
@@ -452,13 +480,13 @@ def _summed(found: Contents) -> dict[tuple[str, str], tuple[int, int]]:
     return dict(sorted(sums.items(), key=lambda item: -item[1][0]))
 
 
-def _file_of(run: Run) -> Path:
+def _file_of(run: Run, verb: str) -> Path:
     """The Python file that the run's command named."""
     found = next((word for word in shlex.split(run.command) if word.endswith(".py")), None)
     if found is None:
-        raise UserError("replay: the run was not started from a file; name it with --file.")
+        raise UserError(f"{verb}: the run was not started from a file; name it with --file.")
     if not Path(found).is_file():
-        raise UserError(f"replay: {found}: no such file here; name it with --file.")
+        raise UserError(f"{verb}: {found}: no such file here; name it with --file.")
     return Path(found)
 
 

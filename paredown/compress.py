@@ -20,10 +20,11 @@ from torch import nn
 
 from paredown import data, details, plan, progress, recipe, train
 from paredown.check import problems
+from paredown.explain.explanation import within_run
 from paredown.graph.capture import capture
 from paredown.graph.model import Model
 from paredown.graph.store import decode, encode
-from paredown.ledger import Ledger, stage_key
+from paredown.ledger import FINISHED, MODEL, RUN, Ledger, stage_key
 from paredown.measure import compare, measure
 from paredown.plan import Attempt, Recipe
 from paredown.runtimes import digest, parts, ready, runtime
@@ -43,9 +44,8 @@ from paredown.types import (
     human,
 )
 
-MODEL, RUN = ".safetensors", ".json"
+LONGEST_EXPLANATION_S = 20.0
 PACKAGES = ("torch", "numpy", "safetensors", "paredown")  # and those of the runtime
-FINISHED = stage_key({"finished": "run"})
 
 
 @dataclass
@@ -436,11 +436,22 @@ def _run(
         details={
             "model_sha256": identity["model"],
             "batch_size": identity["batch_size"],
+            "stage_sha256": best.stage,
             **details.collect(
                 state.original, best.model, state.task, measured, best.file, state.target
             ),
+            "explanation": _explanation(state, best, sum(trial.seconds for trial in trials)),
         },
     )
+
+
+def _explanation(state: _State, best: _Best, took_s: float) -> dict[str, Any] | None:
+    """Where the score went, in a tenth of the time that the trials took, or 20 s at most."""
+    if not best.steps:
+        return None
+    seconds = min(LONGEST_EXPLANATION_S, took_s / 10)
+    made = state.original, best.model, best.file, state.target.runtime
+    return within_run(*made, state.task, best.steps, seconds)
 
 
 def replay(
@@ -472,8 +483,4 @@ def _changed(run: Run, model: Model, task: Task) -> Iterator[str]:
     """What is not as it was in the run."""
     if _digest(model) != run.details["model_sha256"]:
         yield "the model"
-    if task.batch_size != run.details["batch_size"]:
-        yield "the task's batch_size"
-    for name, facts in run.data.items():
-        if data.fingerprint(data.split(task, name)) != facts["fingerprint"]:
-            yield f"the {name} split"
+    yield from details.changed_task(run, task)

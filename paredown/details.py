@@ -7,7 +7,7 @@ import dataclasses
 import shlex
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +79,16 @@ def load_run(folder: str | Path) -> Run:
         return Run.from_json(path.read_text())
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{path}: is damaged: {error}.") from error
+
+
+def changed_task(run: Run, task: Task) -> Iterator[str]:
+    """What of a task is not as it was in the run."""
+    if task.batch_size != run.details["batch_size"]:
+        yield "the task's batch_size"
+    for name, facts in run.data.items():
+        found = getattr(task, name)
+        if found is None or data.fingerprint(found) != facts["fingerprint"]:
+            yield f"the {name} split"
 
 
 def artifact(name: str, file: Path, steps: Sequence[Step], target: Target) -> Artifact:

@@ -18,9 +18,9 @@ from paredown.graph.coupling import Costs, Coupling, Group, Member, analyze
 from paredown.graph.labels import Value
 from paredown.graph.model import Model
 from paredown.graph.sites import sites
+from paredown.terminal import WIDEST, broken
 from paredown.types import human
 
-WIDEST = 100  # columns of a terminal that the table takes at most
 SHOWN = 3  # layers of a group or a reason that are named; the rest is counted
 
 # ops whose name has one of the words -> why what they touch stays whole; the first that fits
@@ -364,24 +364,3 @@ def _pins_table(pins: tuple[Pin, ...]) -> Table:
         where = _few(dict.fromkeys(layers[why]))
         table.add_row(f"{count:,}", Text(why + (f": {where}" if where else "")))
     return table
-
-
-def broken(names: str, width: int) -> str:
-    """Words in lines of ``width``; wider ones break after dots and underscores.
-
-    Example:
-        >>> print(broken("encoder.layers.0.attention.query", 16))
-        encoder.layers.
-        0.attention.
-        query
-    """
-    lines: list[str] = []
-    for word in names.split(" "):
-        pieces = re.findall(r"[^._]*[._]+|[^._]+$", word) if len(word) > width else [word]
-        for number, piece in enumerate(pieces):
-            glue = " " if number == 0 and lines else ""
-            if lines and len(lines[-1] + glue + piece) <= width:
-                lines[-1] += glue + piece
-            else:
-                lines.append(piece)
-    return "\n".join(lines)

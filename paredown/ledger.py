@@ -34,6 +34,7 @@ from paredown.types import UserError, human
 
 FORMAT = 1
 IDENTITY, RECORDS, STAGES, LOCK = "identity.json", "ledger.jsonl", "stages", ".lock"
+MODEL, RUN = ".safetensors", ".json"  # the suffixes of stages that hold models and runs
 STAGE = "stage"  # the kind of the records that `Ledger.finish` writes
 
 
@@ -84,6 +85,19 @@ class Ledger:
                 os.close(lock)
                 raise
         return Ledger(folder, records, size, handle, lock)
+
+    @staticmethod
+    def reopen(folder: Path) -> Ledger:
+        """Open a run folder as it is, whatever it was made for.
+
+        Raises:
+            UserError: as `open`, or it is no run folder.
+        """
+        try:
+            identity = json.loads((folder / IDENTITY).read_bytes())["identity"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{folder}: is no run folder: {IDENTITY} cannot be read.") from error
+        return Ledger.open(folder, identity)
 
     def __enter__(self) -> Ledger:
         return self
@@ -224,6 +238,9 @@ def stage_key(parts: dict[str, Any]) -> str:
 
 def _canonical(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+FINISHED = stage_key({"finished": "run"})  # the stage that holds the run.json of a finished run
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ LAYERS = (  # from the top; each may import its own layer and those below
     "cli __main__",
     "report serve",
     "check compress inspect",
+    "explain",
     "plan details",
     "measure ledger recipe verify",
     "steps runtimes devices pack timing",
@@ -26,7 +27,7 @@ LAYERS = (  # from the top; each may import its own layer and those below
     "batches machine",
     "data scores",
     "graph stats",
-    "files progress",
+    "files progress terminal",
     "types",
 )
 FAMILIES = ("steps", "runtimes")  # their members never import each other

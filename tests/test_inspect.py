@@ -15,7 +15,8 @@ from torch import nn
 import paredown
 from paredown.graph.coupling import analyze
 from paredown.graph.cut import cut
-from paredown.inspect import WIDEST, broken, inspect_model
+from paredown.inspect import inspect_model
+from paredown.terminal import WIDEST, broken
 from paredown.types import human
 from tests.architectures import ARCHITECTURES, make
 from tests.test_house import commands, complaint, readme

@@ -9,6 +9,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from paredown.files import write_atomically
+from paredown.report.explained import explanation
 from paredown.report.sections import census, classes, flips, histograms, latency, layers
 from paredown.report.table import comparison, head
 from paredown.report.trajectory import trajectory
@@ -40,6 +41,7 @@ def render(run: Run) -> str:
         run=run,
         **head(run),
         **trajectory(run),
+        explained=explanation(run),
         layers=layers(run),
         histograms=histograms(run),
         classes=classes(run),

@@ -142,16 +142,22 @@ def thinned(scale: Scale, labels: Callable[[float], str] = number) -> list[tuple
 
 def frame(x: Scale, y: Scale, x_label: str, y_label: str) -> list[str]:
     """Gridlines, tick texts and axis labels; the label of y stands above it, never rotated."""
+    parts = levels(y, y_label, x)
+    for position, words in thinned(x):
+        parts.append(line(position, y.start, position, y.start + 4, "axis"))
+        parts.append(text(position, y.start + 18, words, "middle"))
+    parts.append(text(x.end, y.start + 36, x_label, "end", "name"))
+    return parts
+
+
+def levels(y: Scale, label: str, x: Scale) -> list[str]:
+    """Gridlines with their tick texts, the line at the bottom, and the axis' label above."""
     parts = []
     for value in y.ticks(5):
         parts.append(line(x.start, y(value), x.end, y(value), "grid"))
         parts.append(text(x.start - 8, y(value) + 4, number(value), "end"))
-    for position, words in thinned(x):
-        parts.append(line(position, y.start, position, y.start + 4, "axis"))
-        parts.append(text(position, y.start + 18, words, "middle"))
     parts.append(line(x.start, y.start, x.end, y.start, "axis"))
-    parts.append(text(x.end, y.start + 36, x_label, "end", "name"))
-    parts.append(text(0, 12, y_label, "start", "name"))
+    parts.append(text(0, 12, label, "start", "name"))
     return parts
 
 
@@ -165,10 +171,10 @@ def trajectory(points: Sequence[Point], x_axis: Axis, y_axis: Axis) -> str:
     y = Scale(*padded(ys, 0.12), 268, 40)
     kept = [p for p in points if p.kept]
     path = " ".join(f"{x(p.x):.1f},{y(p.y):.1f}" for p in kept)
-    taken = [_around(x(p.x), y(p.y), 6) for p in points]
+    taken = [around(x(p.x), y(p.y), 6) for p in points]
     parts = [*frame(x, y, x_axis.label, y_axis.label), *_goals(x, y, x_axis, y_axis, taken)]
     parts.append(f'<polyline points="{path}" class="path"/>')
-    labels = [_place(x(p.x), y(p.y), p.label, taken, (x.start, 34, x.end, 266)) for p in points]
+    labels = [place(x(p.x), y(p.y), p.label, taken, (x.start, 34, x.end, 266)) for p in points]
     parts += [_dot(x(p.x), y(p.y), p) for p in points]
     return svg(460, 312, f"{y_axis.label} against {x_axis.label}", parts + labels)
 
@@ -205,7 +211,7 @@ def _dot(x: float, y: float, point: Point) -> str:
     return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" class="{style}">{title}</circle>'
 
 
-def _around(x: float, y: float, radius: float) -> Box:
+def around(x: float, y: float, radius: float) -> Box:
     return x - radius, y - radius, x + radius, y + radius
 
 
@@ -213,7 +219,7 @@ def _touch(a: Box, b: Box) -> bool:
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
-def _place(x: float, y: float, words: str, taken: list[Box], within: Box) -> str:
+def place(x: float, y: float, words: str, taken: list[Box], within: Box) -> str:
     """The label at the nearest spot that touches nothing drawn so far; far ones get a leader."""
     width = len(words) * CHARACTER + 2
     for distance in range(14, 150, 8):
@@ -349,6 +355,19 @@ def dumbbell(before: float, after: float, low: float, high: float, label: str) -
         f'<circle cx="{b:.2f}%" cy="11" r="5" class="to"/>'
     )
     return strip(22, label, [drawn])
+
+
+def gain(value: float, low: float, high: float, label: str) -> str:
+    """A bar from zero: what is won to the right, what is lost to the left."""
+    start, end = (100 * (v - low) / ((high - low) or 1.0) for v in sorted((0.0, value)))
+    style = "fillafter" if value >= 0 else "fillworse"
+    bar = (
+        f'<rect x="{start:.2f}%" y="6" width="{max(0.0, end - start):.2f}%" height="10" rx="1.5" '
+        f'class="{style}"/>'
+    )
+    zero = 100 * -low / ((high - low) or 1.0)
+    axis = f'<line x1="{zero:.2f}%" y1="2" x2="{zero:.2f}%" y2="20" class="axis"/>'
+    return strip(22, label, [bar, axis])
 
 
 def ruler(low: float, high: float, inset: float, label: Callable[[float], str]) -> str:

@@ -7,7 +7,6 @@ import functools
 import io
 import logging
 import warnings
-from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -17,7 +16,6 @@ import onnx_ir as ir
 import torch
 from onnx.defs import OpSchema
 from onnxscript import values as onnxscript_values
-from torch import fx
 
 from paredown.graph import structure
 from paredown.graph.edit import reexport
@@ -27,10 +25,8 @@ from paredown.graph.quantized import (
     PER_GROUP,
     PER_TENSOR,
     quantized_weights,
-    quantizers,
     stored_bits,
 )
-from paredown.parity import stretches
 from paredown.runtimes import onnx_bits, onnx_blocks
 from paredown.runtimes.onnx_graph import array, attribute, initializer, insert, replace
 from paredown.types import UserError
@@ -311,44 +307,3 @@ def _name_dimensions(graph: ir.Graph, model: Model) -> None:
                 s if isinstance(s, int) else names.get(str(s.value), s.value) for s in value.shape
             ]
             value.shape = ir.Shape(sizes)
-
-
-def worst_tensor(model: Model, path: Path) -> tuple[float, str] | None:
-    """Agreement in dB and name of the inner tensor that differs most, each stretch between two
-    quantizers being compared on the file's own values before it; None where none can be."""
-    ranked = stretches(model, _inner_values(model, path))
-    return ranked[0] if ranked else None
-
-
-def _inner_values(model: Model, path: Path) -> dict[str, np.ndarray]:
-    """Graph node -> what the file computes there on the example inputs."""
-    import onnxruntime
-
-    loaded = onnx.load(str(path))
-    made = {name for node in loaded.graph.node for name in node.output}
-    shown = shown_values(model.graph, made)
-    if not shown:
-        return {}
-    known = {value.name for value in loaded.graph.output}
-    extra = [name for name in shown.values() if name not in known]
-    loaded.graph.output.extend(onnx.ValueInfoProto(name=name) for name in dict.fromkeys(extra))
-    session = onnxruntime.InferenceSession(
-        loaded.SerializeToString(), providers=["CPUExecutionProvider"]
-    )
-    pairs = zip(session.get_inputs(), model.inputs, strict=True)
-    values = session.run(
-        list(shown.values()), {given.name: i.example.numpy() for given, i in pairs}
-    )
-    return dict(zip(shown, values, strict=True))
-
-
-def shown_values(graph: fx.GraphModule, made: set[str]) -> dict[str, str]:
-    """Graph node -> the file's tensor to compare: at the quantizers, else at every op."""
-    found = [node for node in quantizers(graph) if node.target is PER_TENSOR]
-    if not found:
-        nodes = [node for node in graph.graph.nodes if node.op != "output"]
-        return {node.name: node.name for node in nodes if node.name in made}
-    # The exporter numbers the quantizers anew, in the order they run.
-    names = [f"fake_quantize{f'_{n}' if n else ''}_dequantized" for n in range(len(found))]
-    pairs = zip(found, names, strict=True)
-    return {node.name: name for node, name in pairs if name in made}

@@ -7,6 +7,7 @@ alone; what lowering needs stands in ``paredown/runtimes/onnx_file.py``.
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -97,17 +98,24 @@ def lower(model: Model, path: Path | str) -> Path:
     """
     from paredown import parity
     from paredown.files import write_atomically
-    from paredown.runtimes import onnx_file
+    from paredown.runtimes import onnx_file, onnx_values
     from paredown.types import UserError
 
     path = Path(path)
     write_atomically(path, onnx_file.encode(model))
     try:
-        parity.check(model, path, open(path), onnx_file.worst_tensor)
+        parity.check(model, path, open(path), onnx_values.worst_tensor)
     except UserError:
         path.unlink()
         raise
     return path
+
+
+def open_inside(model: Model, path: Path | str, names: Collection[str]) -> Any:
+    """What runs a file made of ``model`` and gives its outputs and the values of those nodes."""
+    from paredown.runtimes import onnx_values
+
+    return onnx_values.open_inside(model, Path(path), names)
 
 
 def census(path: Path | str) -> Census:

@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 
 from paredown import parity
 from paredown.graph.model import Model
-from paredown.runtimes import onnx_file, openvino_graph
+from paredown.runtimes import onnx_file, onnx_values, openvino_graph
 from paredown.runtimes.openvino import WEIGHTED, Predictor, plainly
 from paredown.types import UserError
 
@@ -53,7 +53,7 @@ def worst_tensor(model: Model, path: Path) -> tuple[float, str] | None:
     made = {name for op in graph.get_ops() for value in op.outputs() for name in value.get_names()}
     known = {name for value in graph.outputs for name in value.get_names()}
 
-    shown = onnx_file.shown_values(model.graph, made)
+    shown = onnx_values.shown_values(model.graph, made)
     if not shown:
         return None
     graph.add_outputs([name for name in dict.fromkeys(shown.values()) if name not in known])

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 if TYPE_CHECKING:
+    import torch
+
     from paredown.graph.model import Model
     from paredown.types import Census
 
@@ -96,6 +99,32 @@ def census(path: Path | str) -> Census:
         weights[low.get(name, str(tensor.dtype).removeprefix("torch."))] += tensor.nbytes
     notes = (UNPACKED.format(" and ".join(sorted(set(low.values())))),) if low else ()
     return Census({}, dict(ops), dict(weights), notes=notes)
+
+
+def open_inside(model: Model, path: Path | str, names: Collection[str]) -> Any:
+    """What runs a file made of ``model`` and gives its outputs and the values of those nodes."""
+    import torch
+    from torch import fx
+
+    from paredown.graph.model import Model
+
+    found: dict[str, torch.Tensor] = {}
+
+    class Recorder(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            value = super().run_node(n)
+            if n.name in names and isinstance(value, torch.Tensor):
+                found[n.name] = value.clone()
+            return value
+
+    recorder = Recorder(Model.load(path).graph)
+
+    def values(leaves: Sequence[torch.Tensor]) -> Any:
+        with torch.no_grad():
+            outputs = list(recorder.run(*[leaf.clone() for leaf in leaves]))
+        return outputs, dict(found)
+
+    return values
 
 
 def version() -> str:

@@ -1,0 +1,59 @@
+"""Whether a remedy helps: the same model quantized again with it, on the same examples."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from paredown import progress
+from paredown.explain.findings import Cause, Remedy
+from paredown.explain.noise import Outputs
+from paredown.explain.restore import Batch
+from paredown.explain.runner import Runner, all_quantizers, without_quantizers
+from paredown.graph.model import Model
+from paredown.steps.quantize import Quantize
+from paredown.types import Step, Task, UserError
+
+MOST = 4  # remedies; each calibrates and quantizes anew
+
+
+def try_remedies(
+    compressed: Model,
+    task: Task,
+    steps: Sequence[Step],
+    found: Sequence[Cause],
+    examples: Sequence[Batch],
+    seconds: float,
+) -> dict[str, float]:
+    """Remedy -> the decibels that the outputs win by it, as far as time allows.
+
+    Only a recipe that ends in `Quantize` can be tried: what was trained after it would have to be
+    trained again.
+    """
+    if not steps or not isinstance(steps[-1], Quantize):
+        return {}
+    remedies = {str(each.remedy): each.remedy for each in found if isinstance(each.remedy, Remedy)}
+    chosen = [
+        (words, each.step) for words, each in remedies.items() if isinstance(each.step, Quantize)
+    ]
+    plain, now = without_quantizers(compressed), _signal(compressed, compressed, examples)
+    began, won = time.monotonic(), {}
+    for words, step in progress.track(chosen[:MOST], "try remedies"):
+        if now is None or time.monotonic() - began > seconds:
+            continue
+        try:
+            then = _signal(step.apply(plain, task), compressed, examples)
+        except UserError:
+            continue
+        if then is not None:
+            won[words] = then - now
+    return won
+
+
+def _signal(model: Model, compressed: Model, examples: Sequence[Batch]) -> float | None:
+    """Signal over error of a model's outputs beside the compressed one's without rounding."""
+    exact, runner, outputs = Runner(compressed.graph), Runner(model.graph), Outputs()
+    unrounded = all_quantizers(compressed.graph)
+    for leaves, _, _ in examples:
+        outputs.add(exact.outputs(leaves, unrounded), runner.outputs(leaves))
+    return outputs.db

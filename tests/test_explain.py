@@ -1,0 +1,259 @@
+"""Where the score went: noise by layer, what restoring wins, and faults that were planted."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import TensorDataset
+
+import paredown
+from paredown import Quantize
+from paredown.explain.explanation import explain_file
+from paredown.explain.findings import KINDS
+from paredown.explain.noise import Outputs
+from paredown.explain.runner import Runner
+from paredown.types import Target, Task
+
+torch.set_num_threads(1)
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def images(seed, count=64, scale=1.0):
+    x = scale * torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+    return TensorDataset(x, torch.arange(count) % 4)
+
+
+def rows(seed, count=256, size=32):
+    x = torch.randn(count, size, generator=torch.Generator().manual_seed(seed))
+    return TensorDataset(x, torch.arange(count) % 4)
+
+
+def task(make=images, **changes):
+    splits = {"train": make(0), "calibration": make(1), "validation": make(2), "test": make(3)}
+    fields = {"score": paredown.accuracy, "loss": F.cross_entropy, "batch_size": 32}
+    return Task(**({"example": (splits["test"][:1][0],)} | fields | splits | changes))
+
+
+def conv_net(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        *(nn.Conv2d(3, 16, 3, 1, 1), nn.ReLU(), nn.Conv2d(16, 16, 3, 1, 1), nn.ReLU()),
+        *(nn.Conv2d(16, 16, 3, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(256, 4)),
+    ).eval()
+
+
+def explained(module, task, steps, tmp_path, runtime="onnxruntime", **more):
+    """The explanation, the original and the compressed model."""
+    model = paredown.capture(module, task.example)
+    made = paredown.apply(model, steps, task)
+    suffix = {"onnxruntime": ".onnx", "pytorch": ".safetensors"}[runtime]
+    path = tmp_path / f"model{suffix}"
+    paredown.export(made, Target(runtime), path)
+    settings = {"seconds": 60.0, **more}
+    return explain_file(model, made, path, runtime, task, steps, **settings), model, made
+
+
+def output_db(original, made, task):
+    outputs = Outputs()
+    x = task.validation[:][0]
+    outputs.add(Runner(original.graph).outputs([x]), Runner(made.graph).outputs([x]))
+    return outputs.db
+
+
+# --- planted faults --------------------------------------------------------------------------
+
+
+def clipped_range():
+    return conv_net(), task(), [Quantize(ranges="percentile", percentile=90)]
+
+
+def saturation():
+    return conv_net(), task(calibration=images(1, scale=0.3)), [Quantize()]
+
+
+def wide_range():
+    calibration = images(1, 512)
+    calibration.tensors[0][0, 0, 4, 4] = 100.0
+    return conv_net(), task(calibration=calibration), [Quantize(ranges="minmax")]
+
+
+def outlier_channel():
+    net = conv_net()
+    with torch.no_grad():
+        net[0].weight[0] *= 100
+        net[0].bias[0] *= 100
+        net[2].weight[:, 0] /= 100
+    return net, task(), [Quantize()]
+
+
+def outlier_input():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 4)).eval()
+    with torch.no_grad():
+        net[0].weight[3] *= 60
+        net[1].weight[:, 3] /= 60
+    return net, task(rows), [Quantize()]
+
+
+class Joined(nn.Module):
+    """Two branches, the second a hundred times as large as what it stands for."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.small, self.large = nn.Conv2d(3, 16, 3, 1, 1), nn.Conv2d(3, 2, 3, 1, 1)
+        self.both, self.head = nn.Conv2d(18, 16, 3, 2, 1), nn.Linear(256, 4)
+        with torch.no_grad():
+            self.large.weight *= 100
+            self.both.weight[:, 16:] /= 100
+
+    def forward(self, x):
+        y = torch.cat([self.small(x).relu(), self.large(x).relu()], 1)
+        return self.head(self.both(y).relu().flatten(1))
+
+
+def shared_scale():
+    return Joined().eval(), task(), [Quantize()]
+
+
+class Offset(nn.Module):
+    """A bias far above what the weights give, taken off again behind them."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(32, 64), nn.Linear(64, 4)
+        with torch.no_grad():
+            self.first.bias.fill_(2e5)
+
+    def forward(self, x):
+        return self.last(self.first(x) - 2e5)
+
+
+def held_scale():
+    return Offset().eval(), task(rows), [Quantize()]
+
+
+def outlying_weights():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 4)).eval()
+    with torch.no_grad():
+        net[0].weight[:, 5] = 12.0
+
+    def small(seed):
+        data = rows(seed)
+        data.tensors[0][:, 5] *= 0.01
+        return data
+
+    return net, task(small), [Quantize()]
+
+
+def few_levels():
+    return conv_net(), task(), [Quantize("int4")]
+
+
+def dead_channels():
+    net = conv_net()
+    with torch.no_grad():
+        net[2].weight[:8] = 0.0
+        net[2].bias[:8] = -1.0
+    return net, task(), [Quantize()]
+
+
+FAULTS = [
+    *(clipped_range, saturation, wide_range, outlier_channel, outlier_input, shared_scale),
+    *(held_scale, outlying_weights, few_levels, dead_channels),
+]
+
+
+def mended(name, found, its_task, steps):
+    """The task and the recipe with the remedy that was named."""
+    if name == "saturation":
+        return dataclasses.replace(its_task, calibration=images(1)), steps
+    context_steps = {
+        "few_levels": [Quantize("int4", exclude=tuple(found.causes[0]["layers"]))],
+        "dead_channels": [PruneChannels(0.19, criterion="weight_activation"), *steps],
+    }
+    if name in context_steps:
+        return its_task, context_steps[name]
+    return its_task, [eval(found.causes[0]["remedy"], {"Quantize": Quantize})]
+
+
+def test_every_kind_has_its_fault():
+    assert {fault.__name__ for fault in FAULTS} == set(KINDS)
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+def test_a_planted_fault_is_named_and_its_remedy_helps(fault, tmp_path):
+    module, its_task, steps = fault()
+    found, model, made = explained(module, its_task, steps, tmp_path)
+    assert [cause["kind"] for cause in found.causes] == [fault.__name__]
+    remedied_task, remedied_steps = mended(fault.__name__, found, its_task, steps)
+    better = paredown.apply(model, remedied_steps, remedied_task)
+    if fault.__name__ == "dead_channels":  # they cost bytes, not decibels
+        sizes = [sum(p.numel() for p in each.parameters()) for each in (better, made)]
+        assert sizes[0] < 0.8 * sizes[1]
+        assert output_db(model, better, its_task) > output_db(model, made, its_task) - 1
+        return
+    won = output_db(model, better, its_task) - output_db(model, made, its_task)
+    assert won > 1
+    tried = found.causes[0]["tried_db"]
+    assert (tried is None) == (fault.__name__ in ("saturation", "few_levels"))
+    assert tried is None or abs(tried - won) < 3
+
+
+# --- figures ---------------------------------------------------------------------------------
+
+
+def test_the_figures_of_the_file_are_those_of_the_graph(tmp_path):
+    steps = [Quantize()]
+    file, _, _ = explained(conv_net(), task(), steps, tmp_path)
+    graph, _, _ = explained(conv_net(), task(), steps, tmp_path, runtime="pytorch")
+    assert file.source == "file" and file.agreement_db > 40 and graph.agreement_db == 140.0
+    assert file.output_db == pytest.approx(graph.output_db, abs=1)
+    for ours, theirs in zip(file.layers, graph.layers, strict=True):
+        assert ours["snr_db"] == pytest.approx(theirs["snr_db"], abs=1)
+        assert ours["own_db"] == theirs["own_db"]
+        assert ours["weights"] + ours["input"] + ours["output"] == pytest.approx(1, abs=0.01)
+
+
+def test_the_ranking_is_that_of_excluding_each_layer(tmp_path):
+    its_task = task()
+    found, model, made = explained(conv_net(), its_task, [Quantize()], tmp_path)
+    rows = found.ranking["restored"]
+    assert len(rows) == 4 and found.ranking["layers"] == 4
+    gains = [row["won_db"] for row in rows]
+    assert gains == sorted(gains, reverse=True)
+    now = output_db(model, made, its_task)
+    for row in rows:
+        excluded = paredown.apply(model, [Quantize(exclude=tuple(row["layers"]))], its_task)
+        assert output_db(model, excluded, its_task) - now == pytest.approx(row["won_db"], abs=0.05)
+
+
+def test_pruned_weights_are_given_back(tmp_path):
+    found, _, _ = explained(conv_net(), task(), [PruneWeights(0.7)], tmp_path)
+    assert found.rounding_db is None and found.output_db < 20
+    rows = found.ranking["restored"]
+    assert len(rows) == 4 and all(row["won_db"] > 0 and row["bytes"] == 0 for row in rows)
+
+
+def test_what_was_cut_is_told_apart_from_what_was_rounded(tmp_path):
+    steps = [PruneChannels(0.3), FineTune(epochs=1), Quantize()]
+    found, _, _ = explained(conv_net(), task(), steps, tmp_path)
+    assert found.rounding_db > found.output_db + 10
+    assert all(row["snr_db"] < row["rounding_db"] for row in found.layers)
+
+
+def test_many_layers_are_tried_in_blocks(tmp_path):
+    torch.manual_seed(0)
+    layers = [each for _ in range(100) for each in (nn.Linear(32, 32), nn.ReLU())]
+    net = nn.Sequential(*layers, nn.Linear(32, 4)).eval()
+    with torch.no_grad():
+        for layer in layers[::2]:
+            layer.weight *= 2.4
+    small = task(lambda seed: rows(seed, 32))
+    found, _, _ = explained(net, small, [Quantize()], tmp_path, remedies=False)
+    assert len(found.layers) == found.ranking["layers"] == 101
+    assert 0 < len(found.ranking["restored"]) <= 48
