@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,13 +106,39 @@ def observe(
     run(model, task, set(statistics), note)
     for name, found in statistics.items():
         if found.non_finite:
-            raise UserError(
-                f"calibration: {found.non_finite} values of {name!r} are NaN or infinite; "
-                "check the calibration data and the model's outputs on it."
-            )
+            raise _not_finite(name, found.non_finite)
         if not found.values:
             raise UserError(f"calibration: {name!r} never ran on the calibration data.")
     return statistics
+
+
+def observe_channels(model: Model, task: Task, axes: Mapping[fx.Node, int]) -> dict[str, Tensor]:
+    """The largest absolute value of each channel (C,) of graph values (node name -> that), over
+    the calibration split; ``axes`` says which dimension the channels are.
+
+    Raises:
+        UserError: no calibration data, or a value that becomes NaN or infinite; names it.
+    """
+    dims = {node.name: axis for node, axis in axes.items()}
+    largest: dict[str, Tensor] = {}
+
+    def note(name: str, tensor: Tensor) -> None:
+        others = [dim for dim in range(tensor.dim()) if dim != dims[name]]
+        seen = torch.linalg.vector_norm(tensor.float(), torch.inf, others)
+        largest[name] = torch.maximum(largest.get(name, seen), seen)  # NaN stays
+
+    run(model, task, set(dims), note)
+    for name, found in largest.items():
+        if not bool(torch.isfinite(found).all()):
+            raise _not_finite(name, int((~torch.isfinite(found)).sum()))
+    return largest
+
+
+def _not_finite(name: str, count: int) -> UserError:
+    return UserError(
+        f"calibration: {count} values of {name!r} are NaN or infinite; "
+        "check the calibration data and the model's outputs on it."
+    )
 
 
 def run(model: Model, task: Task, names: set[str], note: Callable[[str, Tensor], None]) -> None:

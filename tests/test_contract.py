@@ -46,6 +46,7 @@ VARIANTS = [
     *[("quantize_weights", {"bits": bits, "method": "rtn"}) for bits in (8, 4)],
     ("quantize_weights", {"bits": 8, "group": 16, "zero_point": True}),
     ("quantize_weights", {"group": 0, "zero_point": False, "order": False, "examples": 9}),
+    ("quantize", {"smooth": 0.0, "correct_bias": False}),
     ("binarize", {"form": "ternary"}),
     ("binarize", {"first": True, "last": True}),
 ]

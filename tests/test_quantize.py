@@ -394,6 +394,7 @@ class Net(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
+PLAIN = {"smooth": 0.0, "correct_bias": False}  # float weights and biases stay as they were
 WEIGHTS = ["stem.weight", "body.weight", "side.weight", "head.weight"]
 
 
@@ -643,7 +644,7 @@ def test_biases_fit_into_32_bits(size, images, tmp_path):
     torch.manual_seed(0)
     module = Dead(size).eval()
     model = capture(module, (images[:1],))
-    made = Quantize().apply(model, calibrated(images[:16]))
+    made = Quantize(**PLAIN).apply(model, calibrated(images[:16]))
     path = onnxruntime.lower(made, tmp_path / "dead.onnx")
     biases = list(integer_biases(path).values())
     assert len(biases) == 2
@@ -652,6 +653,18 @@ def test_biases_fit_into_32_bits(size, images, tmp_path):
         error = np.abs(integers * scales.astype(np.float64) - exact.detach().numpy())
         assert (error <= 0.51 * scales + 1e-6 * np.abs(exact.detach().numpy())).all()
     assert onnxruntime.census(path).unfused == ()
+    with torch.no_grad():
+        assert snr_db(model(images), made(images)) > 25
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-12, 1e-3])
+def test_equalised_and_corrected_biases_fit_too(size, images, tmp_path):
+    torch.manual_seed(0)
+    model = capture(Dead(size).eval(), (images[:1],))
+    made = Quantize().apply(model, calibrated(images[:16]))
+    path = onnxruntime.lower(made, tmp_path / "dead.onnx")
+    biases = integer_biases(path).values()
+    assert len(biases) == 2 and all(np.abs(i).max() < 2**31 - 1 for i, _ in biases)
     with torch.no_grad():
         assert snr_db(model(images), made(images)) > 25
 
@@ -688,7 +701,7 @@ def test_biases_of_a_shared_weight_all_fit(tmp_path):
 
 
 def test_weights_behind_one_input_are_rounded_to_their_own_grid(net, images):
-    made = Quantize().apply(net, calibrated(images[:16]))
+    made = Quantize(**PLAIN).apply(net, calibrated(images[:16]))
     state = made.state_dict()
     folded = net.copy()
     fold_batch_norm(folded.graph)

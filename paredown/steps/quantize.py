@@ -15,6 +15,8 @@ from paredown.graph.quantized import quantizers
 from paredown.graph.regions import find_regions, prepare
 from paredown.graph.scales import WEIGHT_GRIDS
 from paredown.graph.sites import sites
+from paredown.steps.correct import correct_biases
+from paredown.steps.equalize import equalize
 from paredown.steps.insert import insert_quantizers
 from paredown.steps.ranges import RANGES, Range, percentile_range
 from paredown.types import Task, UserError
@@ -40,6 +42,9 @@ class Quantize:
         first, last: whether the first and the last layer are quantized too.
         edge_bits: for ``scheme="int4"``, bits of the first and the last layer's weights: 8 or 4.
         exclude: names of weights, or patterns such as ``"head.*"``, that stay in float.
+        smooth: how much of the difference in size between channels moves from values into the
+            weights that read them, 0 to 1, wherever that changes nothing in float; 0 is off.
+        correct_bias: take back the mean shift of each layer's output by its bias.
 
     Raises:
         UserError: unknown settings; a model that is quantized already or has no layer that runs
@@ -65,6 +70,8 @@ class Quantize:
     last: bool = True
     edge_bits: int = 8
     exclude: tuple[str, ...] = ()
+    smooth: float = 0.5
+    correct_bias: bool = True
 
     def __post_init__(self) -> None:
         if self.scheme not in SCHEMES:
@@ -76,6 +83,8 @@ class Quantize:
             raise UserError(f"quantize: percentile must be in (50, 100], got {self.percentile}.")
         if self.edge_bits not in WEIGHT_GRIDS:
             raise UserError(f"quantize: edge_bits must be 8 or 4, got {self.edge_bits!r}.")
+        if not 0 <= self.smooth <= 1:
+            raise UserError(f"quantize: smooth must be in [0, 1], got {self.smooth!r}.")
         object.__setattr__(self, "exclude", tuple(self.exclude))
 
     @property
@@ -91,9 +100,14 @@ class Quantize:
         regions = find_regions(made, self._skipped(made))
         if not regions.sites:
             raise UserError("quantize: no convolution or linear layer is left to run on integers.")
+        if self.smooth:
+            equalize(made, task, [site.weight for site in regions.sites], self.smooth)
+        exact = made.copy()
         statistics = observe(made, task, regions.own, histogram=self.ranges != "minmax")
         found = {name: self._range(each) for name, each in statistics.items()}
         insert_quantizers(made, regions, found, self._bits(made))
+        if self.correct_bias:
+            correct_biases(exact, made, task)
         return made
 
     def _range(self, statistics: Statistics) -> Range:
