@@ -582,7 +582,7 @@ SETTINGS = {
             "group": st.sampled_from([None, 0, 16, 32, 128]),
             "method": st.sampled_from(["gptq", "rtn"]),
             "zero_point": st.sampled_from([None, True, False]),
-            "embeddings": st.booleans(),
+            "embedding_bits": st.sampled_from([8, 4, 0]),
             "first": st.booleans(),
             "last": st.booleans(),
             "exclude": names,
