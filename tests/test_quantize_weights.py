@@ -308,8 +308,16 @@ def mixed():
 
 
 SETTINGS = [
-    *({"bits": bits, "group": group} for bits in (8, 4) for group in (0, 16, 32)),
-    *({"bits": bits, "zero_point": True, "group": group} for bits in (8, 4) for group in (0, 32)),
+    *(
+        {"bits": bits, "embedding_bits": bits, "group": group}
+        for bits in (8, 4)
+        for group in (0, 16, 32)
+    ),
+    *(
+        {"bits": bits, "embedding_bits": bits, "zero_point": True, "group": group}
+        for bits in (8, 4)
+        for group in (0, 32)
+    ),
 ]
 
 
@@ -503,7 +511,8 @@ def test_a_tied_table_is_in_the_file_once(bits, features, zero_point, tmp_path):
     torch.manual_seed(0)
     ids = torch.randint(200, (4, 5))
     model = capture(Tied(200, features).eval(), (ids[:1],))
-    made = QuantizeWeights(bits, method="rtn", zero_point=zero_point).apply(model, None)
+    step = QuantizeWeights(bits, method="rtn", zero_point=zero_point, embedding_bits=bits)
+    made = step.apply(model, None)
     _, census, agreement = lowered(made, tmp_path, ids)
     assert agreement > 30
     once = features % 16 == 0
@@ -528,7 +537,8 @@ def test_a_table_of_odd_width_is_small_on_disk(tmp_path):
     torch.manual_seed(0)
     ids = torch.randint(200, (4, 5))
     net = nn.Sequential(nn.Embedding(200, 63), nn.Linear(63, 3))
-    made = QuantizeWeights(4, method="rtn").apply(capture(net.eval(), (ids[:1],)), None)
+    step = QuantizeWeights(4, method="rtn", embedding_bits=4)
+    made = step.apply(capture(net.eval(), (ids[:1],)), None)
     path, census, agreement = lowered(made, tmp_path, ids)
     assert agreement > 30 and census.float_ops["Gather"] == 1  # of floats, once it is loaded
     assert path.stat().st_size < 200 * 63 / 2 + 200 * 2 * 2 + 2500
@@ -596,6 +606,7 @@ def test_fine_tuning_goes_on_through_the_rounding(tmp_path):
         ),
         ({"group": 8}, "group: expected a power of 2 from 16 up"),
         ({"group": -32}, "group: expected a power of 2 from 16 up"),
+        ({"embedding_bits": 3}, "embedding_bits: expected 8, 4, or 0 for float, got 3."),
         ({"method": "awq"}, 'method: expected "gptq" or "rtn", got \'awq\'.'),
         ({"damping": -1.0}, "damping: expected a share from 0 up, got -1.0."),
         ({"damping": math.inf}, "damping: expected a share from 0 up, got inf."),
@@ -666,10 +677,19 @@ def test_what_is_left_out_stays_float_and_nothing_left_is_told():
         QuantizeWeights(method="rtn").apply(made, None)
 
 
+def test_tables_have_bits_of_their_own():
+    net = nn.Sequential(nn.Embedding(100, 32), nn.Linear(32, 32))
+    model = capture(net.eval(), (torch.zeros(1, 4, dtype=torch.long),))
+    for bits in (8, 4):
+        made = QuantizeWeights(4, method="rtn", embedding_bits=bits).apply(model, None)
+        found = {name: stored_bits(node) for name, node in quantized_weights(made.graph).items()}
+        assert found == {"0.weight": bits, "1.weight": 4}
+
+
 def test_tables_may_stay_float():
     net = nn.Sequential(nn.Embedding(100, 32), nn.Linear(32, 32))
     model = capture(net.eval(), (torch.zeros(1, 4, dtype=torch.long),))
-    made = QuantizeWeights(method="rtn", embeddings=False).apply(model, None)
+    made = QuantizeWeights(method="rtn", embedding_bits=0).apply(model, None)
     assert set(quantized_weights(made.graph)) == {"1.weight"}
 
 

@@ -16,7 +16,7 @@ from paredown.graph.sites import Site
 from paredown.layer_inputs import argument, layer_inputs
 from paredown.lockstep import Lane, run
 from paredown.steps.gptq import gptq, second_moment
-from paredown.steps.weight_layers import Rounding, WeightLayer
+from paredown.steps.weight_layers import WeightLayer
 from paredown.types import Task, UserError
 
 PLACES = 16_384  # of a layer's inputs that are looked at, at most
@@ -98,10 +98,11 @@ def importance(layer: WeightLayer, hessian: Tensor) -> Tensor:
     return rows(from_parts(layer, spread_out), layer.axis)
 
 
-def round_layer(layer: WeightLayer, hessian: Tensor, rounding: Rounding) -> Grid:
+def round_layer(layer: WeightLayer, hessian: Tensor) -> Grid:
     """Round one weight, in place; the grid that it is on now."""
+    rounding = layer.rounding
     weight, low, high = layer.weight.detach(), rounding.low, rounding.high
-    flat, group = rows(weight, layer.axis), layer.group_of(rounding)
+    flat, group = rows(weight, layer.axis), layer.group
     counts = importance(layer, hessian)
     grid = choose_grid(flat, group, low, high, counts, rounding.zero_point)
     scale, zero = (
@@ -122,7 +123,6 @@ def round_in_order(
     task: Task,
     chosen: Sequence[WeightLayer],
     grids: dict[str, Grid],
-    rounding: Rounding,
     examples: int,
 ) -> dict[str, Grid]:
     """Run the calibration data through the model and round each weight right before it is used.
@@ -144,11 +144,11 @@ def round_in_order(
         for node in progress.track(nodes, "round weights", len(nodes)):
             for source in [s for s in node.all_input_nodes if s in nearest]:
                 layer = nearest.pop(source)
-                _share(lanes, source, layer.rounded(grids[layer.name], rounding))
+                _share(lanes, source, layer.rounded(grids[layer.name]))
             if node in solved:
                 layer = solved[node]
                 hessian = hessian_of(layer, [lane.env[layer.uses[0].input] for lane in lanes])
-                made[layer.name] = round_layer(layer, hessian, rounding)
+                made[layer.name] = round_layer(layer, hessian)
                 del hessian
             run(lanes, node)
             for lane in lanes:

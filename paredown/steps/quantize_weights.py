@@ -7,11 +7,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from paredown import progress
-from paredown.graph.group_scales import Grid, choose_grid
-from paredown.graph.grouped import rows
 from paredown.graph.model import Model
 from paredown.steps.gptq_layers import round_in_order, solvable
-from paredown.steps.weight_layers import Rounding, WeightLayer, insert, weight_layers
+from paredown.steps.weight_layers import Rounding, WeightLayer, insert, nearest, weight_layers
 from paredown.types import Task, UserError
 
 GROUPS = {8: 0, 4: 32}  # bits -> weights to a scale, 0 being a whole channel
@@ -30,7 +28,8 @@ class QuantizeWeights:
             make up for the error, on calibration data; "rtn" rounds to nearest, without data.
         zero_point: whether the grids may lie off centre (asymmetric); None tries both on each layer
             and takes zero points where they save more error than their bits would.
-        embeddings: whether tables that are looked up are quantized too.
+        embedding_bits: of tables that are looked up: 8, 4, or 0 for float. What is lost in them no
+            later layer makes up for.
         first, last: whether the first and the last layer are quantized too.
         exclude: names or globs of weights or layers that stay in float.
         damping: of "gptq", added to the Hessian's diagonal as a share of its mean.
@@ -56,7 +55,7 @@ class QuantizeWeights:
     group: int | None = None
     method: str = "gptq"
     zero_point: bool | None = None
-    embeddings: bool = True
+    embedding_bits: int = 8
     first: bool = True
     last: bool = True
     exclude: tuple[str, ...] = ()
@@ -69,6 +68,8 @@ class QuantizeWeights:
         power = self.group is not None and self.group >= 16 and self.group.bit_count() == 1
         fits = self.group is None or self.group == 0 or power
         _require("group", self.group, fits, "a power of 2 from 16 up, or 0 for whole channels")
+        tables = self.embedding_bits
+        _require("embedding_bits", tables, tables in (*GROUPS, 0), "8, 4, or 0 for float")
         _require("method", self.method, self.method in METHODS, '"gptq" or "rtn"')
         _require("damping", self.damping, 0 <= self.damping < math.inf, "a share from 0 up")
         _require("examples", self.examples, self.examples >= 1, "a whole number from 1 up")
@@ -84,33 +85,31 @@ class QuantizeWeights:
 
     def apply(self, model: Model, task: Task) -> Model:
         made = model.copy().eval()
-        group = GROUPS[self.bits] if self.group is None else self.group
-        rounding = Rounding(self.bits, group, self.zero_point, self.damping, self.order)
+        rounding = self._rounding(self.bits, self.group)
+        tables = self._rounding(self.embedding_bits, None) if self.embedding_bits else None
         ends = {name for name in ("first", "last") if not getattr(self, name)}
-        chosen = weight_layers(made, rounding, self.exclude, self.embeddings, ends)
-        solved = [each for each in chosen if self.method == "gptq" and solvable(each)]
-        names = {each.name for each in solved}
-        grids = {
-            each.name: self._nearest(each, rounding) for each in chosen if each.name not in names
-        }
+        chosen = weight_layers(made, rounding, tables, self.exclude, ends)
+        solved = {each.name for each in chosen if self.method == "gptq" and solvable(each)}
+        grids = {each.name: nearest(each) for each in chosen if each.name not in solved}
         if solved:
-            grids = round_in_order(made, task, chosen, grids, rounding, self.examples)
+            grids = round_in_order(made, task, chosen, grids, self.examples)
         for each in chosen:
-            insert(made, each, grids[each.name], rounding)
+            insert(made, each, grids[each.name])
         made.graph.graph.lint()
         made.graph.recompile()
         progress.say(self._told(chosen, len(solved)))
         return made
 
-    def _nearest(self, layer: WeightLayer, rounding: Rounding) -> Grid:
-        flat = rows(layer.weight.detach(), layer.axis)
-        group = layer.group_of(rounding)
-        return choose_grid(flat, group, rounding.low, rounding.high, zero_point=self.zero_point)
+    def _rounding(self, bits: int, group: int | None) -> Rounding:
+        size = GROUPS[bits] if group is None else group
+        return Rounding(bits, size, self.zero_point, self.damping, self.order)
 
     def _told(self, chosen: list[WeightLayer], solved: int) -> str:
         nearest = len(chosen) - solved
         how = [f"{solved} by GPTQ"] * bool(solved) + [f"{nearest} to nearest"] * bool(nearest)
-        return f"  {len(chosen)} weights rounded to {self.bits} bits: {', '.join(how)}"
+        tables = sum(each.rounding.bits != self.bits for each in chosen)
+        more = f"; {tables} looked up, to {self.embedding_bits} bits" if tables else ""
+        return f"  {len(chosen)} weights to {self.bits} bits, {', '.join(how)}{more}"
 
 
 def _require(name: str, value: object, holds: bool, expected: str) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, fx
 
 from paredown.graph.edit import keep_meta, set_buffer
-from paredown.graph.group_scales import Grid
-from paredown.graph.grouped import fake_quantize_group
+from paredown.graph.group_scales import Grid, choose_grid
+from paredown.graph.grouped import fake_quantize_group, rows
 from paredown.graph.model import Model
 from paredown.graph.names import check_exclude, fits, with_layer
 from paredown.graph.quantized import PER_GROUP, quantized_weights
@@ -49,14 +50,16 @@ class Rounding:
 
 @dataclass(frozen=True)
 class WeightLayer:
-    """A weight under all its names, the nodes that read it, and the ops that use it.
+    """A weight under all its names, the nodes that read it, the ops that use it, its rounding.
 
-    ``axis`` is the dimension of its output channels, each a row of `paredown.graph.grouped`.
+    ``axis`` is the dimension of its output channels, each a row of `paredown.graph.grouped`;
+    ``group`` is 0, the whole channel, where that is no larger than a group.
     """
 
     weight: Tensor
     uses: tuple[Site, ...]
     axis: int
+    rounding: Rounding
     nodes: list[fx.Node] = field(default_factory=list)
 
     @property
@@ -67,25 +70,29 @@ class WeightLayer:
     def kind(self) -> str:
         return self.uses[0].kind
 
-    def group_of(self, rounding: Rounding) -> int:
-        """The size of its groups; 0, the whole channel, where that is no larger than one."""
+    @property
+    def group(self) -> int:
         features = self.weight.numel() // self.weight.shape[self.axis]
-        return rounding.group if rounding.group < features else 0
+        return self.rounding.group if self.rounding.group < features else 0
 
-    def rounded(self, grid: Grid, rounding: Rounding) -> Tensor:
+    def rounded(self, grid: Grid) -> Tensor:
         """The weight as it is on the grid."""
-        group = self.group_of(rounding)
-        return fake_quantize_group(
-            self.weight.detach(), *grid, self.axis, group, rounding.low, rounding.high
-        )
+        low, high = self.rounding.low, self.rounding.high
+        weight = self.weight.detach()
+        return fake_quantize_group(weight, *grid, self.axis, self.group, low, high)
 
 
 def weight_layers(
-    model: Model, rounding: Rounding, exclude: Sequence[str], embeddings: bool, ends: set[str]
+    model: Model,
+    rounding: Rounding,
+    tables: Rounding | None,
+    exclude: Sequence[str],
+    ends: set[str],
 ) -> list[WeightLayer]:
     """The float32 weights that are smaller once rounded, in the order they run.
 
     Args:
+        tables: how weights that are looked up are rounded; None leaves them in float.
         ends: "first" and "last", where that layer is left in float.
 
     Raises:
@@ -100,11 +107,12 @@ def weight_layers(
     spared = {id(tensor_of(model.graph, name)) for name in quantized} | _ends(model, ends)
     found = []
     for key, uses in groups.items():
-        left = fits([n for site in uses for n in with_layer(site.weight)], exclude)
-        looked_up = all(site.kind == "embedding" for site in uses)
-        if key not in spared and not left and (embeddings or not looked_up):
-            layer = _layer(model, uses)
-            if _pays(layer, rounding):
+        excluded = fits([n for site in uses for n in with_layer(site.weight)], exclude)
+        looked_up = any(site.kind == "embedding" for site in uses)
+        how = tables if looked_up else rounding
+        if key not in spared and not excluded and how is not None:
+            layer = _layer(model, uses, how)
+            if _pays(layer):
                 found.append(layer)
     if not found:
         raise UserError(
@@ -118,35 +126,37 @@ def weight_layers(
 
 def _ends(model: Model, ends: set[str]) -> set[int]:
     computing = [site for site in sites(model.graph) if site.kind != "embedding"]
-    chosen = [
-        *(computing[:1] if "first" in ends else ()),
-        *(computing[-1:] if "last" in ends else ()),
-    ]
-    return {id(tensor_of(model.graph, site.weight)) for site in chosen}
+    first, last = computing[:1] * ("first" in ends), computing[-1:] * ("last" in ends)
+    return {id(tensor_of(model.graph, site.weight)) for site in (*first, *last)}
 
 
-def _layer(model: Model, uses: list[Site]) -> WeightLayer:
+def _layer(model: Model, uses: list[Site], rounding: Rounding) -> WeightLayer:
     weight = tensor_of(model.graph, uses[0].weight)
     stacked = uses[0].kind == "matmul" and weight.dim() > 2  # (..., inputs, outputs)
     axis = weight.dim() - 1 if stacked else uses[0].axis
     read = [n for n in model.graph.graph.nodes if n.op == "get_attr" and n.users]
     owned = dict(model.graph.named_parameters(remove_duplicate=False))
     nodes = [node for node in read if owned.get(str(node.target)) is weight]
-    return WeightLayer(weight, tuple(uses), axis, nodes)
+    return WeightLayer(weight, tuple(uses), axis, rounding, nodes)
 
 
-def _pays(layer: WeightLayer, rounding: Rounding) -> bool:
+def _pays(layer: WeightLayer) -> bool:
     weight = layer.weight
-    if str(weight.dtype) != "torch.float32" or not layer.nodes:
+    if weight.dtype is not torch.float32 or not layer.nodes:
         return False
     if not bool(weight.isfinite().all()):
         raise UserError(f"QuantizeWeights: {layer.name!r} holds NaN or infinite weights.")
     channels = weight.shape[layer.axis]
-    features = weight.numel() // channels
-    return rounding.stored_bytes(channels, features) < weight.nbytes
+    return layer.rounding.stored_bytes(channels, weight.numel() // channels) < weight.nbytes
 
 
-def insert(model: Model, layer: WeightLayer, grid: Grid, rounding: Rounding) -> None:
+def nearest(layer: WeightLayer) -> Grid:
+    """The grid of a weight that is rounded to nearest."""
+    flat, how = rows(layer.weight.detach(), layer.axis), layer.rounding
+    return choose_grid(flat, layer.group, how.low, how.high, zero_point=how.zero_point)
+
+
+def insert(model: Model, layer: WeightLayer, grid: Grid) -> None:
     """Let all that reads the weight read it through a fake quantizer, in place.
 
     The quantizer stands right before the first reader, so that one rounded weight is in memory at
@@ -154,7 +164,7 @@ def insert(model: Model, layer: WeightLayer, grid: Grid, rounding: Rounding) -> 
     """
     graph = model.graph.graph
     place = {node: number for number, node in enumerate(graph.nodes)}
-    rest = (layer.axis, layer.group_of(rounding), rounding.low, rounding.high)
+    rest = (layer.axis, layer.group, layer.rounding.low, layer.rounding.high)
     for node in layer.nodes:
         first = min(node.users, key=lambda user: place.get(user, -1))
         held: list[fx.Node | None] = []
