@@ -39,11 +39,12 @@ from paredown.steps.quantize import Quantize
 from paredown.train import Training, fit
 from paredown.types import Task, UserError
 from tests.architectures import ARCHITECTURES, make
-from tests.test_architectures import NOTHING_TO_QUANTIZE, every
+from tests.test_architectures import NOTHING_TO_QUANTIZE
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore")
 SCHEMES = ("int8", "int4")
+QUICK = [*((n, "int4") for n in ("mobilenet_v2", "unet", "vit")), ("tied_language_model", "int8")]
 each_kind = pytest.mark.parametrize("kind", qat.KINDS)
 each_scheme = pytest.mark.parametrize("scheme", SCHEMES)
 
@@ -398,8 +399,14 @@ def squares(output, _) -> Tensor:
     return sum(t[t.isfinite()].square().mean() for t in floats)
 
 
-@every
-@pytest.mark.parametrize("scheme", ["int4", pytest.param("int8", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("name", "scheme"),
+    [
+        pytest.param(name, scheme, marks=() if (name, scheme) in QUICK else pytest.mark.slow)
+        for name in ARCHITECTURES
+        for scheme in SCHEMES
+    ],
+)
 def test_a_step_of_training_then_the_file_agrees(name, scheme, tmp_path):
     if name in NOTHING_TO_QUANTIZE:
         return
