@@ -102,6 +102,14 @@ def _change(
 # --- while they train ------------------------------------------------------------------------
 
 
+def changes(model: Model) -> set[int]:
+    """The ids of the parameters by which scales learn."""
+    forms = (fake_quantize_training, fake_quantize_channel_training)
+    nodes = [node for node in model.graph.graph.nodes if node.target in forms]
+    found = [_values(model.graph, node)[2] for node in nodes]
+    return {id(change) for change in found if change is not None}
+
+
 def hold(model: Model) -> None:
     """Raise weight scales to where every bias fits 32 bits, as the exported file will need it."""
     graph = model.graph

@@ -209,6 +209,7 @@ def _one_epoch(
     machine.seed(seed)
     model.train()
     masks = _Masks(model)
+    weights = _weights(model)
     losses, rate = [], 0.0
     order = data.batches(split, state.batch, shuffle=True, seed=seed)
     steps = min(per_epoch, total - first)
@@ -219,7 +220,7 @@ def _one_epoch(
             group["lr"] = rate
         losses.append(_loss_and_gradients(model, task, batch, state))
         _check_loss(losses[-1], state.epoch, index, rate)
-        _update(model, settings, state, masks)
+        _update(weights, settings, state, masks)
         if lasso is not None:
             lasso.shrink(rate)
     _check_weights(model, state.epoch)
@@ -249,12 +250,17 @@ def _loss_and_gradients(model: Model, task: Task, batch: Any, state: State) -> f
         _halve(model, state, batches.count(batch))
 
 
-def _update(model: Model, settings: Training, state: State, masks: _Masks) -> None:
+def _weights(model: Model) -> list[nn.Parameter]:
+    """What is trained, but for the changes of scales, whose gradients have a bound of their own."""
+    changes = qat.changes(model)
+    return [p for p in trainable(model).values() if id(p) not in changes]
+
+
+def _update(weights: list[nn.Parameter], settings: Training, state: State, masks: _Masks) -> None:
     masks.hold_gradients()
     if settings.clip_norm is not None:
-        grads = [p.grad for p in trainable(model).values() if p.grad is not None]
-        norm = nn.utils.get_total_norm(grads)
-        nn.utils.clip_grads_with_norm_(trainable(model).values(), settings.clip_norm, norm)
+        norm = nn.utils.get_total_norm([p.grad for p in weights if p.grad is not None])
+        nn.utils.clip_grads_with_norm_(weights, settings.clip_norm, norm)
     state.optimizer.step()
     masks.hold_weights()
 

@@ -78,8 +78,10 @@ class _Rounding(torch.autograd.Function):
     """Rounds with the scale ``scale * exp(change)``; straight through to x, as LSQ to the change.
 
     The change is that of the scale's logarithm, in which Adam's steps are shares of the scale
-    (Jain et al. 1903.08066). Its gradient is LSQ's over the scale squared, so that a plain gradient
-    step moves the scale, to first order, by what LSQ moves it.
+    (Jain et al. 1903.08066). Its gradient is LSQ's over the scale, so that a plain gradient step
+    moves the scale, to first order, by what LSQ moves it; held to 1, so that no step moves a scale
+    by more than the learning rate's share of it. A channel of almost no weights would else have a
+    gradient of any size.
     """
 
     @staticmethod
@@ -111,7 +113,7 @@ class _Rounding(torch.autograd.Function):
             x, made, scale = rest
             found = step_gradient(grad, x, made, inside, scale, ctx.axis)
             count = x.numel() // x.shape[0 if ctx.axis is None else ctx.axis]
-            change = found * gradient_scale(count, ctx.high) / scale
+            change = (found * gradient_scale(count, ctx.high) / scale).clamp_(-1, 1)
         return grad * inside, None, change, None, None, None, None
 
 
@@ -123,9 +125,10 @@ def fake_quantize_training(
 
     Example:
         >>> x, change = torch.tensor([[0.04, 0.26, 9.0]]), torch.zeros((), requires_grad=True)
-        >>> fake_quantize_training(x, torch.tensor(0.1), change, 0, 0, 10).sum().backward()
-        >>> round(float(change.grad), 2)  # 10 / 0.1 over the root of 3 values times 10 levels
-        18.26
+        >>> made = fake_quantize_training(x, torch.tensor(0.1), change, 0, 0, 10)
+        >>> (made / 100).sum().backward()
+        >>> round(float(change.grad), 3)  # 0.1 / 0.1 over the root of 3 values times 10 levels
+        0.183
     """
     made: Tensor = _Rounding.apply(x, scale, change, zero_point, low, high, None)  # type: ignore[no-untyped-call]
     return made
