@@ -1,20 +1,30 @@
+# ruff: noqa: F811 (fixtures are imported)
 """Where the score went: noise by layer, what restoring wins, and faults that were planted."""
 
 from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import TensorDataset
+from torch.utils.data import Dataset, TensorDataset
 
 import paredown
-from paredown import Quantize
+from paredown import FineTune, PruneChannels, PruneWeights, Quantize, details
+from paredown.explain import explanation
 from paredown.explain.explanation import explain_file
 from paredown.explain.findings import KINDS
 from paredown.explain.noise import Outputs
 from paredown.explain.runner import Runner
-from paredown.types import Target, Task
+from paredown.graph.sites import sites
+from paredown.types import Target, Task, UserError
+from tests.architectures import ARCHITECTURES, make
+from tests.test_architectures import every
+from tests.test_run import NO_TRAIN, here, paredown_cli, user  # noqa: F401
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -172,12 +182,12 @@ def mended(name, found, its_task, steps):
     """The task and the recipe with the remedy that was named."""
     if name == "saturation":
         return dataclasses.replace(its_task, calibration=images(1)), steps
-    context_steps = {
+    recipes = {
         "few_levels": [Quantize("int4", exclude=tuple(found.causes[0]["layers"]))],
         "dead_channels": [PruneChannels(0.19, criterion="weight_activation"), *steps],
     }
-    if name in context_steps:
-        return its_task, context_steps[name]
+    if name in recipes:
+        return its_task, recipes[name]
     return its_task, [eval(found.causes[0]["remedy"], {"Quantize": Quantize})]
 
 
@@ -232,11 +242,15 @@ def test_the_ranking_is_that_of_excluding_each_layer(tmp_path):
         assert output_db(model, excluded, its_task) - now == pytest.approx(row["won_db"], abs=0.05)
 
 
-def test_pruned_weights_are_given_back(tmp_path):
-    found, _, _ = explained(conv_net(), task(), [PruneWeights(0.7)], tmp_path)
+def test_pruned_weights_are_given_back_as_if_excluded(tmp_path):
+    its_task = task()
+    found, model, made = explained(conv_net(), its_task, [PruneWeights(0.7)], tmp_path)
     assert found.rounding_db is None and found.output_db < 20
-    rows = found.ranking["restored"]
-    assert len(rows) == 4 and all(row["won_db"] > 0 and row["bytes"] == 0 for row in rows)
+    rows, now = found.ranking["restored"], output_db(model, made, its_task)
+    assert len(rows) == 4 and all(row["bytes"] == 0 for row in rows)
+    for row in rows:
+        excluded = PruneWeights(0.7, exclude=tuple(row["layers"])).apply(model, its_task)
+        assert output_db(model, excluded, its_task) - now == pytest.approx(row["won_db"], abs=0.05)
 
 
 def test_what_was_cut_is_told_apart_from_what_was_rounded(tmp_path):
@@ -246,6 +260,7 @@ def test_what_was_cut_is_told_apart_from_what_was_rounded(tmp_path):
     assert all(row["snr_db"] < row["rounding_db"] for row in found.layers)
 
 
+@pytest.mark.slow
 def test_many_layers_are_tried_in_blocks(tmp_path):
     torch.manual_seed(0)
     layers = [each for _ in range(100) for each in (nn.Linear(32, 32), nn.ReLU())]
@@ -257,3 +272,106 @@ def test_many_layers_are_tried_in_blocks(tmp_path):
     found, _, _ = explained(net, small, [Quantize()], tmp_path, remedies=False)
     assert len(found.layers) == found.ranking["layers"] == 101
     assert 0 < len(found.ranking["restored"]) <= 48
+
+
+# --- run folders -----------------------------------------------------------------------------
+
+RUN = ("run", "net.py", "--size", "0.5x", "--out", "r")
+
+
+def test_explain_on_the_command_line(user, paredown_cli):
+    user(NO_TRAIN)
+    paredown_cli(*RUN)
+    first = details.load_run("r").details["explanation"]
+    assert first["source"] == "file" and len(first["layers"]) == 4
+    code, out, err = paredown_cli("explain", "r", "--top", "2")
+    assert (code, err) == (0, "")
+    assert "Noise by layer" in out and "2 of 4; --top shows more" in out
+    assert "What restoring a layer wins" in out and "exported file, as it ships" in out
+    code, out, _ = paredown_cli("explain", "r", "--json")
+    found = json.loads(out)
+    assert code == 0 and len(found["ranking"]["restored"]) == 4
+    assert details.load_run("r").details["explanation"] == found
+    assert "Where the score went" in Path("r/report.html").read_text()
+    assert "This run is finished" in paredown_cli(*RUN)[1]  # and the explanation is still there
+    assert details.load_run("r").details["explanation"] == found
+
+
+def test_what_cannot_be_explained_is_said(user, paredown_cli):
+    code, _, err = paredown_cli("explain", "nowhere")
+    assert code == 1 and "holds no finished run" in err
+    paredown_cli("run", user(NO_TRAIN), "--size", "10MB", "--out", "same")
+    code, _, err = paredown_cli("explain", "same")
+    assert code == 1 and "nothing was compressed in this run" in err
+    paredown_cli(*RUN)
+    before = Path("r/run.json").read_bytes()
+    user(NO_TRAIN + "two = task\ndef task():\n    return two(validation=images(7))\n")
+    code, _, err = paredown_cli("explain", "r")
+    assert code == 1 and "r: the validation split is not the one of the run." in err
+    user("two = task\ndef task():\n    return two(validation=None, train=None)\n")
+    code, _, err = paredown_cli("explain", "r")
+    assert code == 1 and "is not the one of the run" in err
+    Path("net.py").unlink()
+    code, _, err = paredown_cli("explain", "r")
+    assert code == 1 and "explain: net.py: no such file here; name it with --file." in err
+    user(NO_TRAIN, name="moved.py")
+    Path("r/model.onnx").write_bytes(b"other")
+    code, _, err = paredown_cli("explain", "r", "--file", "moved.py")
+    assert code == 1 and "is not the file that the run exported" in err
+    assert Path("r/run.json").read_bytes() == before
+
+
+def test_a_failure_is_told_and_does_not_cost_the_run(user, paredown_cli, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("no such op")
+
+    monkeypatch.setattr(explanation, "explain_file", broken)
+    user(NO_TRAIN)
+    code, out, _ = paredown_cli(*RUN)
+    assert code == 0 and "left out: RuntimeError: no such op" in out
+    assert "Left out: RuntimeError: no such op" in Path("r/report.html").read_text()
+
+
+# --- every architecture ----------------------------------------------------------------------
+
+
+class Drawn(Dataset):
+    """Examples of an architecture, drawn by their number."""
+
+    def __init__(self, entry, count=8):
+        self.entry, self.count = entry, count
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, n):
+        torch.manual_seed(n)
+        inputs = self.entry.example()
+        if isinstance(inputs, dict):
+            return {key: value[0] for key, value in inputs.items()}, 0
+        return tuple(value[0] for value in inputs), 0
+
+
+@every
+def test_every_architecture_is_explained(name, tmp_path):
+    entry = ARCHITECTURES[name]
+    module, example = make(name)
+    model = paredown.capture(module, example, entry.dynamic)
+    data = Drawn(entry)
+    its_task = Task(example, None, calibration=data, validation=data, dynamic=entry.dynamic)
+    steps = [Quantize()]
+    try:
+        made = paredown.apply(model, steps, its_task)
+    except UserError:  # nothing to quantize
+        steps = [PruneWeights(0.5)]
+        made = paredown.apply(model, steps, its_task)
+    path = tmp_path / "model.onnx"
+    paredown.export(made, Target(), path)
+    found = explain_file(model, made, path, "onnxruntime", its_task, steps, 5.0, False)
+    known = {site.weight for site in sites(made.graph)}
+    assert {row["name"] for row in found.layers} == known
+    rounded = [row for row in found.layers if row["bits"]]
+    assert all(row["own_db"] is not None for row in rounded)
+    assert all(row["snr_db"] is not None for row in rounded)
+    assert found.output_db is not None and json.dumps(found.to_json(), allow_nan=False)
+    assert found.ranking is not None and found.ranking["restored"]

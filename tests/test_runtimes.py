@@ -133,7 +133,8 @@ def test_the_same_model_gives_the_same_bytes_and_nothing_else(
 def test_the_census_is_of_what_runs(name, form, kind, lowered):
     census = runtime(name).census(lowered(name, form, kind))
     simulated = form in INTEGER and runtime(name).INT8_BYTES is None
-    assert bool(sum(census.integer_ops.values())) == (form in INTEGER and not simulated)
+    if form in (FLOAT, *INTEGER, "fp16", "bf16"):
+        assert bool(sum(census.integer_ops.values())) == (form in INTEGER and not simulated)
     assert sum(census.integer_ops.values()) + sum(census.float_ops.values()) > 0
     assert census.unfused == ()
     if form in MOST_OF_WEIGHTS and not simulated:

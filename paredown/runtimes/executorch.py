@@ -11,9 +11,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import tempfile
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,9 +64,9 @@ class Predictor:
 
     def _load(self) -> None:
         binding = _binding()
-        _use_threads(binding, self._threads)
         with _muted() as said:
             try:
+                _use_threads(binding, self._threads)
                 program = binding._load_program(
                     str(self._path),
                     program_verification=binding.Verification.InternalConsistency,
@@ -73,8 +74,9 @@ class Predictor:
                 self._signature = _signature(program)
                 self._method = program.load_method("forward")
             except Exception as error:
-                words = said()[-1:] or [str(error)]
-                raise ValueError(f"ExecuTorch cannot load {self._path}: {words[0]}") from error
+                raise ValueError(
+                    f"{self._path.name}: ExecuTorch cannot load it: {_reason(said(), error)}"
+                ) from error
         self._program = program  # what the method lives in
 
     def _check(self, arrays: Sequence[np.ndarray]) -> None:
@@ -149,20 +151,29 @@ def _use_threads(binding: Any, threads: int) -> None:
     if binding._threadpool_get_thread_count() != threads:
         for predictor in _alive:
             predictor._method = None
-        with _muted():
-            binding._unsafe_reset_threadpool(threads)
+        binding._unsafe_reset_threadpool(threads)
+
+
+def _reason(lines: list[str], error: Exception) -> str:
+    """The line of what the runtime printed that says most, without the place in its source."""
+    missing = [line for line in lines if "Missing operator" in line]
+    return re.sub(r"^\[\S+:\d+\] ", "", (missing or lines or [str(error)])[-1]).strip()
 
 
 @contextlib.contextmanager
-def _muted() -> Iterator[Any]:
-    """Keep what C++ prints to standard error; yields a function that returns its lines."""
-    with tempfile.TemporaryFile() as kept:
+def _muted() -> Iterator[Callable[[], list[str]]]:
+    """Keep what the runtime prints; yields a function that returns its lines.
+
+    It prints to the error stream of the process and, from its binding, to Python's.
+    """
+    with tempfile.TemporaryFile("w+", buffering=1) as kept, contextlib.redirect_stderr(kept):
         saved = os.dup(2)
         os.dup2(kept.fileno(), 2)
 
         def said() -> list[str]:
+            kept.flush()
             size = os.fstat(kept.fileno()).st_size
-            text = os.pread(kept.fileno(), 2000, max(0, size - 2000)).decode(errors="replace")
+            text = os.pread(kept.fileno(), 10_000, max(0, size - 10_000)).decode(errors="replace")
             return [line for line in text.splitlines() if line.strip()]
 
         try:

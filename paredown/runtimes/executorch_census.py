@@ -34,9 +34,9 @@ SCALARS = {
     **{"DOUBLE": ("double", 8), "LONG": ("int64", 8), "INT": ("int32", 4), "SHORT": ("int16", 2)},
     **{"CHAR": ("int8", 1), "BYTE": ("uint8", 1), "BOOL": ("bool", 1)},
 }
-# What XNNPACK computes on integers too.
+# What XNNPACK computes on integers too; a depthwise convolution in float is a batch norm's.
 FUSABLE = {
-    *("Conv2d", "DepthwiseConv2d", "FullyConnected", "Add", "Subtract", "Multiply"),
+    *("Conv2d", "FullyConnected", "Add", "Subtract", "Multiply"),
     *("MaxPooling2d", "GlobalAvgPooling2d", "StaticTranspose", "StaticReshape", "StaticSlice"),
     *("Concatenate2", "Concatenate3", "Concatenate4", "Concatenate5", "Clamp"),
 }

@@ -152,10 +152,17 @@ def lower(model: Model, path: Path | str) -> Path:
     from paredown.types import UserError
 
     path = Path(path)
-    graph, weights = openvino_file.encode(model)
-    write_together({path: graph, path.with_suffix(COMPANIONS[0]): weights})
     try:
-        parity.check(model, path, open(path), openvino_file.worst_tensor)
+        graph, weights = openvino_file.encode(model)
+    except RuntimeError as error:
+        raise UserError(f"model: OpenVINO cannot take it: {plainly(error)}") from error
+    write_together({path: graph, path.with_suffix(COMPANIONS[0]): weights})
+
+    def worst_tensor(model: Model, _: Path) -> tuple[float, str] | None:
+        return openvino_file.worst_tensor(model, lambda graph: Predictor(graph, 1))
+
+    try:
+        parity.check(model, path, open(path), worst_tensor)
     except UserError:
         path.unlink()
         path.with_suffix(COMPANIONS[0]).unlink()

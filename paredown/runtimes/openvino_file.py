@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -11,17 +12,25 @@ from xml.etree import ElementTree
 from paredown import parity
 from paredown.graph.model import Model
 from paredown.runtimes import onnx_file, onnx_values, openvino_graph
-from paredown.runtimes.openvino import WEIGHTED, Predictor, plainly
-from paredown.types import UserError
 
-KEPT_NAMES = ("Parameter", "Result", *WEIGHTED)  # kinds of layers whose names a user sees
+KEPT_NAMES = (
+    "Parameter",
+    "Result",
+    "Convolution",
+    "GroupConvolution",
+    "MatMul",
+)  # kinds of layers whose names a user sees
 MADE_UP = re.compile(r"(^|/)[A-Z]\w*_\d+")  # names that OpenVINO counts up in each process
 NUMBER_BYTES = 8
 DEFAULTS = {"auto_broadcast": "numpy", "auto_pad": "explicit"}  # attributes that go without saying
 
 
 def encode(model: Model) -> tuple[bytes, bytes]:
-    """The bytes of the graph (.xml) and of the weights (.bin); the same model gives the same."""
+    """The bytes of the graph (.xml) and of the weights (.bin); the same model gives the same.
+
+    Raises:
+        RuntimeError: an op that OpenVINO does not have.
+    """
     with tempfile.TemporaryDirectory() as folder:
         graph, weights = Path(folder) / "model.xml", Path(folder) / "model.bin"
         _serialize(_converted(model), graph, weights)
@@ -36,19 +45,19 @@ def _converted(model: Model) -> Any:
     import openvino
     from openvino._offline_transformations import apply_moc_transformations
 
-    encoded = onnx_file.encode(model, float_biases=True)
-    try:
-        graph = openvino.Core().read_model(encoded)
-        apply_moc_transformations(graph, cf=True)
-    except RuntimeError as error:
-        raise UserError(f"model: OpenVINO cannot take it: {plainly(error)}") from error
+    graph = openvino.Core().read_model(onnx_file.encode(model, float_biases=True))
+    apply_moc_transformations(graph, cf=True)
     openvino_graph.rewrite(graph)
     return graph
 
 
-def worst_tensor(model: Model, path: Path) -> tuple[float, str] | None:
+def worst_tensor(model: Model, opened: Callable[[Any], Any]) -> tuple[float, str] | None:
     """Agreement in dB and name of the inner tensor that differs most, as in an ONNX file; the
-    tensors have names before the graph is squeezed alone, so it is made again."""
+    tensors have names before the graph is squeezed alone, so it is made again.
+
+    Args:
+        opened: gives the predictor over a graph.
+    """
     graph = _converted(model)
     made = {name for op in graph.get_ops() for value in op.outputs() for name in value.get_names()}
     known = {name for value in graph.outputs for name in value.get_names()}
@@ -57,7 +66,7 @@ def worst_tensor(model: Model, path: Path) -> tuple[float, str] | None:
     if not shown:
         return None
     graph.add_outputs([name for name in dict.fromkeys(shown.values()) if name not in known])
-    outputs = Predictor(graph, 1)(*[item.example.numpy() for item in model.inputs])
+    outputs = opened(graph)(*[item.example.numpy() for item in model.inputs])
     values = {
         name: value
         for output, value in zip(graph.outputs, outputs, strict=True)

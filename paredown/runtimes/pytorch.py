@@ -64,6 +64,8 @@ def lower(model: Model, path: Path | str) -> Path:
     shipped = model.copy().eval()
     erase_counters(shipped.graph)
     pack_weights(shipped)
+    for node in shipped.graph.graph.nodes:  # lines of the user's sources, and where they lie
+        node.meta.pop("stack_trace", None)
     shipped.save(path)
     return Path(path)
 

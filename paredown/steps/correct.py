@@ -42,10 +42,10 @@ def correct_biases(before: Model, after: Model, task: Task) -> None:
     held = quantized_weights(after.graph)
     layers = {s.node: s for s in sites(after.graph) if s.bias is not None and s.weight in held}
     uses = Counter(site.bias for site in layers.values())
-    given = lockstep.batches(before, after, task, EXAMPLES)
-    exact, lanes = ([lockstep.Lane(m.graph, each) for each in given] for m in (before, after))
-    ahead = iter(before.graph.graph.nodes)
     with torch.no_grad():
+        given = lockstep.batches([before, after], task, EXAMPLES)
+        exact, lanes = ([lockstep.Lane(m.graph, each) for each in given] for m in (before, after))
+        ahead = iter(before.graph.graph.nodes)
         for node in track(list(after.graph.graph.nodes), "correct biases"):
             values = lockstep.run(lanes, node)
             site = layers.get(node)
