@@ -110,6 +110,12 @@ class Context:
         step = dataclasses.replace(self.used, ranges=name, percentile=Quantize.percentile)
         return Remedy(step, ("ranges",))
 
+    def smooth(self, layers: Sequence[str]) -> Remedy:
+        """Smoothing where it was off; where it did not help, these layers in float."""
+        if self.used.smooth:
+            return self.exclude(layers)
+        return Remedy(dataclasses.replace(self.used, smooth=Quantize.smooth), ("smooth",))
+
     def exclude(self, layers: Sequence[str]) -> Remedy:
         names = tuple(dict.fromkeys((*self.used.exclude, *layers)))
         return Remedy(dataclasses.replace(self.used, exclude=names), ("exclude",))
@@ -263,7 +269,7 @@ def _outlier(
     widest = int(spans.argmax())
     figures = f"channel {widest} spans {float(spans[widest]):.3g}, the median {_median(spans):.3g}"
     names, others = (tuple(layer.name for layer in each) for each in (makers, readers))
-    remedy = context.exclude(names + others)
+    remedy = context.smooth(names + others)
     if makers:
         return Cause("outlier_channel", names, f"in its result {figures}", remedy, gain)
     return Cause("outlier_input", others, f"in its input {figures}", remedy, gain)
