@@ -309,7 +309,7 @@ def test_what_cannot_be_explained_is_said(user, paredown_cli):
     assert code == 1 and "nothing was compressed in this run" in err
     paredown_cli(*RUN)
     before = Path("r/run.json").read_bytes()
-    user(NO_TRAIN + "two = task\ndef task():\n    return two(validation=images(7))\n")
+    user(NO_TRAIN.replace("images(0))", "images(0), validation=images(7))"))
     code, _, err = paredown_cli("explain", "r")
     assert code == 1 and "r: the validation split is not the one of the run." in err
     user("two = task\ndef task():\n    return two(validation=None, train=None)\n")

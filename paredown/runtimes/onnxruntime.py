@@ -145,10 +145,13 @@ def census(path: Path | str) -> Census:
         counts = integer if node.op_type in INTEGER_OPS else floating
         counts[node.op_type] = counts.get(node.op_type, 0) + 1
     notes = (UNPACKED.format(" and ".join(sorted(set(low.values())))),) if low else ()
-    return Census(integer, floating, weights, tuple(_unfused(nodes)), notes)
+    held = {tensor.name for tensor in loaded.initializer}
+    return Census(integer, floating, weights, tuple(_unfused(nodes, held)), notes)
 
 
-def _unfused(nodes: list[Any]) -> list[str]:
+def _unfused(nodes: list[Any], held: set[str]) -> list[str]:
+    """Ops that could run on integers and do not; weights of the file, ``held`` in it as integers,
+    that are dequantized at every inference."""
     made_by = {output: node.op_type for node in nodes for output in node.output}
     used_by: dict[str, set[str]] = {}
     for node in nodes:
@@ -156,8 +159,8 @@ def _unfused(nodes: list[Any]) -> list[str]:
             used_by.setdefault(name, set()).add(node.op_type)
     found = []
     for node in nodes:
-        if node.op_type == "DequantizeLinear" and node.input[0] not in made_by:
-            found.append(f"DequantizeLinear {node.input[0]}")  # of a weight, at every inference
+        if node.op_type == "DequantizeLinear" and node.input[0] in held:
+            found.append(f"DequantizeLinear {node.input[0]}")
         if node.op_type not in FUSABLE_OPS:
             continue
         sources = [made_by[name] for name in node.input if name in made_by]

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 SUFFIX, COMPANIONS = ".xml", (".bin",)  # the graph, and the weights
 FORMS = frozenset({"int8", "int4", "fp16"})  # besides float32; see paredown.types.Step
-INT8_BYTES = (4, 1050)  # of scales, and of the ops around a layer, as found in conv nets
+INT8_BYTES = (4, 1950)  # of scales, and of the ops around a layer, as found in conv nets
 PACKAGES = ("openvino", "onnx", "onnxscript")
 
 INTEGERS = ("u8", "i8")
