@@ -145,8 +145,8 @@ def census(path: Path | str) -> Census:
         counts = integer if node.op_type in INTEGER_OPS else floating
         counts[node.op_type] = counts.get(node.op_type, 0) + 1
     notes = (UNPACKED.format(" and ".join(sorted(set(low.values())))),) if low else ()
-    held = {tensor.name for tensor in loaded.initializer}
-    return Census(integer, floating, weights, tuple(_unfused(nodes, held)), notes)
+    names = {tensor.name for tensor in loaded.initializer}
+    return Census(integer, floating, weights, tuple(_unfused(nodes, names)), notes)
 
 
 def _unfused(nodes: list[Any], held: set[str]) -> list[str]:
