@@ -97,6 +97,9 @@ def agree(model, got, leaves):
         assert error <= 0.15 * float(ours.double().norm()) + 1e-6
 
 
+FIXED_LENGTHS = ("litert",)  # whose files have the shapes of the example, the batch aside
+
+
 @pytest.mark.parametrize(("name", "form", "kind"), CASES)
 def test_a_file_computes_what_its_model_does(name, form, kind, shaped, lowered):
     model, path = shaped(form, kind), lowered(name, form, kind)
@@ -107,6 +110,8 @@ def test_a_file_computes_what_its_model_does(name, form, kind, shaped, lowered):
     [item] = model.inputs
     generator = torch.Generator().manual_seed(0)
     shapes = [(1,), (5,), (1,)] if kind == "cnn" else [(1, 6), (5, 6), (3, 9), (1, 6)]
+    if name in FIXED_LENGTHS:
+        shapes = [shape for shape in shapes if shape[1:] in ((), (6,))]
     for shape in shapes:  # other batch sizes, another length, and back
         if kind == "cnn":
             leaf = torch.randn(*shape, *item.example.shape[1:], generator=generator)
