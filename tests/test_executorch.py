@@ -228,10 +228,12 @@ def test_any_batch_runs_in_parts_where_it_must(batch, lowered):
 
 
 def test_the_same_model_gives_the_same_bytes_in_another_process(lowered, tmp_path):
-    _, path = lowered("mlp", "int8")
+    model, path = lowered("mlp", "int8")
+    model.save(tmp_path / "model.safetensors")
     code = (
-        "from tests.test_executorch import build, executorch;"
-        f"executorch.lower(build('mlp', 'int8'), {str(tmp_path / 'again.pte')!r})"
+        "from paredown import Model; from paredown.runtimes import executorch;"
+        f"model = Model.load({str(tmp_path / 'model.safetensors')!r});"
+        f"executorch.lower(model, {str(tmp_path / 'again.pte')!r})"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
     assert (tmp_path / "again.pte").read_bytes() == path.read_bytes()
