@@ -418,7 +418,7 @@ def pack_verb(
     out: Annotated[Path | None, typer.Option(help="The container; default: FILE.pare.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Pack an artifact for delivery: lossless, smaller than zstd or xz make it."""
+    """Pack an artifact for delivery: lossless, each tensor by what compression left in it."""
     with _working(as_json):
         path = pack(file, out)
     _print_contents(path, as_json)
