@@ -162,6 +162,35 @@ def _pool_by_mean(graph: fx.GraphModule, node: fx.Node) -> None:
         _replace(node, _add(node, aten.mean.dim, node.args[0], [2, 3], True))
 
 
+def _spell_batch_norm(graph: fx.GraphModule, node: fx.Node) -> None:
+    """A norm of (B, C) or (B, C, L) is a product and a sum per channel.
+
+    ExecuTorch would make it a convolution, and fails where two such read the same weights.
+    """
+    tensors = node.args[1:5]
+    if len(_shape(node)) > 3 or any(_is_computed(each) for each in tensors):
+        return
+    weight, bias, mean, variance = (
+        None if each is None else tensor_of(graph, str(each.target)).detach()
+        for each in _args(node)[1:5]
+    )
+    factor = (variance + _args(node)[7]).rsqrt() * (1.0 if weight is None else weight)  # (C,)
+    addend = (0.0 if bias is None else bias) - mean * factor  # (C,)
+    name = f"{_args(node)[3].target}_folded"
+    shape = (-1, *[1] * (len(_shape(node)) - 2))
+    held = [
+        _buffer(graph, node, f"{name}_{part}", value.view(shape))
+        for part, value in (("factor", factor), ("addend", addend))
+    ]
+    scaled = _add(node, aten.mul.Tensor, node.args[0], held[0])
+    scaled.meta["val"] = node.meta["val"]
+    _replace(node, _add(node, aten.add.Tensor, scaled, held[1]))
+
+
+def _is_computed(value: Any) -> bool:
+    return isinstance(value, fx.Node) and value.op != "get_attr"
+
+
 # --- integer ops -----------------------------------------------------------------------------
 
 
@@ -287,6 +316,7 @@ REWRITES: list[tuple[tuple[Any, ...], Rewrite]] = [
     ((aten.mul.Tensor,), _drop_unit_factor),
     ((aten.scaled_dot_product_attention.default,), _spell_attention),
     ((aten.adaptive_avg_pool2d.default,), _pool_by_mean),
+    ((aten.batch_norm.default,), _spell_batch_norm),
     (tuple(FOLLOWERS), _drop_clamp),
     (PRODUCTS, _turn_product),
     ((aten.linear.default,), _quantize_dynamically),
