@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from paredown import data, details, plan, progress, recipe, train
+from paredown import data, details, findings, plan, progress, recipe, train
 from paredown.check import problems
 from paredown.explain.explanation import within_run
 from paredown.graph.capture import capture
@@ -304,7 +304,7 @@ def _try(state: _State, attempt: Attempt, best: _Best) -> tuple[Trial, _Best]:
 def _run_attempt(state: _State, attempt: Attempt, best: _Best, key: str) -> dict[str, Any]:
     began = time.monotonic()
     try:
-        stage, settled = _apply(state, attempt.steps, best, key)
+        stage, settled, found = _apply(state, attempt.steps, best, key)
         file = _lowered(state.ledger, _stored(state.ledger, stage), stage, state.target)
         files = {"original": state.original_file, "candidate": file}
         if best.stage:  # else the best so far is the original
@@ -314,6 +314,7 @@ def _run_attempt(state: _State, attempt: Attempt, best: _Best, key: str) -> dict
         if isinstance(error.__cause__, OSError):  # the disk's fault, not the step's
             raise
         failed = {"kept": False, "decision": str(error), "measurement": None, "comparison": None}
+        failed |= {"findings": []}
         asked = {"stage": "", "suffix": "", "recipe": recipe.to_toml(attempt.steps)}
         return {**asked, "seconds": time.monotonic() - began, **failed}
     allowed = state.goals.allowed_drop(measured["original"].measurement)
@@ -328,31 +329,37 @@ def _run_attempt(state: _State, attempt: Attempt, best: _Best, key: str) -> dict
         "decision": decision,
         "measurement": dataclasses.asdict(measured["candidate"].measurement),
         "comparison": dataclasses.asdict(against_original),
+        "findings": found,
     }
 
 
-def _apply(state: _State, steps: Sequence[Step], best: _Best, key: str) -> tuple[str, str]:
-    """The stage after the attempt's steps, each finished one being a stage of its own; and the
-    steps as settled, in TOML.
+def _apply(
+    state: _State, steps: Sequence[Step], best: _Best, key: str
+) -> tuple[str, str, list[dict[str, Any]]]:
+    """The stage after the attempt's steps, each finished one being a stage of its own; the steps
+    as settled, in TOML; and what they found out.
 
     Every step begins from the stored form, so that an interrupted run takes the same way.
     """
     stage, settled = "", []
+    noted: list[dict[str, Any]] = []
     for count, step in enumerate(steps, 1):
         partial = stage_key({"partial": key, "steps": recipe.to_toml(steps[:count])})
         record = state.ledger.done(partial)
         scratch = state.ledger.folder / "scratch" / partial
         if record is None:
             model = _stored(state.ledger, stage) if stage else best.model
-            step = recipe.settle(step, model, state.task, state.target)
-            made = _apply_step(state, model, step, scratch)
+            with findings.collected() as found:
+                step = recipe.settle(step, model, state.task, state.target)
+                made = _apply_step(state, model, step, scratch)
             record = {"stage": state.ledger.put(encode(made), MODEL), "suffix": MODEL}
-            record["recipe"] = recipe.to_toml([step])
+            record |= {"recipe": recipe.to_toml([step]), "findings": found}
             state.ledger.finish(partial, record)
         shutil.rmtree(scratch, ignore_errors=True)
         stage = record["stage"]
         settled.append(record["recipe"])
-    return stage, "\n".join(settled)
+        noted += record["findings"]
+    return stage, "\n".join(settled), noted
 
 
 def _apply_step(state: _State, model: Model, step: Step, scratch: Path) -> Model:
@@ -388,6 +395,7 @@ def _trial(attempt: Attempt, record: dict[str, Any]) -> Trial:
         comparison=Comparison(**comparison) if comparison else None,
         seconds=record["seconds"],
         stage=record["stage"],
+        findings=record["findings"],
     )
 
 

@@ -289,6 +289,7 @@ class Target:
 FORMS = {
     "int8": 'Quantize("int8")',
     "int4": 'Quantize("int4")',
+    "int8-dynamic": 'Quantize("int8-dynamic")',
     "int8-weights": "QuantizeWeights(8)",
     "int4-weights": "QuantizeWeights(4)",
     "binary": 'Binarize("binary")',
@@ -407,6 +408,7 @@ class Trial:
     comparison: Comparison | None
     seconds: float
     stage: str  # SHA-256 of the stage it produced, "" where it could not be applied
+    findings: list[dict[str, Any]] = field(default_factory=list)  # what its steps tell the report
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from paredown.explain import explanation
 from paredown.explain.explanation import explain_file
 from paredown.explain.findings import KINDS
 from paredown.explain.noise import Outputs
-from paredown.explain.runner import Runner
+from paredown.graph.runner import Runner
 from paredown.graph.sites import sites
 from paredown.types import Target, Task, UserError
 from tests.architectures import ARCHITECTURES, make

@@ -33,7 +33,7 @@ CASES = [
     for form, kind in itertools.product([FLOAT, *FORMS], KINDS)
     if form == FLOAT or form in runtime(name).FORMS
 ]
-INTEGER = ("int8", "int4")  # forms whose activations are integers too
+INTEGER = ("int8", "int8-dynamic", "int4")  # forms whose activations are integers too
 # In the small models the graph weighs as much as the weights: those alone must shrink.
 MOST_OF_WEIGHTS = {"int8": 0.6, "int4": 0.6, "fp16": 0.6, "bf16": 0.6}
 QUICK = ("resnet8", "vit", "lstm", "siamese")

@@ -14,14 +14,15 @@ import torch
 from torch import Tensor, fx
 
 from paredown import progress
+from paredown.explain.examples import batch_size, examples
 from paredown.explain.findings import Cause, Context, find_causes
 from paredown.explain.layers import Layer, find_layers, folded
 from paredown.explain.noise import PARTS, Inside, Meter
 from paredown.explain.remedies import try_remedies
 from paredown.explain.restore import Batch, Outcome, Pruning, Ranking, Rounding, rank
-from paredown.explain.runner import Runner, all_quantizers, batch_size, examples
 from paredown.explain.watch import Watch
 from paredown.graph.model import Model
+from paredown.graph.runner import Runner, all_quantizers
 from paredown.runtimes import runtime
 from paredown.types import Step, Task, UserError
 

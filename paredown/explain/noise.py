@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, fx
 
 from paredown.explain.layers import Layer, chosen, kept_inputs, kept_outputs
-from paredown.explain.runner import Runner, all_quantizers
 from paredown.graph.model import Model
 from paredown.graph.quantized import ACTIVATION_QUANTIZERS, WEIGHT_QUANTIZERS
+from paredown.graph.runner import Runner, all_quantizers
 from paredown.graph.sites import tensor_of
 
 SAME_DB = 140.0  # no difference at all, or one that float32 cannot hold

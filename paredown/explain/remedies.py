@@ -9,8 +9,8 @@ from paredown import progress
 from paredown.explain.findings import Cause, Remedy
 from paredown.explain.noise import Outputs
 from paredown.explain.restore import Batch
-from paredown.explain.runner import Runner, all_quantizers, without_quantizers
 from paredown.graph.model import Model
+from paredown.graph.runner import Runner, all_quantizers, without_quantizers
 from paredown.steps.quantize import Quantize
 from paredown.types import Step, Task, UserError
 

@@ -14,12 +14,12 @@ from torch import Tensor, fx
 from paredown import progress
 from paredown.explain.layers import Layer, folded
 from paredown.explain.noise import Outputs
-from paredown.explain.runner import Edge, Runner, all_quantizers, without_quantizers
 from paredown.graph import structure
 from paredown.graph.edit import getattr_or_none
 from paredown.graph.model import Model
 from paredown.graph.quantized import quantized_weights, quantizers, stored_bits
 from paredown.graph.regions import find_regions
+from paredown.graph.runner import Edge, Runner, all_quantizers, without_quantizers
 from paredown.graph.sites import tensor_of
 from paredown.types import Task
 

@@ -15,7 +15,7 @@ from torch.ao.quantization.fx import _decomposed as _defines_the_ops  # noqa: F4
 
 from paredown.graph.edit import keep_meta, remove_state, set_buffer
 from paredown.graph.model import Model
-from paredown.graph.quantized import PER_CHANNEL, PER_TENSOR
+from paredown.graph.quantized import DYNAMIC, PER_CHANNEL, PER_TENSOR
 from paredown.graph.sites import tensor_of
 
 ops = torch.ops.quantized_decomposed
@@ -30,7 +30,8 @@ def decompose(model: Model, fold_weights: bool = True) -> Model:
 
     Activations become int8: an unsigned byte and its zero point are both shifted by 128, which
     changes no value. Each op that reads a quantized value has a dequantize op of its own, so that
-    the two can go to one kernel. Biases stay float.
+    the two can go to one kernel. Biases stay float, and so do values whose scale is found at each
+    inference, which a runtime rounds by itself.
 
     Args:
         fold_weights: keep weights as int8 buffers ``NAME_quantized`` in place of the parameters,
@@ -52,6 +53,8 @@ def decompose(model: Model, fold_weights: bool = True) -> Model:
     for node in list(made.graph.graph.nodes):
         if node.target is PER_TENSOR:
             _decompose_activation(node)
+        elif node.target is DYNAMIC:  # its scale is not known here: the runtime finds it
+            _replace(node, [], node.args[0])
         elif node.target is PER_CHANNEL:
             _decompose_weight(made.graph, node, fold_weights)
     _part_dequantizers(made.graph)

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from paredown.graph.edit import set_buffer
 from paredown.graph.grouped import PER_GROUP
 from paredown.graph.low_bits import BINARY, LOW_BITS, raised
-from paredown.graph.rounding import round_to_grid, spread
+from paredown.graph.rounding import affine_of, round_to_grid, spread
 from paredown.graph.scales import least_scales
 from paredown.graph.sites import Site, sites, tensor_of
 
@@ -57,6 +57,24 @@ def _(x: Tensor, scale: Tensor, axis: int, low: int, high: int) -> Tensor:
     return torch.empty_like(x)
 
 
+@torch.library.custom_op("paredown::fake_quantize_dynamic", mutates_args=())
+def fake_quantize_dynamic(x: Tensor, low: int, high: int) -> Tensor:
+    """One scale and zero point for the tensor, which span its own values and 0; shape kept.
+
+    Example:
+        >>> fake_quantize_dynamic(torch.tensor([0.0, 0.26, 1.0]), 0, 10)
+        tensor([0.0000, 0.3000, 1.0000])
+    """
+    if not x.numel():
+        return x.clone()
+    return round_to_grid(x, *affine_of(x, low, high), low, high)[0]  # type: ignore[arg-type]
+
+
+@fake_quantize_dynamic.register_fake
+def _(x: Tensor, low: int, high: int) -> Tensor:
+    return torch.empty_like(x)
+
+
 def _save_inside(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.save_for_backward(round_to_grid(*inputs)[1])
 
@@ -71,13 +89,19 @@ def _save_inside_channel(ctx, inputs, output) -> None:  # type: ignore[no-untype
     ctx.save_for_backward(round_to_grid(x, spread(scale, x, axis), 0, low, high)[1])
 
 
+def _straight_through_all(ctx, grad):  # type: ignore[no-untyped-def]
+    return grad, None, None
+
+
+fake_quantize_dynamic.register_autograd(_straight_through_all)
 fake_quantize.register_autograd(_straight_through, setup_context=_save_inside)
 fake_quantize_channel.register_autograd(_straight_through, setup_context=_save_inside_channel)
 
 PER_TENSOR = torch.ops.paredown.fake_quantize.default
+DYNAMIC = torch.ops.paredown.fake_quantize_dynamic.default
 PER_CHANNEL = torch.ops.paredown.fake_quantize_channel.default
 
-ACTIVATION_QUANTIZERS = frozenset({PER_TENSOR})
+ACTIVATION_QUANTIZERS = frozenset({PER_TENSOR, DYNAMIC})
 # Each takes the weight first, and what it needs to round it after that.
 WEIGHT_QUANTIZERS = frozenset({PER_CHANNEL, PER_GROUP, *LOW_BITS})
 

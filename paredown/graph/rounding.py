@@ -37,6 +37,18 @@ def round_to_grid(
     return made.mul_(scale), inside
 
 
+def affine_of(x: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
+    """The scale () and zero point () with which ``low..high`` span a tensor's values and 0.
+
+    Example:
+        >>> affine_of(torch.tensor([-1.0, 0.5, 4.1]), 0, 255)
+        (tensor(0.0200), tensor(50.))
+    """
+    bottom, top = x.min().clamp(max=0), x.max().clamp(min=0)
+    scale = ((top - bottom) / (high - low)).clamp(min=SMALLEST_SCALE)
+    return scale, (low - bottom / scale).round().clamp(low, high)
+
+
 def spread(scale: Tensor, x: Tensor, axis: int) -> Tensor:
     """A scale (C,) for dimension ``axis`` of x, in a shape that goes with x's."""
     return scale.reshape([-1 if dim == axis else 1 for dim in range(x.dim())])

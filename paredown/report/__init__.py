@@ -10,6 +10,7 @@ from jinja2 import Environment, StrictUndefined
 
 from paredown.files import write_atomically
 from paredown.report.explained import explanation
+from paredown.report.mixed import mixed_precision
 from paredown.report.sections import census, classes, flips, histograms, latency, layers
 from paredown.report.table import comparison, head
 from paredown.report.trajectory import trajectory
@@ -41,6 +42,7 @@ def render(run: Run) -> str:
         run=run,
         **head(run),
         **trajectory(run),
+        mixed=mixed_precision(run),
         explained=explanation(run),
         layers=layers(run),
         histograms=histograms(run),

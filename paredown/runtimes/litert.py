@@ -22,9 +22,8 @@ if TYPE_CHECKING:
     from paredown.types import Census
 
 SUFFIX, COMPANIONS = ".tflite", ()
-FORMS = frozenset(
-    {"int8", "int4", "int8-weights", "fp16"}
-)  # besides float32; see paredown.types.Step
+# besides float32; see paredown.types.Step
+FORMS = frozenset({"int8", "int8-dynamic", "int4", "int8-weights", "fp16"})
 INT8_BYTES = (8, 250)  # of scales, and of zero points and tensors, as found in conv nets
 PACKAGES = ("litert-torch", "ai-edge-litert")
 IDENTIFIER = b"TFL3"  # bytes 4 to 8 of each such file

@@ -23,6 +23,7 @@ from paredown.graph.grouped import PER_GROUP
 from paredown.graph.model import Model
 from paredown.graph.quantized import (
     ACTIVATION_QUANTIZERS,
+    PER_TENSOR,
     quantized_weights,
     quantizers,
     rounded,
@@ -82,7 +83,7 @@ def _prepared(model: Model) -> Model:
         elif node.target is PER_GROUP:
             _by_channel(made, node)
     for node in quantizers(made.graph):
-        if node.target not in ACTIVATION_QUANTIZERS:
+        if node.target is not PER_TENSOR:
             continue
         source: Any = node.args[0]
         if source.target is aten.cat.default:

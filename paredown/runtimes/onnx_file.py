@@ -27,7 +27,7 @@ from paredown.graph.quantized import (
     quantized_weights,
     stored_bits,
 )
-from paredown.runtimes import onnx_bits, onnx_blocks
+from paredown.runtimes import onnx_bits, onnx_blocks, onnx_dynamic
 from paredown.runtimes.onnx_graph import array, attribute, initializer, insert, replace
 from paredown.types import UserError
 
@@ -44,6 +44,7 @@ def encode(model: Model, float_biases: bool = False) -> bytes:
     graph = exported.graph
     _integer_weights(graph)
     _quantize_activations(graph)
+    onnx_dynamic.lower(graph)
     onnx_bits.pack_weights(exported)
     if not float_biases:
         _integer_biases(graph)
@@ -62,6 +63,7 @@ def encode(model: Model, float_biases: bool = False) -> bytes:
 def _register_placeholders() -> None:
     """Opaque ops that carry the fake quantizers through the exporter's optimiser."""
     onnx_blocks.register()
+    onnx_dynamic.register()
     kinds = OpSchema.AttrType
     shapes = {
         "FakeQuantize": (
@@ -120,6 +122,7 @@ def _export(model: Model) -> ir.Model:
                     PER_CHANNEL: _fake_quantize_channel,
                     **onnx_bits.TRANSLATIONS,
                     **onnx_blocks.TRANSLATIONS,
+                    **onnx_dynamic.TRANSLATIONS,
                 },
             )
     except Exception as error:

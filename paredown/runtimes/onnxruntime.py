@@ -19,7 +19,12 @@ if TYPE_CHECKING:
 
 SUFFIX, COMPANIONS = ".onnx", ()
 # besides float32; see paredown.types.Step
-FORMS = frozenset({"int8", "int4", "int8-weights", "int4-weights", "binary", "ternary", "fp16"})
+FORMS = frozenset(
+    {
+        *("int8", "int8-dynamic", "int4", "int8-weights", "int4-weights"),
+        *("binary", "ternary", "fp16"),
+    }
+)
 INT8_BYTES = (8, 1050)  # of scales, and of nodes and their names, as found in conv nets
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor, fx
 
 from paredown.graph.edit import insert_after, keep_meta, set_buffer
 from paredown.graph.model import Model
-from paredown.graph.quantized import PER_CHANNEL, PER_TENSOR, hold_biases, quantized_weights
+from paredown.graph.quantized import (
+    DYNAMIC,
+    PER_CHANNEL,
+    PER_TENSOR,
+    hold_biases,
+    quantized_weights,
+)
 from paredown.graph.regions import Regions
 from paredown.graph.scales import LEVELS, WEIGHT_GRIDS, affine, channel_scales, closest_scales
 from paredown.graph.sites import Site, tensor_of
@@ -21,20 +27,36 @@ def insert_quantizers(
     """Put the fake quantizers of ``regions`` into the graph, in place; ``bits`` of each weight."""
     scales = {node: affine(*ranges[node.name]) for node in regions.own}
     scales |= {node: scales[source] for node, source in regions.shared.items() if source in scales}
+    _insert_weights(model, regions.sites, bits)
+    for node, (scale, zero) in scales.items():
+        insert_after(node, PER_TENSOR, (scale, zero, 0, LEVELS), regions.takers.get(node))
+    hold_biases(model.graph)
+    model.graph.graph.lint()
+    model.graph.recompile()
+
+
+def insert_dynamic(model: Model, layers: Sequence[Site]) -> None:
+    """Put 8-bit quantizers before these layers, in place, whose range is that of what comes."""
+    _insert_weights(model, layers, {site.weight: 8 for site in layers})
+    inputs: dict[fx.Node, set[fx.Node]] = {}
+    for site in layers:
+        inputs.setdefault(site.input, set()).add(site.node)
+    for node, readers in inputs.items():
+        insert_after(node, DYNAMIC, (0, LEVELS), readers)
+    model.graph.graph.lint()
+    model.graph.recompile()
+
+
+def _insert_weights(model: Model, layers: Sequence[Site], bits: Mapping[str, int]) -> None:
     made: dict[str, fx.Node] = {}
     low = quantized_weights(model.graph)  # of fewer bits already
-    for site in regions.sites:
+    for site in layers:
         if site.weight in low:
             continue
         source = next(a for a in site.node.all_input_nodes if a.target == site.weight)
         if site.weight not in made:
             made[site.weight] = _quantize_weight(model.graph, site, source, bits[site.weight])
         site.node.update_arg(list(site.node.args).index(source), made[site.weight])
-    for node, (scale, zero) in scales.items():
-        insert_after(node, PER_TENSOR, (scale, zero, 0, LEVELS), regions.takers.get(node))
-    hold_biases(model.graph)
-    model.graph.graph.lint()
-    model.graph.recompile()
 
 
 def _quantize_weight(graph: fx.GraphModule, site: Site, source: fx.Node, bits: int) -> fx.Node:

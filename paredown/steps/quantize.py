@@ -1,10 +1,11 @@
-"""Post-training static quantization: 8-bit activations, weights of 8 or 4 bits."""
+"""Post-training quantization: 8-bit activations, static or dynamic, weights of 8 or 4 bits."""
 
 from __future__ import annotations
 
 import difflib
 import fnmatch
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from paredown.calibrate import Statistics, observe
@@ -15,13 +16,16 @@ from paredown.graph.quantized import quantizers
 from paredown.graph.regions import find_regions, prepare
 from paredown.graph.scales import WEIGHT_GRIDS
 from paredown.graph.sites import sites
+from paredown.progress import say
+from paredown.steps import mixed
 from paredown.steps.correct import correct_biases
 from paredown.steps.equalize import equalize
-from paredown.steps.insert import insert_quantizers
+from paredown.steps.insert import insert_dynamic, insert_quantizers
 from paredown.steps.ranges import RANGES, Range, percentile_range
-from paredown.types import Task, UserError
+from paredown.types import Target, Task, UserError, parse_drop
 
-SCHEMES = {"int8": 8, "int4": 4}  # bits of the weights
+SCHEMES = {"int8": 8, "int4": 4, "int8-dynamic": 8}  # bits of the weights
+KINDS = ("conv", "linear", "matmul")  # of layers with an integer kernel
 
 
 @dataclass(frozen=True)
@@ -34,8 +38,14 @@ class Quantize:
     without int8 dot products; models of mostly embeddings or recurrent layers shrink little,
     since those stay in float.
 
+    ``"int8-dynamic"`` finds the range of a layer's input anew at each inference, and quantizes
+    linear layers alone: for transformers and models of linear layers whose ranges differ from
+    input to input. It does not pay for convolutions, whose dynamic kernels are slow and which
+    stay in float; and all examples of a batch share a range.
+
     Args:
-        scheme: "int8", or "int4" for weights of 4 bits.
+        scheme: "int8", "int4" for weights of 4 bits, or "int8-dynamic", which needs no calibration
+            data where ``smooth`` is 0 and ``correct_bias`` is off.
         ranges: how activation ranges are chosen from the calibration data: "mse", "minmax",
             "percentile" or "entropy".
         percentile: for ``ranges="percentile"``, the share of values kept, in per cent.
@@ -45,6 +55,8 @@ class Quantize:
         smooth: how much of the difference in size between channels moves from values into the
             weights that read them, 0 to 1, wherever that changes nothing in float; 0 is off.
         correct_bias: take back the mean shift of each layer's output by its bias.
+        max_drop: mixed precision: the most that the score on the validation data may fall, such as
+            "0.5%"; as few layers as that needs stay in float. See `settle`.
 
     Raises:
         UserError: unknown settings; a model that is quantized already or has no layer that runs
@@ -61,7 +73,8 @@ class Quantize:
         ['bias', 'weight', 'weight_scale']
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"calibration"})
+    # What is needed depends on the scheme, and stands on the instance; see `PruneChannels`.
+    needs: ClassVar[frozenset[str]] = frozenset()
 
     scheme: str = "int8"
     ranges: str = "mse"
@@ -72,6 +85,7 @@ class Quantize:
     exclude: tuple[str, ...] = ()
     smooth: float = 0.5
     correct_bias: bool = True
+    max_drop: float | str | None = None
 
     def __post_init__(self) -> None:
         if self.scheme not in SCHEMES:
@@ -86,29 +100,63 @@ class Quantize:
         if not 0 <= self.smooth <= 1:
             raise UserError(f"quantize: smooth must be in [0, 1], got {self.smooth!r}.")
         object.__setattr__(self, "exclude", tuple(self.exclude))
+        blind = self._dynamic and not self.smooth and not self.correct_bias
+        needs = set() if blind else {"calibration"}
+        if self.max_drop is not None:
+            parse_drop(self.max_drop)
+            needs |= {"score", "validation"}
+        object.__setattr__(self, "needs", frozenset(needs))
 
     @property
     def form(self) -> str:
         return self.scheme
 
+    @property
+    def _dynamic(self) -> bool:
+        return self.scheme == "int8-dynamic"
+
     def apply(self, model: Model, task: Task) -> Model:
         if any(node.target not in LOW_BITS for node in quantizers(model.graph)):
             raise UserError("quantize: the model is quantized already.")
+        if self.max_drop is not None:
+            return self.settle(model, task, Target()).apply(model, task)
         made = model.copy().eval()
         prepare(made)
         fold_batch_norm(made.graph)
         regions = find_regions(made, self._skipped(made))
         if not regions.sites:
-            raise UserError("quantize: no convolution or linear layer is left to run on integers.")
+            kinds = "linear layer" if self._dynamic else "convolution or linear layer"
+            raise UserError(f"quantize: no {kinds} is left to run on integers.")
         if self.smooth:
             equalize(made, task, [site.weight for site in regions.sites], self.smooth)
         exact = made.copy()
-        statistics = observe(made, task, regions.own, histogram=self.ranges != "minmax")
-        found = {name: self._range(each) for name, each in statistics.items()}
-        insert_quantizers(made, regions, found, self._bits(made))
+        if self._dynamic:
+            insert_dynamic(made, regions.sites)
+        else:
+            statistics = observe(made, task, regions.own, histogram=self.ranges != "minmax")
+            found = {name: self._range(each) for name, each in statistics.items()}
+            insert_quantizers(made, regions, found, self._bits(made))
         if self.correct_bias:
             correct_biases(exact, made, task)
         return made
+
+    def settle(self, model: Model, task: Task, target: Target) -> Quantize:
+        """The same step with the layers named that stay in float, so that it repeats.
+
+        Raises:
+            UserError: the score falls by more than ``max_drop`` with one layer quantized.
+        """
+        if self.max_drop is None:
+            return self
+        plain = replace(self, max_drop=None)
+
+        def quantize(floats: Sequence[str]) -> Model:
+            excluded = tuple(map(_literal, floats))
+            return replace(plain, exclude=(*self.exclude, *excluded)).apply(model, task)
+
+        floats = mixed.choose(model, task, self.max_drop, quantize)
+        say(f"  {len(floats)} layers stay in float" + (f": {', '.join(floats)}" if floats else ""))
+        return replace(plain, exclude=(*self.exclude, *map(_literal, floats)))
 
     def _range(self, statistics: Statistics) -> Range:
         if self.ranges == "percentile":
@@ -127,21 +175,26 @@ class Quantize:
                 )
             skipped |= matched
         layers = _layers(model)
-        return (
-            skipped
-            | set(layers[:1] if not self.first else ())
-            | set(layers[-1:] if not self.last else ())
-        )
+        skipped |= set(layers[:1] if not self.first else ())
+        skipped |= set(layers[-1:] if not self.last else ())
+        if self._dynamic:
+            skipped |= {site.weight for site in sites(model.graph) if site.kind == "conv"}
+        return skipped
 
     def _bits(self, model: Model) -> dict[str, int]:
         """Bits of each layer's weight."""
         layers = _layers(model)
         edges = dict.fromkeys((layers[0], layers[-1]), self.edge_bits)
         return dict.fromkeys(layers, SCHEMES[self.scheme]) | (
-            edges if self.scheme != "int8" else {}
+            edges if self.scheme == "int4" else {}
         )
+
+
+def _literal(name: str) -> str:
+    """A pattern that fits this name alone."""
+    return name.replace("[", "[[]")
 
 
 def _layers(model: Model) -> list[str]:
     """The weights of the layers with integer kernels, in the order they run."""
-    return [s.weight for s in sites(model.graph) if s.kind in ("conv", "linear", "matmul")]
+    return [s.weight for s in sites(model.graph) if s.kind in KINDS]

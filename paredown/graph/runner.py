@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from paredown import batches, data
 from paredown.graph.edit import refresh_values, remove_state
 from paredown.graph.model import Model
 from paredown.graph.quantized import WEIGHT_QUANTIZERS, quantizers, rounded
-from paredown.types import Task
-
-MEMORY = 256 << 20  # bytes that the values of one batch may take in each graph
 
 Note = Callable[[fx.Node, Any], None]
 Edge = tuple[str, str]  # a quantizer, and an op that reads what it is given instead
@@ -123,39 +119,3 @@ def without_quantizers(model: Model) -> Model:
 
 def all_quantizers(graph: fx.GraphModule) -> set[str]:
     return {node.name for node in quantizers(graph)}
-
-
-def batch_size(model: Model, task: Task) -> int:
-    """Examples at a time so that the values of one batch fit into `MEMORY`."""
-    if model.fixed_batch:
-        return model.fixed_batch
-    taken = 0
-
-    def note(node: fx.Node, value: Any) -> None:
-        nonlocal taken
-        if node.op == "call_function" and isinstance(value, Tensor):
-            taken += value.nbytes
-
-    Runner(model.graph).outputs([item.example for item in model.inputs], note=note)
-    examples = max([len(item.example) for item in model.inputs if 0 in item.dynamic], default=1)
-    return max(1, min(task.batch_size, MEMORY * examples // max(1, taken)))
-
-
-def examples(
-    model: Model, task: Task, split: str, size: int, most: int
-) -> Iterator[tuple[list[Tensor], Any, int]]:
-    """Batches of the first ``most`` examples: inputs, target, and how many of them are not padding.
-
-    Only a model of a fixed batch is padded. All inputs together take at most about `MEMORY`.
-    """
-    seen = taken = 0
-    for inputs, target in data.batches(data.split(task, split), size):
-        count = batches.count((inputs, target) if target is not None else inputs)
-        if model.fixed_batch:
-            inputs = batches.padded(inputs, size)
-        leaves = model.bind(*data.arguments(inputs))
-        yield leaves, target, count
-        seen += count
-        taken += sum(leaf.nbytes for leaf in leaves)
-        if seen >= most or taken >= MEMORY:
-            return
