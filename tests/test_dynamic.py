@@ -11,7 +11,7 @@ from torch.utils.data import TensorDataset
 from paredown.graph.capture import capture
 from paredown.graph.quantized import DYNAMIC, fake_quantize_dynamic, quantized_weights, quantizers
 from paredown.recipe import apply, problems
-from paredown.runtimes import onnxruntime
+from paredown.runtimes import RUNTIMES, onnxruntime
 from paredown.steps.fine_tune import FineTune
 from paredown.steps.quantize import Quantize
 from paredown.types import Target, Task, UserError
@@ -122,5 +122,5 @@ def test_what_it_refuses(model):
     task = Task(example=(torch.zeros(1, 4, 10),), score=None)
     assert problems([BLIND], task) == []
     assert "needs calibration" in problems([Quantize("int8-dynamic")], task)[0]
-    [said] = problems([BLIND], task, Target("openvino"))
-    assert "openvino cannot run int8-dynamic; use" in said and "onnxruntime" in said
+    for runtime in RUNTIMES:  # each has kernels of its own for it
+        assert problems([BLIND], task, Target(runtime)) == []

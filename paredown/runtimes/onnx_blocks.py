@@ -105,12 +105,17 @@ class _Rounded:
         return np.dtype((signed if self.zero is None else unsigned)[self.bits])
 
 
-def lower(model: ir.Model) -> None:
-    """Every weight behind a group quantizer becomes integers, in the form each reader wants."""
+def lower(model: ir.Model, standard: bool = False) -> None:
+    """Every weight behind a group quantizer becomes integers, in the form each reader wants.
+
+    Args:
+        standard: with ONNX's own ops alone, for other runtimes than ONNX Runtime.
+    """
     graph = model.graph
     for node in [n for n in graph if n.op_type == OP]:
         weight, value = _rounded(node), node.outputs[0]
-        products, lookups = _products(value, weight), _lookups(value, weight)
+        products = _products(value, weight)
+        lookups = [] if standard else _lookups(value, weight)
         shared = _shared_block(weight) if products and lookups else 0
         for each in lookups:
             _lookup(graph, each, weight, shared or _lookup_block(weight))

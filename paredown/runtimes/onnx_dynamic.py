@@ -47,9 +47,19 @@ def _fake_quantize_dynamic(x: Any, low: int, high: int) -> Any:
 TRANSLATIONS: dict[Any, Callable[..., Any]] = {DYNAMIC: _fake_quantize_dynamic}  # for the exporter
 
 
-def lower(graph: ir.Graph) -> None:
-    """Products of dynamically quantized values with integer weights become MatMulInteger."""
+def lower(graph: ir.Graph, standard: bool = False) -> None:
+    """Products of dynamically quantized values with integer weights become MatMulInteger.
+
+    Args:
+        standard: for other runtimes than ONNX Runtime, which round by themselves what comes to
+            integer weights: their values stay in float.
+    """
     for node in [n for n in graph if n.op_type == OP]:
+        if standard:
+            assert node.inputs[0] is not None
+            replace(graph, node, node.inputs[0])
+            graph.remove(node, safe=True)
+            continue
         quantize = ir.node("DynamicQuantizeLinear", [node.inputs[0]], num_outputs=3)
         for value, part in zip(quantize.outputs, ("quantized", "scale", "zero_point"), strict=True):
             value.name = f"{node.outputs[0].name}_{part}"

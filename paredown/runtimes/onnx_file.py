@@ -34,21 +34,23 @@ from paredown.types import UserError
 MAX_BYTES = 2**31 - 1
 
 
-def encode(model: Model, float_biases: bool = False) -> bytes:
+def encode(model: Model, standard: bool = False) -> bytes:
     """The ONNX file's bytes; the same model gives the same bytes.
 
-    Biases of integer layers are 32-bit integers, for ONNX Runtime, or stay float.
+    Args:
+        standard: with ONNX's own ops alone, and biases in float, for other runtimes than ONNX
+            Runtime, whose kernels want the biases of integer layers as 32-bit integers.
     """
     _register_placeholders()
     exported = _export(onnx_bits.fold_norms(model))
     graph = exported.graph
     _integer_weights(graph)
     _quantize_activations(graph)
-    onnx_dynamic.lower(graph)
+    onnx_dynamic.lower(graph, standard)
     onnx_bits.pack_weights(exported)
-    if not float_biases:
+    if not standard:
         _integer_biases(graph)
-    onnx_blocks.lower(exported)
+    onnx_blocks.lower(exported, standard)
     _pool_by_name(graph)
     _strip(exported)
     _name_dimensions(graph, model)

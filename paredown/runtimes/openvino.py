@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from paredown.types import Census
 
 SUFFIX, COMPANIONS = ".xml", (".bin",)  # the graph, and the weights
-FORMS = frozenset({"int8", "int4", "fp16"})  # besides float32; see paredown.types.Step
+FORMS = frozenset(
+    {"int8", "int8-dynamic", "int8-weights", "int4", "int4-weights", "fp16"}
+)  # besides float32; see paredown.types.Step
 INT8_BYTES = (4, 1950)  # of scales, and of the ops around a layer, as found in conv nets
 PACKAGES = ("openvino", "onnx", "onnxscript")
 

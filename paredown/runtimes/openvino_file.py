@@ -45,7 +45,7 @@ def _converted(model: Model) -> Any:
     import openvino
     from openvino._offline_transformations import apply_moc_transformations
 
-    graph = openvino.Core().read_model(onnx_file.encode(model, float_biases=True))
+    graph = openvino.Core().read_model(onnx_file.encode(model, standard=True))
     apply_moc_transformations(graph, cf=True)
     openvino_graph.rewrite(graph)
     return graph
