@@ -292,6 +292,13 @@ FUSED = {
     "mlp": {"QGemm": 3},
     "transformer_encoder": {"MatMulIntegerToFloat": 6, "QGemm": 3},
 }
+fused = pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(n, marks=pytest.mark.slow if n in ("resnet_basic", "unet") else ())
+        for n in FUSED
+    ],
+)
 COMPUTING = {"Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul"}
 
 
@@ -323,7 +330,7 @@ def test_every_op_that_can_runs_on_integers(name, tmp_path):
     assert census.bytes_by_dtype["int8"] >= weights
 
 
-@pytest.mark.parametrize("name", FUSED)
+@fused
 def test_cut_and_quantized_both_gains_multiply(name, tmp_path):
     """With a quarter of every group gone the same ops fuse, and int8 saves its share of it."""
     entry = ARCHITECTURES[name]

@@ -17,7 +17,7 @@ from paredown.types import UserError
 from tests.architectures import ARCHITECTURES, make
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-QUICK = ("resnet8", "unet", "bert", "lstm")
+QUICK = ("resnet8", "unet", "bert")
 EVERY = [
     pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in ARCHITECTURES
 ]

@@ -196,6 +196,7 @@ def test_every_op_that_can_runs_on_integers(name, lowered):
     assert census.bytes_by_dtype["float"] < weights / 4 + 1000
 
 
+@pytest.mark.slow
 def test_the_file_of_integers_is_really_smaller(lowered):
     sizes = {form: lowered("resnet8", form)[1].stat().st_size for form in ("float", "int8")}
     assert sizes["int8"] < 0.32 * sizes["float"]
@@ -227,6 +228,7 @@ def test_any_batch_runs_in_parts_where_it_must(batch, lowered):
         assert agreement_db(expected.numpy(), got) > (100 if form == "float" else 30)
 
 
+@pytest.mark.slow
 def test_the_same_model_gives_the_same_bytes_in_another_process(lowered, tmp_path):
     model, path = lowered("mlp", "int8")
     model.save(tmp_path / "model.safetensors")

@@ -24,7 +24,6 @@ from paredown.graph.runner import Runner
 from paredown.graph.sites import sites
 from paredown.types import Target, Task, UserError
 from tests.architectures import ARCHITECTURES, make
-from tests.test_architectures import every
 from tests.test_run import NO_TRAIN, here, paredown_cli, user  # noqa: F401
 
 torch.set_num_threads(1)
@@ -339,6 +338,9 @@ def test_a_failure_is_told_and_does_not_cost_the_run(user, paredown_cli, monkeyp
 # --- every architecture ----------------------------------------------------------------------
 
 
+QUICK = ("resnet8", "siamese", "vit", "vae")  # the rest are slow
+
+
 class Drawn(Dataset):
     """Examples of an architecture, drawn by their number."""
 
@@ -356,7 +358,10 @@ class Drawn(Dataset):
         return tuple(value[0] for value in inputs), 0
 
 
-@every
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in ARCHITECTURES],
+)
 def test_every_architecture_is_explained(name, tmp_path):
     entry = ARCHITECTURES[name]
     module, example = make(name)

@@ -19,7 +19,7 @@ from paredown.steps.prune_weights import PruneWeights
 from paredown.steps.quantize import Quantize
 from paredown.types import Task, UserError
 from tests.architectures import ARCHITECTURES, make
-from tests.test_architectures import FUSED
+from tests.test_architectures import FUSED, fused
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -158,7 +158,7 @@ def test_wrong_bits_are_refused_at_once():
         Quantize("int2")
 
 
-@pytest.mark.parametrize("name", FUSED)
+@fused
 def test_the_same_ops_fuse(name, tmp_path):
     entry = ARCHITECTURES[name]
     module, example = make(name)

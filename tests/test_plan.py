@@ -138,7 +138,9 @@ def test_nothing_to_quantize_leaves_16_bits():
     assert titles(recipes) == [["16-bit floats"]]
 
 
-@pytest.mark.parametrize("width", [8, 16, 32, 64])
+@pytest.mark.parametrize(
+    "width", [16, *(pytest.param(n, marks=pytest.mark.slow) for n in (8, 32, 64))]
+)
 def test_expected_size_is_near_the_files(tmp_path: Path, width, runtime_name):
     chosen = runtime(runtime_name)
     captured = paredown.capture(conv_net(width), task().example)

@@ -283,9 +283,8 @@ def inner_channels(net: nn.Module, share: float) -> Kept:
     return kept
 
 
-@pytest.mark.parametrize(
-    ("share", "decibels"), [pytest.param(0.3, 26, marks=pytest.mark.slow), (0.5, 20)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("share", "decibels"), [(0.3, 26), (0.5, 20)])
 def test_a_trained_network_gets_its_accuracy_back(digits, share, decibels):
     net, task = digits
     images = task.validation.tensors[0]

@@ -36,7 +36,7 @@ CASES = [
 INTEGER = ("int8", "int8-dynamic", "int4")  # forms whose activations are integers too
 # In the small models the graph weighs as much as the weights: those alone must shrink.
 MOST_OF_WEIGHTS = {"int8": 0.6, "int4": 0.6, "fp16": 0.6, "bf16": 0.6}
-QUICK = ("resnet8", "vit", "lstm", "siamese")
+QUICK = {"openvino": ("resnet8", "vit", "lstm", "siamese"), "executorch": ("resnet8", "siamese")}
 # The default runtime's are in test_architectures.py; PyTorch runs its own graphs.
 OTHERS = [name for name in RUNTIMES if name not in ("onnxruntime", "pytorch", "litert")]
 KNOWN_FAILURES: dict[tuple[str, str], str] = {}  # (runtime, architecture) -> what is said
@@ -120,7 +120,10 @@ def test_a_file_computes_what_its_model_does(name, form, kind, shaped, lowered):
         agree(model, predict(leaf.numpy()), [leaf])
 
 
-@pytest.mark.parametrize(("name", "form", "kind"), CASES)
+@pytest.mark.parametrize(
+    ("name", "form", "kind"),
+    [pytest.param(*case, marks=pytest.mark.slow if case[2] == "encoder" else ()) for case in CASES],
+)
 def test_the_same_model_gives_the_same_bytes_and_nothing_else(
     name, form, kind, shaped, lowered, tmp_path
 ):
@@ -193,7 +196,7 @@ def test_packages_are_imported_only_when_needed(name):
 
 def architectures():
     for name, each in itertools.product(OTHERS, ARCHITECTURES):
-        yield pytest.param(name, each, marks=() if each in QUICK else pytest.mark.slow)
+        yield pytest.param(name, each, marks=() if each in QUICK[name] else pytest.mark.slow)
 
 
 @pytest.mark.parametrize(("name", "each"), list(architectures()))
