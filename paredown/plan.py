@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from paredown import data, recipe
 from paredown.graph.coupling import analyze
@@ -85,6 +86,12 @@ def plan(
             recipes.append(_int8_trained(task, int8, seed))
         elif int8 and share < 1:
             recipes.append(_int8_alone(int8, goals))
+        if int8 and goals.max_drop is not None and not task.missing({"validation", "score"}):
+            recipes.append(_int8_mixed(int8, float(goals.max_drop)))
+        if integers and share < 1 and amount == "parameters":
+            recipes = _with_fewer_bits(recipes, model, task, goals, baseline, chosen, seed)
+    if "int4-weights" in chosen.FORMS and _tables_weigh_most(model, baseline):
+        recipes.append(_four_bit_weights(task))
     return [*recipes, *([_sixteen_bit(baseline)] if "fp16" in chosen.FORMS else [])]
 
 
@@ -100,7 +107,7 @@ def needed_share(
     size = time = math.inf
     if isinstance(goals.size, Limit):
         bytes_ = baseline.size_bytes
-        expected = expected_int8_bytes(model, bytes_, integers) if integers else bytes_
+        expected = expected_integer_bytes(model, bytes_, integers) if integers else bytes_
         size = goals.size.absolute(bytes_) / expected
     for goal in ("latency", "energy", "throughput"):
         limit, value = getattr(goals, goal), baseline.quantity(goal)
@@ -199,6 +206,72 @@ def _int8_trained(task: Task, int8: Attempt, seed: int) -> Recipe:
     return Recipe("int8 with fine-tuning", reason, (attempt,))
 
 
+def _int8_mixed(int8: Attempt, max_drop: float) -> Recipe:
+    attempt = Attempt(
+        (_make("quantize", max_drop=max_drop),),
+        "8-bit integers, but for a few layers",
+        "layers that cost most of the score for the bytes that they save stay in float, as few as "
+        "the score needs",
+        int8.expected,
+    )
+    reason = "the fallback where a few layers cannot be rounded; without training"
+    return Recipe("int8 in mixed precision", reason, (attempt,))
+
+
+def _with_fewer_bits(
+    recipes: list[Recipe],
+    model: Model,
+    task: Task,
+    goals: Goals,
+    baseline: Measurement,
+    chosen: Any,
+    seed: int,
+) -> list[Recipe]:
+    """Four bits first where they should do for the size, one bit last where not even they do."""
+    if task.missing({"train", "loss"}) or not isinstance(goals.size, Limit):
+        return recipes
+    asked = goals.size.absolute(baseline.size_bytes)
+    expected = {
+        bits: expected_integer_bytes(model, baseline.size_bytes, chosen.INT8_BYTES, bits)
+        for bits in (4, 1)
+    }
+    trained = _make("fine_tune", epochs=_recovery_epochs(task), lr=1e-3, seed=seed)
+    if "int4" in chosen.FORMS and expected[4] <= MARGIN * asked:
+        attempt = Attempt(
+            (_make("quantize", scheme="int4"), trained),
+            "4-bit weights on 8-bit kernels, then fine-tune through the rounding",
+            "two weights to a byte; the channels stay, and training wins back the rounding",
+            f"about {human('size', expected[4])} ({expected[4] / baseline.size_bytes:.2f}x)",
+        )
+        return [Recipe("int4 with fine-tuning", f"{_asked(goals)}", (attempt,)), *recipes]
+    if "binary" in chosen.FORMS:
+        attempt = Attempt(
+            (_make("binarize"), trained, _make("quantize")),
+            "Signs for weights, fine-tuned, then 8-bit activations",
+            "one bit a weight but in the first and the last layer",
+            f"above {human('size', expected[1])} ({expected[1] / baseline.size_bytes:.2f}x)",
+        )
+        return [*recipes, Recipe("binary", "the smallest that weights can be", (attempt,))]
+    return recipes
+
+
+def _tables_weigh_most(model: Model, baseline: Measurement) -> bool:
+    """Whether more than half of the file is tables that are looked up, which int8 leaves alone."""
+    tables = {s.weight for s in sites(model.graph) if s.kind == "embedding"}
+    return 2 * sum(tensor_of(model.graph, t).nbytes for t in tables) > baseline.size_bytes
+
+
+def _four_bit_weights(task: Task) -> Recipe:
+    method = "rtn" if task.missing({"calibration"}) else "gptq"
+    attempt = Attempt(
+        (_make("quantize_weights", bits=4, method=method),),
+        "4-bit weights, 8-bit tables",
+        "most of the file is tables that are looked up, whose rows are read as integers",
+        "about a quarter of the tables' bytes, and an eighth of the layers'",
+    )
+    return Recipe("4-bit weights", "tables weigh most, and int8 leaves them in float", (attempt,))
+
+
 def _sixteen_bit(baseline: Measurement) -> Recipe:
     size = baseline.size_bytes * 0.5
     attempt = Attempt(
@@ -211,7 +284,7 @@ def _sixteen_bit(baseline: Measurement) -> Recipe:
 
 
 def _int8(model: Model, baseline: Measurement, integers: tuple[int, int]) -> Attempt:
-    size = expected_int8_bytes(model, baseline.size_bytes, integers)
+    size = expected_integer_bytes(model, baseline.size_bytes, integers)
     return Attempt(
         (_make("quantize"),),
         "8-bit integers",
@@ -221,12 +294,14 @@ def _int8(model: Model, baseline: Measurement, integers: tuple[int, int]) -> Att
     )
 
 
-def expected_int8_bytes(model: Model, size_bytes: int, integers: tuple[int, int]) -> float:
-    """The file's size with each quantizable weight at a byte, and what the integers bring along
-    for each channel and each layer, in bytes."""
+def expected_integer_bytes(
+    model: Model, size_bytes: int, integers: tuple[int, int], bits: int = 8
+) -> float:
+    """The file's size with so many bits for each quantizable weight, and what the integers bring
+    along for each channel and each layer, in bytes."""
     layers = {s.weight: s for s in sites(model.graph) if s.kind in QUANTIZABLE}
     weights = {id(t): t for t in (tensor_of(model.graph, name) for name in layers)}
-    saved = sum(t.numel() * (t.element_size() - 1) for t in weights.values())
+    saved = sum(t.numel() * (t.element_size() - bits / 8) for t in weights.values())
     channels = sum(tensor_of(model.graph, n).shape[s.axis] for n, s in layers.items())
     added = integers[0] * channels + integers[1] * len(layers)
     return float(max(size_bytes - saved, 0) + added)

@@ -14,7 +14,7 @@ from torch.utils.data import TensorDataset
 import paredown
 from paredown import recipe
 from paredown.measure import Measured
-from paredown.plan import attempts, decide, expected_int8_bytes, plan, rank
+from paredown.plan import attempts, decide, expected_integer_bytes, plan, rank
 from paredown.runtimes import runtime
 from paredown.types import Goals, Measurement, Target, Task
 
@@ -114,6 +114,55 @@ def test_without_training_channels_are_cut_once_and_refitted(wide):
     assert ["8-bit integers"] in titles(recipes)
 
 
+def test_four_bits_come_first_where_they_do_for_the_size(wide):
+    model, baseline = wide
+    recipes = plan(model, trainable(), Goals(size="0.2x"), baseline)
+    four, tuned = recipes[0].steps
+    assert four == paredown.Quantize("int4") and isinstance(tuned, paredown.FineTune)
+    # not for the time, which is that of int8, nor without training
+    for goals, given in (
+        (Goals(size="0.2x", latency="0.1x"), trainable()),
+        (Goals(size="0.2x"), task(calibration=images())),
+    ):
+        assert "int4" not in str([item.steps for item in plan(model, given, goals, baseline)])
+    # where not even they do, signs are the last that is tried before 16 bits
+    recipes = plan(model, trainable(), Goals(size="0.05x"), baseline)
+    binary = recipes[-2].steps
+    assert [type(step).__name__ for step in binary] == ["Binarize", "FineTune", "Quantize"]
+    others = plan(model, trainable(), Goals(size="0.05x"), baseline, target=Target("executorch"))
+    assert "Binarize" not in str([item.steps for item in others])
+
+
+def test_layers_stay_in_float_for_the_drop_that_was_asked_for(wide):
+    model, baseline = wide
+    given = task(calibration=images(), validation=images())
+    steps = [s for item in plan(model, given, Goals("1%"), baseline) for s in item.steps]
+    assert paredown.Quantize(max_drop=0.01) in steps
+    unscored = task(calibration=images())
+    for goals, each in ((Goals(), given), (Goals("1%"), unscored)):
+        assert "max_drop" not in " ".join(
+            recipe.line(s) for item in plan(model, each, goals, baseline) for s in item.steps
+        )
+
+
+def test_tables_that_weigh_most_become_integers():
+    class Lookup(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.head = nn.Embedding(5000, 64), nn.Linear(64, 8)
+
+        def forward(self, ids):
+            return self.head(self.table(ids).mean(1))
+
+    ids = torch.zeros(1, 4, dtype=torch.long)
+    model = paredown.capture(Lookup(), (ids,))
+    size = sum(tensor.nbytes for tensor in model.state_dict().values())
+    given = Task((ids,), paredown.accuracy)
+    baseline = dataclasses.replace(BASELINE, size_bytes=size)
+    recipes = plan(model, given, Goals(size="0.3x"), baseline)
+    assert recipes[0].steps == [paredown.QuantizeWeights(4, method="rtn")]
+
+
 def test_the_seed_is_that_of_the_training(model):
     trained = dataclasses.replace(task(train=images()), loss=F.cross_entropy)
     steps = [step for item in plan(model, trained, Goals(), BASELINE, 7) for step in item.steps]
@@ -152,7 +201,7 @@ def test_expected_size_is_near_the_files(tmp_path: Path, width, runtime_name):
     if chosen.INT8_BYTES is None:
         assert after >= before  # and so int8 is not planned
     else:
-        expected = expected_int8_bytes(captured, before, chosen.INT8_BYTES)
+        expected = expected_integer_bytes(captured, before, chosen.INT8_BYTES)
         assert expected == pytest.approx(after, rel=0.15)
 
 
