@@ -5,12 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from paredown.graph.group_scales import in_groups, symmetric_grid
+
 LEVELS = 255  # the largest activation, as an unsigned byte
 SMALLEST_SCALE = 1e-12
 WEIGHT_GRIDS = {8: (-127, 127), 4: (-8, 7)}  # bits -> lowest and highest integer
-CLIPPINGS = 20  # shares of the largest weight that are tried,
-LEAST_CLIPPING = 0.3  # from this one up to 1
-REFINEMENTS = 4
 
 
 def affine(low: float, high: float) -> tuple[float, int]:
@@ -42,29 +41,16 @@ def channel_scales(weight: Tensor, axis: int, high: int = 127) -> Tensor:
 def closest_scales(weight: Tensor, axis: int, low: int, high: int) -> Tensor:
     """Symmetric scales (C,) with about the least squared error of each channel's rounding.
 
-    The best of some clippings of the largest weight, then in turns the integers for these scales
-    and the least-squares scales for these integers (Lloyd 1982): neither turn adds error. It pays
-    at 4 bits and fewer, where the largest weight alone would leave the others few levels.
+    It pays at 4 bits and fewer, where the largest weight alone would leave the others few levels.
 
     Example:
         >>> weight = torch.tensor([[1.0, 1.1, -0.9, 1.0, 2.0]])
         >>> channel_scales(weight, 0, high=1), closest_scales(weight, 0, low=-1, high=1)
         (tensor([2.]), tensor([1.2000]))
     """
-    rows = weight.movedim(axis, 0).flatten(1)  # (C, N)
-    largest = channel_scales(weight, axis, high)  # (C,)
-    best, least = largest, torch.full_like(largest, torch.inf)
-    for share in torch.linspace(LEAST_CLIPPING, 1, CLIPPINGS):
-        scales = (largest * share).clamp(min=SMALLEST_SCALE)
-        integers = (rows / scales[:, None]).round().clamp(low, high)
-        error = (integers * scales[:, None] - rows).square().sum(1)
-        best, least = torch.where(error < least, scales, best), torch.minimum(error, least)
-    for _ in range(REFINEMENTS):
-        integers = (rows / best[:, None]).round().clamp(low, high)
-        squares = integers.square().sum(1)
-        fitted = (rows * integers).sum(1) / squares.clamp(min=1)
-        best = torch.where(squares > 0, fitted.clamp(min=SMALLEST_SCALE), best)
-    return best
+    groups = in_groups(weight.movedim(axis, 0).flatten(1), 0)  # (C, 1, N)
+    scales, _ = symmetric_grid(groups, torch.ones_like(groups[:1]).expand_as(groups), low, high)
+    return scales[:, 0].clamp(min=SMALLEST_SCALE)
 
 
 def least_scales(bias: Tensor, input_scale: float) -> Tensor:

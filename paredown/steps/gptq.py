@@ -82,39 +82,53 @@ def gptq(
         >>> gptq(weight, together, scale, 0 * scale, -8, 7), weight.round()
         (tensor([[[0., 1.]]]), tensor([[[0., 0.]]]))
     """
-    parts, outputs, inputs = weight.shape
+    outputs, inputs = weight.shape[1:]
+    places, upper = _in_order(hessian, damping, order)
+    columns = places[:, None].expand(-1, outputs, -1)  # (N, R, F)
+    w = weight.take_along_dim(columns, 2)
+    pruned = w == 0
+    for start in range(0, inputs, BLOCK):
+        block = slice(start, min(start + BLOCK, inputs))
+        at = columns[:, :, block]
+        grid = scale.take_along_dim(at, 2), zero_point.take_along_dim(at, 2)
+        part = (w[:, :, block], pruned[:, :, block], upper[:, block, block])
+        errors = _round_block(*part, *grid, low, high)
+        w[:, :, block.stop :] -= errors @ upper[:, block, block.stop :]
+    return torch.empty_like(w).scatter_(2, columns, w)
+
+
+def _in_order(hessian: Tensor, damping: float, order: bool) -> tuple[Tensor, Tensor]:
+    """The inputs (N, F) in the order in which they are rounded, and the factor in that order."""
     diagonal = hessian.diagonal(dim1=1, dim2=2)  # (N, F)
     dead = diagonal == 0
     if order:
         places = diagonal.argsort(dim=1, descending=True, stable=True)  # (N, F)
     else:
-        places = torch.arange(inputs).expand(parts, -1)
+        places = torch.arange(diagonal.shape[1]).expand(len(diagonal), -1)
     hessian = hessian.take_along_dim(places[:, :, None], 1).take_along_dim(places[:, None], 2)
     hessian.diagonal(dim1=1, dim2=2)[dead.take_along_dim(places, 1)] = 1.0
-    upper = inverse_factor(hessian, damping)
-    del hessian
-    columns = places[:, None].expand(-1, outputs, -1)  # (N, R, F)
-    w = weight.take_along_dim(columns, 2)
-    fixed = w == 0
-    for start in range(0, inputs, BLOCK):
-        stop = min(start + BLOCK, inputs)
-        errors = w.new_empty(parts, outputs, stop - start)
-        for j in range(start, stop):
-            at = columns[:, :, j : j + 1]
-            made = _round(
-                w[:, :, j],
-                scale.take_along_dim(at, 2)[..., 0],
-                zero_point.take_along_dim(at, 2)[..., 0],
-                low,
-                high,
-            )
-            made[fixed[:, :, j]] = 0
-            error = (w[:, :, j] - made) / upper[:, j, j, None]  # (N, R)
-            w[:, :, j + 1 : stop] -= error[..., None] * upper[:, None, j, j + 1 : stop]
-            errors[:, :, j - start] = error
-            w[:, :, j] = made
-        w[:, :, stop:] -= errors @ upper[:, start:stop, stop:]
-    return torch.empty_like(w).scatter_(2, columns, w)
+    return places, inverse_factor(hessian, damping)
+
+
+def _round_block(
+    w: Tensor,
+    pruned: Tensor,
+    upper: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    low: int,
+    high: int,
+) -> Tensor:
+    """Round inputs (N, R, B) one after the other, in place; the errors that those behind the block
+    make up for, (N, R, B)."""
+    errors = torch.empty_like(w)
+    for j in range(w.shape[2]):
+        made = _round(w[:, :, j], scale[:, :, j], zero_point[:, :, j], low, high)
+        made[pruned[:, :, j]] = 0
+        errors[:, :, j] = (w[:, :, j] - made) / upper[:, j, j, None]  # (N, R)
+        w[:, :, j + 1 :] -= errors[:, :, j, None] * upper[:, None, j, j + 1 :]
+        w[:, :, j] = made
+    return errors
 
 
 def _round(w: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int) -> Tensor:
