@@ -596,7 +596,7 @@ SETTINGS = {
         optional={
             "scheme": st.sampled_from(["int8", "int4"]),
             "edge_bits": st.sampled_from([8, 4]),
-            "ranges": st.sampled_from(["mse", "minmax", "percentile", "entropy"]),
+            "ranges": st.sampled_from(["lp", "minmax", "percentile", "entropy"]),
             "percentile": st.floats(51, 100),
             "first": st.booleans(),
             "last": st.booleans(),

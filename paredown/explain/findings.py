@@ -35,8 +35,8 @@ COARSE_DB = 26.0  # a layer's own noise is 5 % of its result; at 8 bits it is ab
 PLACES = 256  # values of a channel that must have been seen before it is called constant
 
 # ranges -> those to take instead where they are too wide, and where they clip too much
-NARROWER = {"minmax": "percentile", "mse": "percentile", "percentile": "mse", "entropy": "mse"}
-WIDER = {"mse": "minmax", "minmax": "mse", "percentile": "mse", "entropy": "mse"}
+NARROWER = {"minmax": "percentile", "lp": "percentile", "percentile": "lp", "entropy": "lp"}
+WIDER = {"lp": "minmax", "minmax": "lp", "percentile": "lp", "entropy": "lp"}
 
 KINDS = {
     "outlier_channel": "outlier channel",

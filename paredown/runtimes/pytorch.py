@@ -17,7 +17,17 @@ if TYPE_CHECKING:
 SUFFIX, COMPANIONS = ".safetensors", ()
 # besides float32, all run as simulated; see paredown.types.Step
 FORMS = frozenset(
-    {"int8", "int4", "int8-weights", "int4-weights", "binary", "ternary", "fp16", "bf16"}
+    {
+        "int8",
+        "int8-dynamic",
+        "int4",
+        "int8-weights",
+        "int4-weights",
+        "binary",
+        "ternary",
+        "fp16",
+        "bf16",
+    }
 )
 INT8_BYTES = None  # weights stay float
 PACKAGES = ("torch", "safetensors")

@@ -46,7 +46,7 @@ class Quantize:
     Args:
         scheme: "int8", "int4" for weights of 4 bits, or "int8-dynamic", which needs no calibration
             data where ``smooth`` is 0 and ``correct_bias`` is off.
-        ranges: how activation ranges are chosen from the calibration data: "mse", "minmax",
+        ranges: how activation ranges are chosen from the calibration data: "lp", "minmax",
             "percentile" or "entropy".
         percentile: for ``ranges="percentile"``, the share of values kept, in per cent.
         first, last: whether the first and the last layer are quantized too.
@@ -77,7 +77,7 @@ class Quantize:
     needs: ClassVar[frozenset[str]] = frozenset()
 
     scheme: str = "int8"
-    ranges: str = "mse"
+    ranges: str = "lp"
     percentile: float = 99.99
     first: bool = True
     last: bool = True
