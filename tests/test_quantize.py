@@ -176,13 +176,10 @@ def test_lp_is_as_good_as_brute_force(kind):
 
 def test_lp_clips_the_two_ends_apart_where_one_is_short():
     torch.manual_seed(0)
-    tail = torch.zeros(60_000).exponential_().square()
-    values = torch.cat([-0.3 * torch.rand(5000), tail])
+    values = torch.cat([-0.3 * torch.rand(5000), torch.zeros(60_000).exponential_()])
     low, high = lp_range(gathered(values))
-    assert high < 0.95 * float(values.max())
-    assert (
-        abs(low - float(values.min())) < 0.05 + high / 255
-    )  # about a step: rounded, hardly clipped
+    assert high < 0.99 * float(values.max())
+    assert abs(low - float(values.min())) < 0.03  # about a step: rounded, hardly clipped
 
 
 def divergence(values: np.ndarray, low: float, high: float, span: tuple[float, float]) -> float:
