@@ -19,6 +19,8 @@ BENCHMARKS: dict[str, tuple[str, ...]] = {
     "pruning": ("pruning",),
     "widths": ("widths",),
     "packing": ("packing",),
+    "qat": ("qat",),
+    "weights": ("weights",),
 }
 PEERS = ("nncf", "openvino", "torch_pruning", "torchao", "ai_edge_quantizer")
 
