@@ -27,7 +27,7 @@ LAYERS = (  # from the top; each may import its own layer and those below
     "batches machine",
     "data scores",
     "graph stats",
-    "files progress terminal",
+    "files findings progress terminal",
     "types",
 )
 FAMILIES = ("steps", "runtimes")  # their members never import each other
