@@ -12,6 +12,7 @@ from paredown.runtimes import export, open
 from paredown.scores import accuracy, multilabel_accuracy, squared_error, token_accuracy
 from paredown.steps.binarize import Binarize
 from paredown.steps.cast import Cast
+from paredown.steps.distill import Distill
 from paredown.steps.fine_tune import FineTune
 from paredown.steps.prune_channels import PruneChannels
 from paredown.steps.prune_layers import PruneLayers
@@ -35,6 +36,7 @@ __all__ = [
     "Artifact",
     "Binarize",
     "Cast",
+    "Distill",
     "Exactness",
     "FineTune",
     "Goals",

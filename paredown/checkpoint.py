@@ -29,6 +29,7 @@ class State:
     optimizer: torch.optim.Optimizer
     batch: int  # examples per optimiser step
     chunk: int  # examples that fit into memory at once
+    extra: dict[str, nn.Parameter] = field(default_factory=dict)  # trained beside the model
     epoch: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
     best: dict[str, Tensor] = field(default_factory=dict)
@@ -52,10 +53,12 @@ def copy_into(targets: dict[str, Tensor], values: dict[str, Tensor]) -> None:
             targets[name].copy_(value)
 
 
-def mark_of(model: Model, task: Task, settings: Training) -> str:
-    """What a checkpoint must agree with: the model before training, settings, sizes of the data."""
+def mark_of(model: Model, task: Task, settings: Training, objective: str = "") -> str:
+    """What a checkpoint must agree with: the model before training, settings, sizes of the data,
+    and what is minimised, where that is not the task's loss."""
     sizes = [data.size(s) for s in (task.train, task.validation) if s is not None]
-    digest = hashlib.sha256(json.dumps([asdict(settings), sizes, task.batch_size]).encode())
+    asked = [asdict(settings), sizes, task.batch_size, objective]
+    digest = hashlib.sha256(json.dumps(asked).encode())
     digest.update(model.graph.code.encode())
     for name, tensor in sorted({**tensors(model.graph), **_named("mask:", model.masks)}.items()):
         digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
@@ -67,7 +70,8 @@ def mark_of(model: Model, task: Task, settings: Training) -> str:
 def write(path: Path, mark: str, model: Model, state: State) -> None:
     """Replace the file by where the training of that mark stands now."""
     found = _named("state:", tensors(model.graph)) | _named("best:", state.best)
-    for name, parameter in trainable(model).items():
+    found |= _named("extra:", dict(state.extra))
+    for name, parameter in (trainable(model) | _named("extra:", dict(state.extra))).items():
         for key, value in state.optimizer.state[parameter].items():
             if value is not None:
                 found[f"optimizer:{key}:{name}"] = torch.as_tensor(value)
@@ -96,6 +100,8 @@ def resume(path: Path, mark: str, model: Model, state: State) -> None:
     named = trainable(model)
     device = next(iter(named.values())).device
     copy_into(tensors(model.graph), _under("state:", found))
+    copy_into(dict(state.extra), _under("extra:", found))
+    named |= {f"extra:{name}": tensor for name, tensor in state.extra.items()}
     state.best = {name: t.to(device) for name, t in _under("best:", found).items()}
     for key, value in _under("optimizer:", found).items():
         kind, _, owner = key.partition(":")

@@ -28,6 +28,7 @@ from paredown.ledger import FINISHED, MODEL, RUN, Ledger, stage_key
 from paredown.measure import compare, measure
 from paredown.plan import Attempt, Recipe
 from paredown.runtimes import digest, parts, ready, runtime
+from paredown.teacher import started_from
 from paredown.types import (
     GOALS,
     SPLITS,
@@ -368,7 +369,8 @@ def _apply_step(state: _State, model: Model, step: Step, scratch: Path) -> Model
     token = train.scratch.set(scratch)
     try:
         torch.manual_seed(state.seed)
-        return recipe.apply_step(model, step, state.task)
+        with started_from(state.original):
+            return recipe.apply_step(model, step, state.task)
     finally:
         train.scratch.reset(token)
 
@@ -476,7 +478,8 @@ def replay(
     changed = next(_changed(run, captured, task), None)
     if changed:
         raise UserError(f"{folder}: {changed} is not the one of the run.")
-    with torch.random.fork_rng(devices=[]), tempfile.TemporaryDirectory() as made:
+    forked = torch.random.fork_rng(devices=[])
+    with forked, tempfile.TemporaryDirectory() as made, started_from(captured):
         for step in recipe.from_toml(run.artifact.recipe, "the run's recipe"):
             torch.manual_seed(run.seed)
             progress.say(f"  {recipe.line(step)}")

@@ -61,7 +61,7 @@ def batches(
         data, batch_size, shuffle=shuffle, generator=generator, collate_fn=default_collate
     )
     for item in loader:
-        yield _pair(item)
+        yield pair(item)
 
 
 def _tensor_batches(
@@ -70,10 +70,10 @@ def _tensor_batches(
     count = len(tensors[0])
     order = torch.randperm(count, generator=generator) if shuffle else torch.arange(count)
     for chosen in order.split(batch_size):
-        yield _pair([tensor[chosen] for tensor in tensors])
+        yield pair([tensor[chosen] for tensor in tensors])
 
 
-def _pair(item: Any) -> tuple[Any, Any]:
+def pair(item: Any) -> tuple[Any, Any]:
     if isinstance(item, (tuple, list)) and len(item) in (1, 2):
         return item[0], item[1] if len(item) == 2 else None
     raise UserError(

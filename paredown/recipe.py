@@ -17,6 +17,7 @@ from paredown.graph.capture import capture
 from paredown.graph.model import Model
 from paredown.runtimes import RUNTIMES, runtime
 from paredown.steps import STEPS, step_class
+from paredown.teacher import started_from
 from paredown.types import FORMS, Step, Target, Task, UserError
 
 NONE = "none"  # TOML has no null
@@ -40,9 +41,10 @@ def apply(model: Model | nn.Module, steps: Sequence[Step], task: Task) -> Model:
     found = problems(steps, task)
     if found:
         raise UserError("\n".join(found))
-    for step in steps:
-        progress.say(f"  {line(step)}")
-        made = apply_step(made, step, task)
+    with started_from(made):
+        for step in steps:
+            progress.say(f"  {line(step)}")
+            made = apply_step(made, step, task)
     return made
 
 
@@ -77,6 +79,8 @@ def problems(steps: Sequence[Step], task: Task, target: Target | None = None) ->
         lacking = task.missing(step.needs)
         if lacking:
             found.append(f"{line(step)}: needs {' and '.join(lacking)} of the task.")
+        seen = step.problems() if hasattr(step, "problems") else []
+        found += [f"{line(step)}: {problem}" for problem in seen]
     return found + (_unwritable(steps, target.runtime) if target else [])
 
 

@@ -6,7 +6,7 @@ import math
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -105,14 +105,75 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * (step - rise) / (steps - rise)))
 
 
+class Objective(Protocol):
+    """What training minimises, and what it trains beside the model and forgets afterwards."""
+
+    @property
+    def extra(self) -> dict[str, nn.Parameter]:
+        """Trained with the model's parameters and kept in the checkpoint."""
+
+    def mark(self) -> str:
+        """What a checkpoint must agree with."""
+
+    def to(self, device: torch.device) -> None:
+        """Move what the loss needs, in place."""
+
+    def __call__(self, model: Model, inputs: Any, target: Any) -> Tensor:
+        """The mean loss of a batch, ()."""
+
+
+@dataclass(frozen=True)
+class _TaskLoss:
+    """The task's own loss of the outputs."""
+
+    task: Task
+
+    @property
+    def extra(self) -> dict[str, nn.Parameter]:
+        return {}
+
+    def mark(self) -> str:
+        return ""
+
+    def to(self, device: torch.device) -> None:
+        pass
+
+    def __call__(self, model: Model, inputs: Any, target: Any) -> Tensor:
+        return task_loss(self.task, batches.call(model, inputs), target)
+
+
+def task_loss(task: Task, output: Any, target: Any) -> Tensor:
+    """The task's loss of a batch.
+
+    Raises:
+        UserError: it is not one number, or no gradient reaches the model through it.
+    """
+    assert task.loss is not None
+    loss = task.loss(output, target)
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+        raise UserError(f"task.loss: expected one number, a tensor of shape (), got {got}.")
+    if not loss.requires_grad:
+        raise UserError(
+            "task.loss: does not depend on the model's weights; check it for "
+            "detach(), argmax() or no_grad()."
+        )
+    return loss
+
+
 def fit(
-    model: Model, task: Task, settings: Training, checkpoint: Path | None = None
+    model: Model,
+    task: Task,
+    settings: Training,
+    checkpoint: Path | None = None,
+    objective: Objective | None = None,
 ) -> list[dict[str, Any]]:
     """Train the model's graph in place; it ends in evaluation mode, on the device it came from.
 
     Args:
         checkpoint: a file written after each epoch. Where it holds this same training (model,
             settings and data sizes), it goes on from there, to the same bits; else it is replaced.
+        objective: what is minimised; None is the task's own loss.
 
     Returns:
         One row for each epoch: ``epoch``, ``loss`` (mean), ``lr`` and, with a validation split,
@@ -123,20 +184,22 @@ def fit(
             shrink), a loss that is not finite, a group that the lasso has driven to zero, or not
             enough memory for one example.
     """
-    _check(model, task, settings)
+    _check(model, task, settings, objective)
+    objective = objective or _TaskLoss(task)
     home, device = machine.device_of(model), machine.device(settings.device)
-    mark = mark_of(model, task, settings) if checkpoint else ""
+    mark = mark_of(model, task, settings, objective.mark()) if checkpoint else ""
     lasso = units_of(model, settings.group_lasso) if settings.group_lasso else None
     try:
         qat.attach(model, settings.quantizers)
         machine.move(model, device)
+        objective.to(device)
         lasso = lasso and lasso.to(device)
         with machine.repeatable(device):
-            state = _start(model, task, settings)
+            state = _start(model, task, settings, objective.extra)
             if checkpoint is not None:
                 resume(checkpoint, mark, model, state)
             while state.epoch < math.ceil(settings.epochs) and not _stopped(state, settings):
-                _one_epoch(model, task, settings, state, lasso)
+                _one_epoch(model, task, settings, state, objective, lasso)
                 if checkpoint is not None:
                     write(checkpoint, mark, model, state)
         if settings.patience is not None:
@@ -198,7 +261,12 @@ def _scores(model: Model, task: Task, batch: Any) -> Tensor:
 
 
 def _one_epoch(
-    model: Model, task: Task, settings: Training, state: State, lasso: Lasso | None
+    model: Model,
+    task: Task,
+    settings: Training,
+    state: State,
+    objective: Objective,
+    lasso: Lasso | None,
 ) -> None:
     """Epoch ``state.epoch``: every step, the validation score, the row of the history."""
     split = data.split(task, "train")
@@ -218,7 +286,7 @@ def _one_epoch(
         rate = learning_rate(first + index, total, settings.lr, settings.warmup)
         for group in state.optimizer.param_groups:
             group["lr"] = rate
-        losses.append(_loss_and_gradients(model, task, batch, state))
+        losses.append(_loss_and_gradients(model, objective, batch, state))
         _check_loss(losses[-1], state.epoch, index, rate)
         _update(weights, settings, state, masks)
         if lasso is not None:
@@ -237,13 +305,13 @@ def _one_epoch(
     progress.say(f"  epoch {state.epoch}: loss {row['loss']:.4g}{score}{gone}")
 
 
-def _loss_and_gradients(model: Model, task: Task, batch: Any, state: State) -> float:
+def _loss_and_gradients(model: Model, objective: Objective, batch: Any, state: State) -> float:
     """Of one batch; where memory is short, in chunks whose gradients add up to it."""
     device = machine.device_of(model)
     while True:
         state.optimizer.zero_grad()
         try:
-            return _gradients(model, task, batch, state.chunk, device)
+            return _gradients(model, objective, batch, state.chunk, device)
         except Exception as error:
             if not machine.no_memory(error):
                 raise
@@ -265,20 +333,12 @@ def _update(weights: list[nn.Parameter], settings: Training, state: State, masks
     masks.hold_weights()
 
 
-def _gradients(model: Model, task: Task, batch: Any, chunk: int, device: torch.device) -> float:
-    assert task.loss is not None
+def _gradients(
+    model: Model, objective: Objective, batch: Any, chunk: int, device: torch.device
+) -> float:
     count, total = batches.count(batch), 0.0
     for part in batches.chunks(batch, chunk):
-        inputs, target = batches.to(part, device)
-        loss = task.loss(batches.call(model, inputs), target)
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-            raise UserError(f"task.loss: expected one number, a tensor of shape (), got {got}.")
-        if not loss.requires_grad:
-            raise UserError(
-                "task.loss: does not depend on the model's weights; check it for "
-                "detach(), argmax() or no_grad()."
-            )
+        loss = objective(model, *batches.to(part, device))
         share = batches.count(part) / count
         (loss * share if share < 1 else loss).sum().backward()
         total += float(loss.detach()) * share
@@ -362,9 +422,9 @@ def _stopped(state: State, settings: Training) -> bool:
 # --- the start -------------------------------------------------------------------------------
 
 
-def _check(model: Model, task: Task, settings: Training) -> None:
+def _check(model: Model, task: Task, settings: Training, objective: Objective | None) -> None:
     data.split(task, "train")
-    if task.loss is None:
+    if task.loss is None and objective is None:
         raise UserError("task: has no loss, which training needs: loss(output, target) -> ().")
     if settings.patience is not None and task.validation is None:
         raise UserError("patience: stopping early needs a validation split, which the task lacks.")
@@ -381,8 +441,8 @@ def _check(model: Model, task: Task, settings: Training) -> None:
         )
 
 
-def _start(model: Model, task: Task, settings: Training) -> State:
-    parameters = list(trainable(model).values())
+def _start(model: Model, task: Task, settings: Training, extra: dict[str, nn.Parameter]) -> State:
+    parameters = [*trainable(model).values(), *extra.values()]
     groups = [
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": settings.weight_decay},
         {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
@@ -400,4 +460,4 @@ def _start(model: Model, task: Task, settings: Training) -> State:
             f"model: was captured with a fixed batch of {batch}; the train split has only {count} "
             "examples."
         )
-    return State(optimizer, batch, batch)
+    return State(optimizer, batch, batch, extra)

@@ -35,7 +35,10 @@ torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 # Settings that keep a step quick here; others run with their defaults.
-QUICK = {"fine_tune": {"epochs": 1, "batch_size": 16, "lr": 1e-3, "device": "cpu"}}
+QUICK = {
+    name: {"epochs": 1, "batch_size": 16, "lr": 1e-3, "device": "cpu"}
+    for name in ("fine_tune", "distill")
+}
 # Further settings under which a step must keep its promise.
 VARIANTS = [
     *[("prune_channels", {"criterion": name}) for name in CRITERIA],
@@ -58,6 +61,7 @@ ILLEGAL: dict[tuple[str, ...], str] = {
     ("prune_layers", "prune_layers", "cnn"): "PruneLayers: the model has no residual block",
     ("quantize", "quantize"): "quantize: the model is quantized already",
     ("quantize", "cast"): "Cast: the model is quantized, so its weights are 8 bits already",
+    ("cast", "distill"): "is float16, in which training does not converge; train before Cast",
     ("cast", "fine_tune"): "is float16, in which training does not converge; train before Cast",
     ("cast", "quantize"): "quantize: ",
     ("prune_layers", "binarize", "cnn"): "Binarize: no convolution or linear layer is left besides",
@@ -589,6 +593,23 @@ SETTINGS = {
             "patience": st.none() | st.integers(1, 9),
             "seed": st.integers(0, 2**31),
             "device": st.sampled_from(["cpu", "cuda", "auto"]),
+        },
+    ),
+    "distill": st.fixed_dictionaries(
+        {},
+        optional={
+            "teacher": st.sampled_from(["original", "big.py", "big.safetensors"]),
+            "cache": st.booleans(),
+            "loss": st.sampled_from(["auto", "softened", "decoupled", "squared"]),
+            "temperature": positive,
+            "alpha": unit,
+            "internal": st.lists(
+                st.sampled_from(["hints", "attention_transfer", "similarity", "attention_maps"])
+            ).map(tuple),
+            "beta": positive,
+            "match": st.sampled_from(["depth", "cka"]),
+            "epochs": positive,
+            "patience": st.none() | st.integers(1, 9),
         },
     ),
     "quantize": st.fixed_dictionaries(

@@ -53,8 +53,8 @@ def capture(
     """Capture a model once, as a graph that runs, trains and exports.
 
     Args:
-        module: an ``nn.Module``, a Python file that defines ``model()`` and ``task()``, or a
-            ``.pt2`` file. Both files are code: name only those you trust.
+        module: an ``nn.Module``, a Python file that defines ``model()`` and (unless ``example`` is
+            given) ``task()``, or a ``.pt2`` file. Both files are code: name only those you trust.
         example: inputs as deployed, batch dimension first; a tuple, or a dict of keyword inputs.
             Comes from the task where ``module`` is a Python file, from the program for a ``.pt2``.
         dynamic: dimensions besides the batch that vary: for each input ``{dim: "name"}`` or None.
@@ -85,6 +85,16 @@ def load_file(path: str | Path) -> tuple[Callable[[], Any], Callable[[], Task]]:
     Raises:
         UserError: no such file, an error in it, or one of the functions is missing.
     """
+    model, task = _load(path, ("model", "task"))
+    return model, task
+
+
+def _load(path: str | Path, functions: tuple[str, ...]) -> list[Callable[[], Any]]:
+    """The functions of these names of a user's Python file, which is executed.
+
+    Raises:
+        UserError: no such file, an error in it, or one of the functions is missing.
+    """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file.")
@@ -102,12 +112,11 @@ def load_file(path: str | Path) -> tuple[Callable[[], Any], Callable[[], Task]]:
         raise UserError(f"{path}: {_where(error)}{type(error).__name__}: {error}") from error
     finally:
         sys.path.pop(0)
-    for function in ("model", "task"):
+    for function in functions:
         if not callable(getattr(loaded, function, None)):
-            raise UserError(
-                f"{path}: defines no function {function}(); it needs model() and task()."
-            )
-    return loaded.model, loaded.task
+            needed = " and ".join(f"{each}()" for each in functions)
+            raise UserError(f"{path}: defines no function {function}(); it needs {needed}.")
+    return [getattr(loaded, function) for function in functions]
 
 
 def call_user(function: Callable[[], Any], path: Path) -> Any:
@@ -133,9 +142,12 @@ def _capture_file(path: Path, example: Example | None, dynamic: Any) -> Model:
         return _capture_program(path, example, dynamic)
     if path.suffix == ".safetensors":
         return Model.load(path)
+    if example is not None:
+        (model,) = _load(path, ("model",))
+        return capture(call_user(model, path), example, dynamic)
     model, task = load_file(path)
     made: Task = call_user(task, path)
-    return capture(call_user(model, path), example or made.example, dynamic or made.dynamic)
+    return capture(call_user(model, path), made.example, dynamic or made.dynamic)
 
 
 def _capture_program(path: Path, example: Example | None, dynamic: Any) -> Model:

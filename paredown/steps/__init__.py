@@ -12,6 +12,7 @@ STEPS = {
     "prune_channels": "paredown.steps.prune_channels:PruneChannels",
     "prune_layers": "paredown.steps.prune_layers:PruneLayers",
     "fine_tune": "paredown.steps.fine_tune:FineTune",
+    "distill": "paredown.steps.distill:Distill",
     "quantize": "paredown.steps.quantize:Quantize",
     "binarize": "paredown.steps.binarize:Binarize",
     "quantize_weights": "paredown.steps.quantize_weights:QuantizeWeights",

@@ -1,0 +1,107 @@
+"""Run a captured graph and keep some of its inner values on the way."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+aten = torch.ops.aten
+ATTENTION = aten.scaled_dot_product_attention.default
+SOFTMAX = (aten.softmax.int, aten._softmax.default)
+
+Note = Callable[[fx.Node, Any], None]
+
+
+def attention_map(
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+) -> Tensor:
+    """Where each query looks: the probabilities inside `scaled_dot_product_attention`.
+
+    Shapes: query (B, heads, L, D), key (B, heads or a divisor of it, S, D), mask of bool (True
+    takes part) or of float (added) -> (B, heads, L, S).
+
+    Example:
+        >>> q = torch.zeros(1, 1, 2, 4)
+        >>> attention_map(q, q, causal=True)[0, 0].tolist()
+        [[1.0, 0.0], [0.5, 0.5]]
+    """
+    if key.dim() > 2 and key.shape[-3] != query.shape[-3]:  # grouped queries
+        key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
+    scores = query @ key.mT * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)
+    if causal:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    least = torch.finfo(scores.dtype).min / 2  # minus infinity would leave NaN in a row of nothing
+    if mask is not None and mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, least)
+    elif mask is not None:
+        scores = (scores + mask).clamp(min=least)
+    return scores.softmax(-1)
+
+
+class _Tapped(fx.Interpreter):
+    """The graph, a node at a time; ``note`` is called with each node and its value.
+
+    Of an attention op the value noted is its map.
+    """
+
+    def __init__(self, graph: fx.GraphModule, note: Note, wanted: Collection[str] | None):
+        super().__init__(graph)
+        self.note, self.wanted = note, wanted
+
+    def run_node(self, n: fx.Node) -> Any:
+        noted = self.wanted is None or n.name in self.wanted
+        seen = _map_of(*self.fetch_args_kwargs_from_env(n)) if noted and _attends(n) else None
+        value = super().run_node(n)
+        if noted:
+            self.note(n, value if seen is None else seen)
+        return value
+
+
+def _attends(node: fx.Node) -> bool:
+    return node.target is ATTENTION
+
+
+def _map_of(args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
+    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+    given = dict(zip(names, args, strict=False)) | kwargs
+    return attention_map(
+        given["query"],
+        given["key"],
+        given.get("attn_mask"),
+        given.get("is_causal", False),
+        given.get("scale"),
+    )
+
+
+def walk(graph: fx.GraphModule, leaves: Sequence[Tensor], note: Note) -> None:
+    """Run the graph on copies of its inputs; every node is noted with its value."""
+    with torch.no_grad():
+        _Tapped(graph, note, None).run(*[leaf.clone() for leaf in leaves])
+
+
+def read(
+    graph: fx.GraphModule, leaves: Sequence[Tensor], names: Sequence[str]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The outputs' tensors, and the values of the nodes of these names.
+
+    Example:
+        >>> import paredown
+        >>> model = paredown.capture(torch.nn.Sequential(torch.nn.ReLU()), (torch.zeros(1, 2),))
+        >>> read(model.graph, [torch.tensor([[-1.0, 2.0]])], ["relu"])
+        ([tensor([[0., 2.]])], [tensor([[0., 2.]])])
+    """
+    if not names:
+        return list(graph(*leaves)), []
+    found: dict[str, Tensor] = {}
+    outputs = _Tapped(graph, lambda node, value: found.update({node.name: value}), set(names)).run(
+        *leaves
+    )
+    return list(outputs), [found[name] for name in names]

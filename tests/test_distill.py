@@ -1,0 +1,572 @@
+"""Distillation: the losses as their papers have them, which layer teaches which, and the step."""
+
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import Dataset, TensorDataset
+
+import paredown
+from docs import make_architectures as page
+from paredown import (
+    Distill,
+    FineTune,
+    Goals,
+    PruneWeights,
+    Quantize,
+    capture,
+    compress,
+    progress,
+    recipe,
+    replay,
+    taps,
+    teacher,
+    train,
+)
+from paredown import distill_losses as losses
+from paredown.graph.model import Model
+from paredown.lessons import Teaching, prepare
+from paredown.stages import View
+from paredown.targets import outputs_of
+from paredown.teacher import started_from
+from paredown.train import Training, fit, scratch
+from paredown.types import Task, UserError
+from tests.architectures import ARCHITECTURES, make
+from tests.architectures.blocks import EncoderBlock
+
+torch.set_num_threads(1)
+pytestmark = pytest.mark.filterwarnings("ignore")
+QUICK = ("resnet8", "mobilenet_v2", "unet", "vit", "lstm", "siamese", "tied_language_model")
+FAST = {"epochs": 4, "lr": 0.01, "device": "cpu", "batch_size": 16}
+LONG = {**FAST, "epochs": 20}
+
+
+class Images(nn.Module):
+    """Three resolutions; (B, 1, 12, 12) -> (B, 3)."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(1, width, 3, 1, 1), nn.BatchNorm2d(width), nn.ReLU())
+        self.body = nn.Sequential(nn.Conv2d(width, 2 * width, 3, 2, 1), nn.ReLU(), nn.Dropout(0.1))
+        self.end = nn.Sequential(nn.Conv2d(2 * width, 2 * width, 3, 2, 1), nn.ReLU())
+        self.head = nn.Linear(2 * width, 3)
+
+    def forward(self, x):
+        return self.head(self.end(self.body(self.stem(x))).mean((2, 3)))
+
+
+class Tokens(nn.Module):
+    """A transformer; (B, L) -> {"logits": (B, L, 5), "length": (B,)}."""
+
+    def __init__(self, width: int, blocks: int, heads: int):
+        super().__init__()
+        self.embedding = nn.Embedding(16, width)
+        self.blocks = nn.ModuleList([EncoderBlock(width, heads) for _ in range(blocks)])
+        self.head = nn.Linear(width, 5)
+
+    def forward(self, ids):
+        x = self.embedding(ids)
+        for block in self.blocks:
+            x = block(x)
+        return {"logits": self.head(x), "ids": ids}
+
+
+def pictures(count: int, seed: int = 0) -> TensorDataset:
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(3, (count,), generator=generator)
+    noise = torch.randn(count, 1, 12, 12, generator=generator)
+    rows = torch.arange(12)[None, None, :, None] // 4 == labels[:, None, None, None]
+    return TensorDataset(noise + 2.0 * rows, labels)
+
+
+def words(count: int) -> TensorDataset:
+    ids = torch.randint(16, (count, 6), generator=torch.Generator().manual_seed(0))
+    return TensorDataset(ids, ids % 5)
+
+
+TASK = Task(
+    example=(torch.zeros(1, 1, 12, 12),),
+    score=paredown.accuracy,
+    loss=F.cross_entropy,
+    train=pictures(96),
+    validation=pictures(200, 1),
+    test=pictures(200, 2),
+    batch_size=16,
+)
+TEXT = Task(
+    example=(torch.zeros(1, 6, dtype=torch.long),),
+    score=lambda out, y: paredown.token_accuracy(out["logits"], y),
+    loss=lambda out, y: F.cross_entropy(out["logits"].flatten(0, 1), y.flatten()),
+    train=words(40),
+    dynamic=({1: "length"},),
+    batch_size=16,
+)
+
+
+@pytest.fixture(scope="module")
+def master() -> Model:
+    torch.manual_seed(0)
+    return FineTune(**FAST).apply(capture(Images(8), TASK.example), TASK)
+
+
+@pytest.fixture
+def student() -> Model:
+    torch.manual_seed(1)
+    return capture(Images(3), TASK.example)
+
+
+@pytest.fixture
+def said(monkeypatch) -> list[str]:
+    lines: list[str] = []
+    monkeypatch.setattr(progress, "say", lines.append)
+    return lines
+
+
+def transformer(width: int, blocks: int, heads: int) -> Model:
+    torch.manual_seed(width)
+    return capture(Tokens(width, blocks, heads), TEXT.example, TEXT.dynamic)
+
+
+def outputs(model: Model, count: int = 200) -> torch.Tensor:
+    with torch.no_grad():
+        return model(TASK.test.tensors[0][:count])
+
+
+def error(student: Model, teacher_: Model) -> float:
+    """Mean KL of the test outputs."""
+    pair = (F.log_softmax(outputs(m), -1) for m in (teacher_, student))
+    return float(losses.divergence(*pair).mean())
+
+
+def same(one: Model, other: Model) -> bool:
+    a, b = one.state_dict(), other.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+# --- losses ----------------------------------------------------------------------------------
+
+
+def logits(count: int = 7, classes: int = 5) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    pair = 3 * torch.randn(2, count, classes, dtype=torch.float64)
+    return pair[0].requires_grad_(), pair[1], torch.randint(classes, (count,))
+
+
+def test_softened_is_hintons():
+    ours, theirs, _ = logits()
+    q, log_p = (theirs / 3).softmax(-1), (ours / 3).log_softmax(-1)
+    expected = 9 * F.kl_div(log_p, q, reduction="batchmean")
+    torch.testing.assert_close(losses.softened(ours, theirs, temperature=3.0), expected)
+    hot = losses.softened(ours, theirs, temperature=1e4)  # tends to half the squared error, centred
+    centred = ours - theirs - (ours - theirs).mean(-1, keepdim=True)
+    torch.testing.assert_close(hot, 0.5 * centred.square().mean(), rtol=1e-3, atol=1e-6)
+
+
+def test_decoupled_is_softened_where_the_rest_weighs_what_the_teacher_leaves_it():
+    ours, theirs, target = logits(1)
+    left = float(1 - theirs.softmax(-1)[0, target[0]])
+    found = losses.decoupled(ours, theirs, target, 1.0, left)
+    torch.testing.assert_close(found, losses.softened(ours, theirs, temperature=1.0))
+    by_teacher = losses.decoupled(ours, theirs, None, 2.0)
+    assert by_teacher == losses.decoupled(ours, theirs, theirs.argmax(-1), 2.0)
+
+
+@pytest.mark.parametrize("name", losses.OUTPUTS)
+def test_classes_that_are_masked_out_leave_finite_gradients(name):
+    ours, theirs, target = logits()
+    gone = torch.zeros(5, dtype=torch.bool)
+    gone[3] = True
+    loss = losses.LOSSES[name](
+        ours.masked_fill(gone, -torch.inf), theirs.masked_fill(gone, -torch.inf), target % 3, 2.0
+    )
+    loss.backward()
+    assert torch.isfinite(loss) and torch.isfinite(ours.grad).all() and ours.grad.any()
+    assert not ours.grad[:, 3].any()
+
+
+@pytest.mark.parametrize("name", losses.INTERNAL)
+def test_inner_losses_are_zero_for_the_same_and_fall_by_their_gradient(name):
+    torch.manual_seed(0)
+    theirs, ours = torch.randn(2, 4, 6, 5, 5).softmax(-1)
+    loss = losses.LOSSES[name]
+    assert float(loss(theirs, theirs)) == pytest.approx(0, abs=1e-6)
+    ours.requires_grad_()
+    before = loss(ours, theirs)
+    (gradient,) = torch.autograd.grad(before, ours)
+    with torch.no_grad():
+        moved = ours - 1e-3 * gradient / gradient.norm()
+        assert loss(moved, theirs) < before and before > 0
+
+
+def test_what_the_scale_of_a_channel_or_its_order_does_not_change():
+    torch.manual_seed(0)
+    x, y = torch.randn(2, 6, 4, 3, 3)
+    for name in ("attention_transfer", "similarity"):
+        loss = losses.LOSSES[name]
+        torch.testing.assert_close(loss(x, y), loss(7 * x.flip(1), y.flip(1)))
+    rotated = torch.linalg.qr(torch.randn(4, 4)).Q
+    rows = x.mean((2, 3)), y.mean((2, 3))
+    assert losses.linear_cka(rows[0], 5 * rows[0] @ rotated + 1) == pytest.approx(1)
+    assert losses.linear_cka(*rows) == pytest.approx(losses.linear_cka(rows[1], rows[0] @ rotated))
+
+
+@pytest.mark.parametrize("kind", ["plain", "causal", "bool", "float", "grouped"])
+def test_attention_maps_are_those_of_the_op(kind):
+    torch.manual_seed(0)
+    query, key = torch.randn(2, 4, 5, 8), torch.randn(2, 2 if kind == "grouped" else 4, 5, 8)
+    value = torch.eye(5).expand(*key.shape[:2], 5, 5)
+    mask = {"bool": torch.rand(5, 5) > 0.3, "float": torch.randn(5, 5)}.get(kind)
+    if kind == "bool":
+        mask.fill_diagonal_(True)
+    causal = kind == "causal"
+    expected = F.scaled_dot_product_attention(
+        query, key, value, mask, is_causal=causal, scale=0.5, enable_gqa=kind == "grouped"
+    )
+    found = taps.attention_map(query, key, mask, causal, 0.5)
+    torch.testing.assert_close(found, expected)
+    if kind == "bool":
+        assert torch.isfinite(taps.attention_map(query, key, torch.zeros(5, 5).bool())).all()
+
+
+# --- which layer -----------------------------------------------------------------------------
+
+
+def learnt(lines: list[str]) -> list[tuple[str, str]]:
+    found = [line.split() for line in lines if "from the teacher's" in line]
+    return [(words_[1], words_[words_.index("teacher's") + 1]) for words_ in found]
+
+
+def test_stages_of_each_resolution_are_found_and_told(student, master, said):
+    prepare(master, student, TASK, Teaching(internal=("hints",)), related=False)
+    assert said[0] == "  learning output: softened, temperature 4, classes in dimension 1"
+    assert learnt(said) == [("stem", "stem"), ("body", "body"), ("end", "end")]
+
+
+def test_hidden_states_of_a_deeper_teacher_are_matched_by_depth(said):
+    deep, shallow = transformer(16, 6, 4), transformer(8, 3, 2)
+    how = Teaching(internal=("hints", "attention_maps"))
+    lesson = prepare(deep, shallow, TEXT, how, related=False)
+    assert said[0] == "  learning output logits: softened, temperature 4, classes in dimension 2"
+    assert [(a[-1], b[-1]) for a, b in learnt(said)[:3]] == [("0", "1"), ("1", "3"), ("2", "5")]
+    maps = [pair for pair in lesson.pairs if pair.loss == "attention_maps"]
+    assert len(maps) == 3 and [p.teacher.layer.split(".")[1][0] for p in maps] == ["1", "3", "5"]
+    assert {key: tuple(t.shape) for key, t in lesson.extra.items() if "weight" in key} == {
+        f"{n}.weight": (16, 8) for n in range(3)
+    }
+
+
+def test_cka_finds_the_layer_that_was_copied(master, said):
+    how = Teaching(internal=("hints",), match="cka")
+    other = master.copy()
+    prepare(master, other, TASK, how, related=True)
+    assert learnt(said) == [("stem", "stem"), ("body", "body"), ("end", "end")]
+    assert all("CKA 1.00" in line for line in said[1:])
+
+
+def test_named_layers_of_other_widths_and_resolutions(student, master, said):
+    how = Teaching(internal=tuple(losses.INTERNAL[:3]), layers=("body=end", "stem"))
+    lesson = prepare(master, student, TASK, how, related=False)
+    assert learnt(said) == 3 * [("body", "end"), ("stem", "stem")]
+    assert {key: tuple(t.shape) for key, t in lesson.extra.items()} == {
+        "0.weight": (16, 6), "0.bias": (16,), "1.weight": (8, 3), "1.bias": (8,)
+    }  # fmt: skip
+    loss = lesson(student.copy().train(), *TASK.train[:8])
+    loss.backward()
+    assert torch.isfinite(loss) and all(t.grad.any() for t in lesson.extra.values())
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        (("boddy",), "layers: the model has no layer called 'boddy'; did you mean 'body'"),
+        (("body=ende",), "layers: the teacher has no layer called 'ende'; did you mean 'end'"),
+    ],
+)
+def test_a_layer_that_does_not_exist_suggests_the_nearest(student, master, layers, message):
+    how = Teaching(internal=("hints",), layers=layers)
+    with pytest.raises(UserError, match=message):
+        prepare(master, student, TASK, how, related=False)
+
+
+def test_losses_that_do_not_fit_a_net_are_refused():
+    flat = capture(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), (torch.zeros(1, 4),))
+    task = replace(TASK, train=TensorDataset(torch.randn(8, 4), torch.arange(8) % 3))
+    for name in ("attention_transfer", "attention_maps"):
+        with pytest.raises(UserError, match=f"internal: {name} .* none"):
+            prepare(flat, flat, task, Teaching(internal=(name,)), related=True)
+
+
+def test_where_the_classes_are():
+    class Pixels(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(1, 3, 1)
+
+        def forward(self, x):
+            y = self.conv(x)
+            return y, y.mean((2, 3)), y.argmax(1)
+
+    images = torch.randn(2, 1, 5, 3)
+    model = capture(Pixels(), (images,))
+    view, found = View(model, [images], "model"), list(model.graph(images))
+    labels = torch.randint(3, (2, 5, 3))
+    made = outputs_of(model, view, found, labels, "auto")
+    assert [(o.index, o.loss, o.classes) for o in made] == [(0, "softened", 1), (1, "squared", 1)]
+    made = outputs_of(model, view, found, {"x": labels, "y": torch.zeros(2).long()}, "decoupled")
+    assert [(o.loss, o.label) for o in made] == [("decoupled", 0), ("decoupled", 1)]
+    assert {o.loss for o in outputs_of(model, view, found, None, "auto")} == {"squared"}
+    assert {o.loss for o in outputs_of(model, view, found, None, "softened")} == {"softened"}
+
+
+# --- the step --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss", ["auto", "decoupled", "squared"])
+def test_a_student_learns_from_its_teacher_without_labels(student, master, loss, tmp_path):
+    master.save(tmp_path / "teacher.safetensors")
+    unlabelled = replace(TASK, train=TensorDataset(TASK.train.tensors[0]), loss=None)
+    step = Distill(teacher=str(tmp_path / "teacher.safetensors"), alpha=0, loss=loss, **LONG)
+    made = recipe.apply(student, [step], unlabelled)
+    assert error(made, master) < 0.5 * error(student, master)
+    assert made.graph.code == student.graph.code
+
+
+def test_labels_are_asked_for_where_they_count(student):
+    unlabelled = replace(TASK, train=TensorDataset(TASK.train.tensors[0]))
+    with pytest.raises(UserError, match="train split has none; set alpha=0"):
+        Distill(**FAST).apply(student, unlabelled)
+    with pytest.raises(UserError, match=r"Distill\(\): needs loss of the task"):
+        recipe.apply(student, [Distill()], replace(TASK, loss=None))
+    with pytest.raises(UserError, match="needs train of the task"):
+        recipe.apply(student, [Distill(alpha=0)], replace(TASK, train=None))
+
+
+def test_the_recipes_original_teaches(master):
+    steps = [PruneWeights(0.7), Distill(alpha=0, internal=("hints",), **LONG)]
+    cut = recipe.apply(master, steps[:1], TASK)
+    made = recipe.apply(master, steps, TASK)
+    assert error(made, master) < 0.5 * error(cut, master)
+    assert teacher.original.get() is None
+    for name, mask in cut.masks.items():
+        assert not made.state_dict()[name][~mask].any()
+    assert set(made.state_dict()) == set(master.state_dict())  # no adaptor stays
+
+
+def test_a_python_file_with_a_model_alone_teaches(student, tmp_path):
+    path = tmp_path / "big.py"
+    path.write_text(
+        "import torch\nfrom tests.test_distill import Images\n\n\n"
+        "def model():\n    return Images(8)\n"
+    )
+    steps = [Distill(teacher=str(path), epochs=0.2, internal=("similarity",))]
+    assert recipe.from_toml(recipe.to_toml(steps)) == steps
+    assert not same(recipe.apply(student, steps, TASK), student)
+
+
+def test_a_teacher_that_is_not_there_is_seen_before_any_work(student):
+    with pytest.raises(UserError, match=r"Distill\(.*\): teacher: gone.py: no such file"):
+        recipe.apply(student, [PruneWeights(0.5), Distill(teacher="gone.py")], TASK)
+
+
+def test_other_outputs_are_refused(student, tmp_path):
+    torch.manual_seed(0)
+    wide = Images(8)
+    wide.head = nn.Linear(16, 4)
+    capture(wide, TASK.example).save(tmp_path / "wide.safetensors")
+    step = Distill(teacher=str(tmp_path / "wide.safetensors"))
+    with pytest.raises(UserError, match=r"expected outputs as the model's, \(4, 3\); got \(4, 4\)"):
+        step.apply(student, TASK)
+    other = transformer(8, 1, 2)
+    other.save(tmp_path / "other.safetensors")
+    with pytest.raises(UserError, match="teacher: input 'ids': expected shape"):
+        replace(step, teacher=str(tmp_path / "other.safetensors")).apply(student, TASK)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"temperature": 0}, "temperature: expected a number above 0, got 0"),
+        ({"temperature": -1.0}, "temperature: expected a number above 0"),
+        ({"alpha": 1.5}, r"alpha: expected a share from 0 to 1, got 1\.5"),
+        ({"alpha": -0.1}, "alpha: expected a share"),
+        ({"beta": -1.0}, "beta: expected a weight"),
+        ({"loss": "kl"}, 'loss: expected one of "auto", "softened".* got \'kl\''),
+        ({"internal": ("hint",)}, 'internal: expected one of "hints"'),
+        ({"match": "width"}, 'match: expected one of "depth", "cka"'),
+        ({"layers": ("a",)}, "layers: only the losses of internal"),
+        ({"layers": ("a=b=c",), "internal": ("hints",)}, 'layers: expected "student=teacher"'),
+        ({"lr": 0}, "lr: expected"),
+    ],
+)
+def test_settings_out_of_their_range(settings, message):
+    with pytest.raises(UserError, match=message):
+        Distill(**settings)
+
+
+@pytest.mark.parametrize("loss", ["softened", "decoupled"])
+def test_a_loss_of_classes_needs_classes(loss):
+    one = capture(nn.Linear(4, 1), (torch.zeros(1, 4),))
+    task = replace(TASK, train=TensorDataset(torch.randn(8, 4), torch.randn(8, 1)), loss=F.mse_loss)
+    with pytest.raises(UserError, match=f'loss: "{loss}" compares classes, and no output has any'):
+        Distill(loss=loss).apply(one, task)
+    assert not same(Distill(epochs=1, lr=0.1).apply(one, replace(task, validation=None)), one)
+
+
+def test_it_works_through_the_rounding(master, said):
+    rounded = Quantize("int8").apply(PruneWeights(0.7).apply(master, TASK), TASK)
+    step = Distill(alpha=0, internal=("hints", "attention_transfer"), **LONG)
+    with started_from(master):
+        made = step.apply(rounded, TASK)
+    assert error(made, master) < 0.7 * error(rounded, master)
+    scales = [key for key in made.state_dict() if "scale" in key]
+    assert scales and set(made.state_dict()) == set(rounded.state_dict())
+    assert any(not torch.equal(made.state_dict()[k], rounded.state_dict()[k]) for k in scales)
+    assert learnt(said)[:3] == [("stem", "stem"), ("body", "body"), ("end", "end")]
+
+
+def test_tokens_whose_label_is_ignored_teach_nothing():
+    deep, shallow = transformer(16, 2, 4), transformer(8, 1, 2)
+    ids, labels = TEXT.train.tensors
+    hidden = labels.clone()
+    hidden[:, 3:] = -100
+    lesson = prepare(deep, shallow, TEXT, Teaching(alpha=0), related=False)
+    ours = shallow(ids)["logits"][:, :3].flatten(0, 1)
+    theirs = deep(ids)["logits"][:, :3].flatten(0, 1)
+    expected = losses.softened(ours, theirs)
+    torch.testing.assert_close(lesson(shallow, ids, hidden), expected)
+
+
+# --- resume, memory, cache -------------------------------------------------------------------
+
+HOW = Teaching(internal=("hints",))
+
+
+def lesson_of(master: Model, student: Model, task: Task = TASK):
+    return prepare(master, student, task, HOW, related=False)
+
+
+def test_a_killed_distillation_goes_on_to_the_same_bits(
+    master, student, tmp_path, monkeypatch, said
+):
+    settings = Training(**FAST)
+    whole, cut, again = student.copy(), student.copy(), student.copy()
+    first = lesson_of(master, whole)
+    history = fit(whole, TASK, settings, objective=first)
+    write, path = train.write, tmp_path / "c.safetensors"
+
+    def kill(*args):
+        write(*args)
+        if args[-1].epoch == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "write", kill)
+    with pytest.raises(KeyboardInterrupt):
+        fit(cut, TASK, settings, path, lesson_of(master, cut))
+    monkeypatch.setattr(train, "write", write)
+    second = lesson_of(master, again)
+    assert fit(again, TASK, settings, path, second) == history and same(again, whole)
+    assert all(torch.equal(second.extra[key], t) for key, t in first.extra.items())
+    assert any("going on from c.safetensors after epoch 2" in line for line in said)
+    other = prepare(master, student, TASK, Teaching(alpha=0.5), related=False)
+    fit(student.copy(), TASK, replace(settings, epochs=1), path, other)
+    assert any("is of another training" in line for line in said)
+
+
+def test_too_little_memory_halves_the_batch(master, student, monkeypatch, said):
+    said.clear()
+    lesson, read = lesson_of(master, student), taps.read
+
+    def short(graph, leaves, names):
+        if len(leaves[0]) > 5:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return read(graph, leaves, names)
+
+    monkeypatch.setattr("paredown.lessons.read", short)
+    rows = fit(student, replace(TASK, validation=None), Training(**FAST), objective=lesson)
+    assert len(rows) == 4
+    assert any("out of memory at a batch of 16: going on with 8 at a time" in line for line in said)
+
+
+class Plain(Dataset):
+    """Examples that are no TensorDataset; with ``noise`` other ones each time."""
+
+    def __init__(self, noise: float = 0.0, vary: bool = False):
+        self.noise, self.vary = noise, vary
+
+    def __len__(self):
+        return len(TASK.train)
+
+    def __getitem__(self, index):
+        x, y = TASK.train[index]
+        return x + self.noise * torch.randn(()), y
+
+
+def test_a_teacher_that_is_asked_once_teaches_the_same(master, student, tmp_path, said):
+    master.save(tmp_path / "teacher.safetensors")
+    task = replace(TASK, train=Plain())
+    settings = {**FAST, "teacher": str(tmp_path / "teacher.safetensors"), "epochs": 2}
+    step = Distill(internal=("hints",), **settings)
+    (tmp_path / "scratch").mkdir()
+    token = scratch.set(tmp_path / "scratch")
+    try:
+        kept = replace(step, cache=True).apply(student, task)
+    finally:
+        scratch.reset(token)
+    asked = step.apply(student, task)
+    for key, value in asked.state_dict().items():
+        torch.testing.assert_close(kept.state_dict()[key], value, rtol=1e-3, atol=1e-4)
+    size = sum(path.stat().st_size for path in (tmp_path / "scratch").glob("teacher-*.npy"))
+    values = 96 * (3 + 8 * 144 + 16 * 36 + 16 * 9)
+    assert 0 <= size - 4 * values < 1000
+    assert any("of 96 examples is kept on disk: 720 KB" in line for line in said)
+
+
+def test_what_cannot_be_kept_is_refused(student, monkeypatch):
+    step = Distill(cache=True, **FAST)
+    with pytest.raises(UserError, match="cache: the training data give another input each time"):
+        step.apply(student, replace(TASK, train=Plain(noise=1.0)))
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(UserError, match=r"cache: .* takes 1\.15 KB, and the disk has 1 KB left"):
+        step.apply(student, TASK)
+
+
+# --- all together ----------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_run_distils_from_its_original_and_replays(master, tmp_path):
+    steps = [PruneWeights(0.8), Quantize(), Distill(internal=("hints",), cache=True, **FAST)]
+    run = compress(master, TASK, Goals(max_drop=0.5), steps=steps, out=tmp_path / "run")
+    assert run.trials and [trial.kept for trial in run.trials]
+    lines = run.artifact.recipe
+    assert 'name = "distill"' in lines
+    artifact, digest = replay(tmp_path / "run", master, TASK)
+    assert digest == artifact.sha256
+
+
+def case(name: str):
+    return pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
+
+
+@pytest.mark.parametrize("name", [case(name) for name in ARCHITECTURES])
+def test_every_architecture_learns_from_its_original(name):
+    entry = ARCHITECTURES[name]
+    module, example = make(name)
+    model = capture(module, example, entry.dynamic)
+    task = page.calibration_task(entry, example)
+    task = replace(task, train=task.calibration)
+    changed = model if name == "dcgan" else Quantize("int8").apply(model, task)
+    step = Distill(
+        epochs=1, batch_size=4, alpha=0, internal=("hints", "similarity"), lr=1e-5, device="cpu"
+    )
+    with started_from(model):
+        made = step.apply(changed, task)  # which raises where a loss is not finite
+    leaves = [item.example for item in model.inputs]
+    with torch.no_grad():
+        ours, theirs = (m.graph(*[leaf.clone() for leaf in leaves]) for m in (made, model))
+    assert [t.shape for t in ours] == [t.shape for t in theirs]
+    assert not same(made, changed)
