@@ -21,6 +21,7 @@ BENCHMARKS: dict[str, tuple[str, ...]] = {
     "packing": ("packing",),
     "qat": ("qat",),
     "weights": ("weights",),
+    "distill": ("distill",),
 }
 PEERS = ("nncf", "openvino", "torch_pruning", "torchao", "ai_edge_quantizer")
 

@@ -164,6 +164,7 @@ def _identity(
         "goals": dataclasses.asdict(goals),
         "target": dataclasses.asdict(target),
         "recipe": recipe.to_toml(steps) if steps else "",
+        "files": recipe.files(steps or []),
         "seed": seed,
         "versions": versions(target.runtime),
     }
@@ -446,6 +447,7 @@ def _run(
         details={
             "model_sha256": identity["model"],
             "batch_size": identity["batch_size"],
+            "files": identity["files"],
             "stage_sha256": best.stage,
             **details.collect(
                 state.original, best.model, state.task, measured, best.file, state.target
@@ -494,4 +496,7 @@ def _changed(run: Run, model: Model, task: Task) -> Iterator[str]:
     """What is not as it was in the run."""
     if _digest(model) != run.details["model_sha256"]:
         yield "the model"
+    for path, sha256 in run.details.get("files", {}).items():
+        if not Path(path).is_file() or digest(Path(path)) != sha256:
+            yield path
     yield from details.changed_task(run, task)

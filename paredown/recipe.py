@@ -15,7 +15,7 @@ from torch import nn
 from paredown import progress
 from paredown.graph.capture import capture
 from paredown.graph.model import Model
-from paredown.runtimes import RUNTIMES, runtime
+from paredown.runtimes import RUNTIMES, digest, runtime
 from paredown.steps import STEPS, step_class
 from paredown.teacher import started_from
 from paredown.types import FORMS, Step, Target, Task, UserError
@@ -82,6 +82,12 @@ def problems(steps: Sequence[Step], task: Task, target: Target | None = None) ->
         seen = step.problems() if hasattr(step, "problems") else []
         found += [f"{line(step)}: {problem}" for problem in seen]
     return found + (_unwritable(steps, target.runtime) if target else [])
+
+
+def files(steps: Sequence[Step]) -> dict[str, str]:
+    """Path -> SHA-256 of each file that a step reads, such as a teacher's."""
+    named = [path for step in steps if hasattr(step, "files") for path in step.files()]
+    return {path: digest(Path(path)) for path in named}
 
 
 def _unwritable(steps: Sequence[Step], name: str) -> list[str]:

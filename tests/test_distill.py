@@ -1,5 +1,6 @@
 """Distillation: the losses as their papers have them, which layer teaches which, and the step."""
 
+import importlib
 import shutil
 from dataclasses import replace
 
@@ -538,14 +539,33 @@ def test_what_cannot_be_kept_is_refused(student, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_run_distils_from_its_original_and_replays(master, tmp_path):
-    steps = [PruneWeights(0.8), Quantize(), Distill(internal=("hints",), cache=True, **FAST)]
+def test_a_run_distils_from_its_original_and_replays(master, tmp_path, monkeypatch):
+    plan = importlib.import_module("paredown.plan")
+    monkeypatch.setattr(plan, "RECOVERING", ("distill",))  # judged with the step before it
+    steps = [Quantize(), Distill(internal=("hints",), cache=True, **FAST)]
+    seen, found = [], teacher.find
+    spy = lambda *a: seen.append(found(*a)) or seen[-1]  # noqa: E731
+    monkeypatch.setattr("paredown.steps.distill.find", spy)
     run = compress(master, TASK, Goals(max_drop=0.5), steps=steps, out=tmp_path / "run")
-    assert run.trials and [trial.kept for trial in run.trials]
-    lines = run.artifact.recipe
-    assert 'name = "distill"' in lines
+    assert [trial.kept for trial in run.trials] == [True]
+    assert 'name = "distill"' in run.artifact.recipe
+    assert len(seen) == 1 and same(seen[0], master)
     artifact, digest = replay(tmp_path / "run", master, TASK)
     assert digest == artifact.sha256
+
+
+@pytest.mark.slow
+def test_a_run_knows_the_file_of_its_teacher(master, student, tmp_path):
+    path, out = tmp_path / "teacher.safetensors", tmp_path / "run"
+    master.save(path)
+    steps = [Distill(teacher=str(path), **FAST)]
+    compress(student, TASK, Goals(), steps=steps, out=out)
+    assert replay(out, student, TASK)[1]
+    student.save(path)
+    with pytest.raises(UserError, match=r"teacher\.safetensors is not the one of the run"):
+        replay(out, student, TASK)
+    with pytest.raises(UserError, match="files"):
+        compress(student, TASK, Goals(), steps=steps, out=out)
 
 
 def case(name: str):

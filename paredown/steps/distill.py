@@ -91,6 +91,10 @@ class Distill:
         """What would stop it later, seen before any work."""
         return list(filter(None, [check_file(self.teacher)]))
 
+    def files(self) -> list[str]:
+        """What it reads besides the task, on which a run's result depends."""
+        return [] if self.teacher == ORIGINAL else [self.teacher]
+
     def apply(self, model: Model, task: Task) -> Model:
         lacking = task.missing(self.needs)
         if lacking:

@@ -1,0 +1,167 @@
+"""What a student of about a tenth of its teacher's parameters learns alone, and from the teacher.
+
+Digits (with all labels, and with 100) and the code model; three seeds, as many optimiser steps in
+every row; scores are of the exported file in ONNX Runtime, on examples that nothing was trained or
+chosen on.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tables
+import torch
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
+
+import paredown
+from paredown import Distill, FineTune, stats
+from paredown.graph.model import Model
+from paredown.runtimes import onnxruntime
+from paredown.types import Step, Task
+
+sys.path.insert(0, str(tables.ROOT / "examples"))
+SEEDS = 3
+LABELS = 100  # of the 997 training images, where few are labelled
+ALONE = "alone"
+TAUGHT: dict[str, dict[str, Any]] = {
+    "outputs, softened": {"loss": "softened"},
+    "outputs, decoupled": {"loss": "decoupled"},
+    "softened + hints": {"loss": "softened", "internal": ("hints",)},
+    "softened + attention_transfer": {"loss": "softened", "internal": ("attention_transfer",)},
+    "softened + similarity": {"loss": "softened", "internal": ("similarity",)},
+}
+BASE = "outputs, softened"
+COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "student": lambda row: row["student"],
+    "score": lambda row: row["score"],
+    "against alone": lambda row: row["against alone"],
+    "against softened outputs": lambda row: row[f"against {BASE}"],
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """Data, models and settings of one table; ``labelled`` is what the student alone learns from,
+    ``epochs`` are of ``task.train``."""
+
+    name: str
+    task: Task
+    teacher: Model
+    student: Callable[[], Model]
+    labelled: Dataset[Any]
+    epochs: float
+    lr: float
+    alpha: float
+    held: int
+
+
+def run(quick: bool) -> list[tables.Result]:
+    cases = [lambda: _digits(True, quick), lambda: _digits(False, quick)]
+    return [_table(case()) for case in (cases if quick else [*cases, _code])]
+
+
+def _digits(few: bool, quick: bool) -> Case:
+    import digits
+
+    task = replace(digits.task(), validation=None)
+    images, labels = task.train.tensors  # type: ignore[union-attr]
+    labelled = TensorDataset(images[:LABELS], labels[:LABELS]) if few else task.train
+    name = f"digits, {LABELS} labels" if few else "digits, all 997 labels"
+    return Case(
+        name=name,
+        task=replace(task, train=TensorDataset(images)) if few else task,
+        teacher=paredown.capture(digits.model(), task.example),
+        student=lambda: paredown.capture(digits.ResNet8(width=10), task.example),
+        labelled=labelled,  # type: ignore[arg-type]
+        epochs=6 if quick else 24,
+        lr=3e-3,
+        alpha=0.0 if few else 0.1,
+        held=400,
+    )
+
+
+def _code() -> Case:
+    import code_lm
+
+    task = replace(code_lm.task(), validation=None)
+    teacher = paredown.capture(code_lm.model(), task.example, task.dynamic)
+
+    def student() -> Model:
+        return paredown.capture(code_lm.CodeLM(64, 3, 4), task.example, task.dynamic)
+
+    train: Any = task.train
+    return Case("code model", task, teacher, student, train, 1, 2e-3, 0.1, 500)
+
+
+def _table(case: Case) -> tables.Result:
+    sizes = [sum(p.numel() for p in m.parameters()) for m in (case.teacher, case.student())]
+    with tempfile.TemporaryDirectory() as folder:
+        case.teacher.save(Path(folder) / "teacher.safetensors")
+        found = {}
+        for name, (step, task) in _steps(case, Path(folder) / "teacher.safetensors").items():
+            found[name] = [_scores(case, step, task, seed, Path(folder)) for seed in range(SEEDS)]
+            print(case.name, name, [f"{each.mean():.4f}" for each in found[name]], flush=True)
+        whole = _measured(case.teacher, case, Path(folder))
+    result = tables.Result(
+        f"distillation: {case.name}; a student of {sizes[1]:,} parameters, its teacher of "
+        f"{sizes[0]:,} scores {whole.mean():.2%}",
+        f"{case.held} test examples through the exported file; mean of {SEEDS} seeds "
+        "(lowest-highest); differences in points with their 95 % interval over the examples, each "
+        "example's score being its mean over the seeds",
+        [_row(name, found) for name in found],
+    )
+    tables.show(result, COLUMNS)
+    return result
+
+
+def _steps(case: Case, teacher: Path) -> dict[str, tuple[Step, Task]]:
+    """Name of a row -> how its student is trained, and on what."""
+    share = len(case.task.train) / len(case.labelled)  # type: ignore[arg-type]
+    alone = FineTune(epochs=case.epochs * share, lr=case.lr)
+    cache = case.task.train is not None and isinstance(case.task.train, TensorDataset)
+    made: dict[str, tuple[Step, Task]] = {ALONE: (alone, replace(case.task, train=case.labelled))}
+    for name, settings in TAUGHT.items():
+        how = {"alpha": case.alpha, "cache": cache, **settings}
+        step = Distill(teacher=str(teacher), epochs=case.epochs, lr=case.lr, **how)
+        made[name] = step, case.task
+    return made
+
+
+def _scores(case: Case, step: Any, task: Task, seed: int, folder: Path) -> np.ndarray:
+    torch.manual_seed(seed)
+    return _measured(replace(step, seed=seed).apply(case.student(), task), case, folder)
+
+
+def _measured(model: Model, case: Case, folder: Path) -> np.ndarray:
+    """The score of each test example through the exported file, (N,)."""
+    path = onnxruntime.lower(model, folder / "model.onnx")
+    predict = onnxruntime.open(path, tables.cores())
+    held = Subset(case.task.test, range(case.held))  # type: ignore[arg-type]
+    scores = [
+        case.task.score(torch.from_numpy(predict(inputs.numpy())[0]), target)
+        for inputs, target in DataLoader(held, 50)
+    ]
+    return torch.cat(scores).double().numpy()
+
+
+def _row(name: str, found: dict[str, list[np.ndarray]]) -> dict[str, Any]:
+    means = [100 * float(each.mean()) for each in found[name]]
+    row: dict[str, Any] = {"student": name, "scores": means}
+    row["score"] = f"{np.mean(means):.2f} % ({min(means):.2f}-{max(means):.2f})"
+    for other in (ALONE, BASE):
+        row[f"against {other}"] = "" if other == name else _difference(found[other], found[name])
+    return row
+
+
+def _difference(before: list[np.ndarray], after: list[np.ndarray]) -> str:
+    """In points, with its interval over the examples; each is averaged over the seeds first."""
+    both = [np.mean(each, axis=0) for each in (before, after)]
+    found = stats.paired_difference(*both)
+    shown = [f"{100 * value:+.2f}" for value in (found.estimate, found.low, found.high)]
+    return f"{shown[0]} ({shown[1]} to {shown[2]})"
