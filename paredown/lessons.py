@@ -27,7 +27,7 @@ from paredown.train import task_loss
 from paredown.types import Task, UserError
 
 AUTO = "auto"
-START = 4096  # places that an adaptor is fitted on before training
+START = 4096  # places of a batch that an adaptor is fitted on before training
 RIDGE = 1e-3
 
 
@@ -72,12 +72,14 @@ class Teaching:
             raise UserError(f"temperature: expected a number above 0, got {self.temperature!r}.")
         if not 0 <= self.alpha <= 1:
             raise UserError(f"alpha: expected a share from 0 to 1, got {self.alpha!r}.")
+        if self.alpha == 1 and not self.internal:
+            raise UserError("alpha: 1 leaves nothing to the teacher; lower it, or set internal.")
         if not 0 <= self.beta < math.inf:
             raise UserError(f"beta: expected a weight from 0 up, got {self.beta!r}.")
         if self.layers and not self.internal:
             raise UserError("layers: only the losses of internal compare layers; set internal too.")
         for text in self.layers:
-            parts = [part.strip() for part in text.split("=")]
+            parts = [part.strip() for part in str(text).split("=")]
             if not all(parts) or len(parts) > 2:
                 raise UserError(f'layers: expected "student=teacher" or one name, got {text!r}.')
 
@@ -218,7 +220,7 @@ def prepare(teacher: Model, student: Model, task: Task, how: Teaching, related: 
     lesson = Lesson(teacher, task, how, outputs, _pairs(views, student, teacher, task, how))
     for pair in lesson.pairs:
         progress.say(f"  learning {pair}")
-    with torch.random.fork_rng(devices=[]):  # for dropout
+    with torch.random.fork_rng(devices=[]):  # for dropout, and which places
         torch.manual_seed(0)
         lesson.extra.update(_adaptors(lesson, student, related))
     return lesson
@@ -267,14 +269,14 @@ def _adaptors(lesson: Lesson, student: Model, related: bool) -> dict[str, nn.Par
         ours = values_of(training, inputs, [pair.student for pair in needed.values()])
         theirs = values_of(lesson.teacher, inputs, [pair.teacher for pair in needed.values()])
         for number, a, b in zip(needed, ours, theirs, strict=True):
-            a, b = alike(a, b)
-            rows[number].append((_places(a), _places(b)))
+            x, y = (_places(value) for value in alike(a, b))  # (N, C), (N, D)
+            chosen = torch.randperm(len(x))[:START]
+            rows[number].append((x[chosen], y[chosen]))
     made = {}
     for number, found in rows.items():
-        x, y = (torch.cat(side) for side in zip(*found, strict=True))  # (N, C), (N, D)
-        chosen = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:START]
+        x, y = (torch.cat(side) for side in zip(*found, strict=True))
         start = x.new_zeros(y.shape[1], x.shape[1]), x.new_zeros(y.shape[1])
-        weight, bias = refit(x[chosen], y[chosen], *start, RIDGE)
+        weight, bias = refit(x, y, *start, RIDGE)
         assert bias is not None
         made[f"{number}.weight"] = nn.Parameter(weight.to(x.dtype))
         made[f"{number}.bias"] = nn.Parameter(bias.to(x.dtype))

@@ -22,7 +22,7 @@ from paredown.graph.model import Model
 from paredown.types import Task, UserError, human
 
 ORIGINAL = "original"
-TAUGHT = "taught"  # where a kept example has what the teacher says of it
+TAUGHT = "paredown.taught"  # where a kept example has what the teacher says of it
 original: ContextVar[Model | None] = ContextVar("original", default=None)  # of the recipe
 
 

@@ -307,7 +307,8 @@ class Step(Protocol):
     returns a changed copy, and raises `UserError` when there is nothing to change.
 
     A step after which weights or activations are no longer float32 says so in a property ``form``,
-    one of the keys of `FORMS`; a runtime names in its own ``FORMS`` those that it can write.
+    one of the keys of `FORMS`; a runtime names in its own ``FORMS`` those that it can write. One
+    that reads files names them in ``files()``, and says in ``problems()`` what stops it.
     """
 
     needs: ClassVar[frozenset[str]]

@@ -393,6 +393,7 @@ def test_other_outputs_are_refused(student, tmp_path):
         ({"temperature": -1.0}, "temperature: expected a number above 0"),
         ({"alpha": 1.5}, r"alpha: expected a share from 0 to 1, got 1\.5"),
         ({"alpha": -0.1}, "alpha: expected a share"),
+        ({"alpha": 1}, "alpha: 1 leaves nothing to the teacher"),
         ({"beta": -1.0}, "beta: expected a weight"),
         ({"loss": "kl"}, 'loss: expected one of "auto", "softened".* got \'kl\''),
         ({"internal": ("hint",)}, 'internal: expected one of "hints"'),
