@@ -61,9 +61,10 @@ class Case:
     held: int
 
 
-def run(quick: bool) -> list[tables.Result]:
-    cases = [lambda: _digits(True, quick), lambda: _digits(False, quick)]
-    return [_table(case()) for case in (cases if quick else [*cases, _code])]
+def run(quick: bool, data: str) -> list[tables.Result]:
+    if data == "code_lm":
+        return [_table(_code(quick), (BASE,) if quick else tuple(TAUGHT))]
+    return [_table(_digits(few, quick), tuple(TAUGHT)) for few in (True, False)]
 
 
 def _digits(few: bool, quick: bool) -> Case:
@@ -86,25 +87,30 @@ def _digits(few: bool, quick: bool) -> Case:
     )
 
 
-def _code() -> Case:
+def _code(quick: bool) -> Case:
     import code_lm
 
     task = replace(code_lm.task(), validation=None)
+    if quick:
+        task = replace(task, train=code_lm.Windows(code_lm.texts()["train"], 768))
     teacher = paredown.capture(code_lm.model(), task.example, task.dynamic)
 
     def student() -> Model:
         return paredown.capture(code_lm.CodeLM(64, 3, 4), task.example, task.dynamic)
 
     train: Any = task.train
-    return Case("code model", task, teacher, student, train, 1, 2e-3, 0.1, 500)
+    epochs = 5 if quick else 4
+    return Case("code model", task, teacher, student, train, epochs, 2e-3, 0.1, 500)
 
 
-def _table(case: Case) -> tables.Result:
+def _table(case: Case, taught: tuple[str, ...]) -> tables.Result:
     sizes = [sum(p.numel() for p in m.parameters()) for m in (case.teacher, case.student())]
     with tempfile.TemporaryDirectory() as folder:
         case.teacher.save(Path(folder) / "teacher.safetensors")
         found = {}
-        for name, (step, task) in _steps(case, Path(folder) / "teacher.safetensors").items():
+        steps = _steps(case, Path(folder) / "teacher.safetensors")
+        for name in (ALONE, *taught):
+            step, task = steps[name]
             found[name] = [_scores(case, step, task, seed, Path(folder)) for seed in range(SEEDS)]
             print(case.name, name, [f"{each.mean():.4f}" for each in found[name]], flush=True)
         whole = _measured(case.teacher, case, Path(folder))
@@ -124,10 +130,9 @@ def _steps(case: Case, teacher: Path) -> dict[str, tuple[Step, Task]]:
     """Name of a row -> how its student is trained, and on what."""
     share = len(case.task.train) / len(case.labelled)  # type: ignore[arg-type]
     alone = FineTune(epochs=case.epochs * share, lr=case.lr)
-    cache = case.task.train is not None and isinstance(case.task.train, TensorDataset)
     made: dict[str, tuple[Step, Task]] = {ALONE: (alone, replace(case.task, train=case.labelled))}
     for name, settings in TAUGHT.items():
-        how = {"alpha": case.alpha, "cache": cache, **settings}
+        how = {"alpha": case.alpha, "cache": True, **settings}
         step = Distill(teacher=str(teacher), epochs=case.epochs, lr=case.lr, **how)
         made[name] = step, case.task
     return made

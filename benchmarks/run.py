@@ -21,7 +21,8 @@ BENCHMARKS: dict[str, tuple[str, ...]] = {
     "packing": ("packing",),
     "qat": ("qat",),
     "weights": ("weights",),
-    "distill": ("distill",),
+    "distill": ("distill", "digits"),
+    "distill-code": ("distill", "code_lm"),
 }
 PEERS = ("nncf", "openvino", "torch_pruning", "torchao", "ai_edge_quantizer")
 

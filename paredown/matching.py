@@ -139,11 +139,13 @@ def in_order(scores: list[list[float]]) -> list[int]:
 
 def _by_depth(loss: str, stage: Stage, ours: list[Stage], theirs: list[Stage]) -> Pair:
     """The teacher's stage of the same resolution, where there are such, and of the nearest depth;
-    the last of a resolution learns from the last."""
+    the last of a resolution learns from the last, and a block from a block."""
     alike = [each for each in theirs if each.places == stage.places] or theirs
+    if stage.is_item:
+        alike = [each for each in alike if each.is_item] or alike
     is_last = stage is [each for each in ours if each.places == stage.places][-1]
     near = min(alike, key=lambda each: abs(each.depth - stage.depth))
-    found = alike[-1] if is_last and alike is not theirs else near
+    found = alike[-1] if is_last and alike[-1].places == stage.places else near
     return Pair(loss, stage, found, f"depth {stage.depth:.2f} from {found.depth:.2f}")
 
 
