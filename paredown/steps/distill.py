@@ -28,6 +28,12 @@ class Distill:
         cache: ask the teacher once about each example and keep what it says on disk, for data
             that are the same in every epoch.
 
+    It pays where few examples are labelled: on the digits, with 100 labels, a student of a tenth
+    of the parameters came from 89.2 to 97.2 %, and to 98.3 % with
+    ``internal=("attention_transfer",)`` (docs/distillation.md). It does not pay with too few
+    steps: with half of them it was worse than training alone. Each step costs the teacher's
+    forward pass besides.
+
     Pruned weights stay zero, and the quantizers of a quantized model train as with `FineTune`.
 
     Raises:
