@@ -17,7 +17,7 @@ from paredown.steps import step_class
 from paredown.types import GOALS, Comparison, Goals, Limit, Measurement, Step, Target, Task, human
 
 QUANTIZABLE = ("conv", "linear", "matmul")  # kinds of layers with an integer kernel
-RECOVERING = ("fine_tune",)  # steps that win back accuracy for the one before them
+RECOVERING = ("fine_tune", "distill")  # steps that win back accuracy for the one before them
 RECOVERY_EPOCHS = (3, 10)  # at least and at most, in between as many as
 RECOVERY_STEPS = 100  # updates take
 PAYS = {"size": 0.99, "memory": 0.97}  # an attempt pays below this share of the best so far

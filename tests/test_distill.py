@@ -1,6 +1,5 @@
 """Distillation: the losses as their papers have them, which layer teaches which, and the step."""
 
-import importlib
 import shutil
 from dataclasses import replace
 
@@ -541,8 +540,6 @@ def test_what_cannot_be_kept_is_refused(student, monkeypatch):
 
 @pytest.mark.slow
 def test_a_run_distils_from_its_original_and_replays(master, tmp_path, monkeypatch):
-    plan = importlib.import_module("paredown.plan")
-    monkeypatch.setattr(plan, "RECOVERING", ("distill",))  # judged with the step before it
     steps = [Quantize(), Distill(internal=("hints",), cache=True, **FAST)]
     seen, found = [], teacher.find
     spy = lambda *a: seen.append(found(*a)) or seen[-1]  # noqa: E731
