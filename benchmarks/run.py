@@ -21,6 +21,7 @@ BENCHMARKS: dict[str, tuple[str, ...]] = {
     "packing": ("packing",),
     "qat": ("qat",),
     "weights": ("weights",),
+    "sharing": ("sharing",),
 }
 PEERS = ("nncf", "openvino", "torch_pruning", "torchao", "ai_edge_quantizer")
 

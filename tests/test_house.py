@@ -23,7 +23,7 @@ LAYERS = (  # from the top; each may import its own layer and those below
     "plan details",
     "measure ledger recipe verify",
     "steps runtimes devices pack timing",
-    "train checkpoint qat lasso calibrate reconstruct lockstep layer_inputs parity zoo",
+    "train checkpoint qat lasso ties calibrate reconstruct lockstep layer_inputs parity zoo",
     "batches machine",
     "data scores",
     "graph stats",
