@@ -53,9 +53,9 @@ def box(model: Model) -> Model:
     made = model.copy()
     shared = {id(getattr_or_none(made.graph, name)) for name in made.shared}
     for site in sites(made.graph):
-        if "conv" in site.kind and id(tensor_of(made.graph, site.weight)) in shared:
-            source = next(n for n in site.node.all_input_nodes if n.target == site.weight)
-            insert_after(source, KEEP, (), [site.node])
+        direct = [n for n in site.node.all_input_nodes if n.target == site.weight]
+        if "conv" in site.kind and direct and id(tensor_of(made.graph, site.weight)) in shared:
+            insert_after(direct[0], KEEP, (), [site.node])  # behind a quantizer there is no norm
     made.graph.recompile()
     return made
 
