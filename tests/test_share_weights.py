@@ -15,7 +15,16 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 import paredown
-from paredown import Cast, FineTune, HashWeights, PruneWeights, Quantize, ShareWeights, UserError
+from paredown import (
+    Cast,
+    FineTune,
+    HashWeights,
+    PruneWeights,
+    Quantize,
+    ShareWeights,
+    UserError,
+    stats,
+)
 from paredown.compress import _pays_packed, compress
 from paredown.devices import local
 from paredown.graph import shared, store
@@ -24,7 +33,7 @@ from paredown.graph.model import Model
 from paredown.graph.quantized import quantized_weights, rounded
 from paredown.graph.sites import sites, tensor_of
 from paredown.pack import packed_bytes
-from paredown.recipe import apply, apply_step
+from paredown.recipe import apply, apply_step, load
 from paredown.runtimes import onnxruntime, pytorch
 from paredown.steps.kmeans import cluster_blocks, cluster_line, nearest
 from paredown.steps.share_weights import importances
@@ -32,7 +41,7 @@ from paredown.steps.tensors import shareable
 from paredown.train import Training, fit
 from paredown.types import Goals, Target, Task
 from tests.architectures import ARCHITECTURES, make, with_batch
-from tests.test_architectures import call, run, tensors
+from tests.test_architectures import ROOT, call, run, tensors
 from tests.test_run import Here
 
 torch.set_num_threads(1)
@@ -564,6 +573,29 @@ def test_what_does_not_pay_packed_either_is_undone_with_both_figures(built, tmp_
     kept, decision = _pays_packed(path, path, "it does not pay")
     assert not kept
     assert re.fullmatch(r"it does not pay; nor packed for delivery: .* KB \(1.00x\)", decision)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("net", ["300", "5"])
+def test_deep_compression_of_digits_is_fifty_times_smaller_at_no_loss(net, tmp_path, monkeypatch):
+    """What docs/sharing.md shows, by the recipes of the examples."""
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    import lenet_digits
+
+    monkeypatch.setattr(lenet_digits, "FOLDER", tmp_path)
+    task = lenet_digits.task()
+    model = capture(lenet_digits.trained(getattr(lenet_digits, f"LeNet{net}")), task.example)
+    steps = load(ROOT / "examples" / f"deep_compression_lenet_{net}.toml")
+    made = apply(model, steps, task)
+    files = [onnxruntime.lower(m, tmp_path / f"{n}.onnx") for n, m in enumerate((model, made))]
+    assert files[0].stat().st_size >= 50 * packed_bytes(files[1])
+    images, labels = task.test[:]
+    scores = [
+        (paredown.open(file)(images.numpy())[0].argmax(1) == labels.numpy()).astype(float)
+        for file in files
+    ]
+    interval = stats.paired_difference(*scores)
+    assert interval.low <= 0 <= interval.high
 
 
 # --- every architecture ----------------------------------------------------------------------
