@@ -14,9 +14,8 @@ class Ties:
     Compression, arXiv 1510.00149), with one momentum, to one place."""
 
     def __init__(self, model: Model) -> None:
-        found = books(model) if model.shared else []
         self.books: list[Book] = [
-            book for book in found if any(part.weight.requires_grad for part in book.parts)
+            book for book in books(model) if any(part.weight.requires_grad for part in book.parts)
         ]
 
     def gradients(self, weights: list[nn.Parameter]) -> list[Tensor]:

@@ -174,31 +174,33 @@ class Book:
 # --- of a model ------------------------------------------------------------------------------
 
 
-def books(model: Model) -> list[Book]:
-    """The codebooks of a model, in the order of their first weights.
+def books(model: Model) -> Iterator[Book]:
+    """The codebooks of a model, in the order of their first weights, one in memory at a time.
 
-    What `Cast` has left in 32 bits has values of its own from then on.
+    What `Cast` has left in 32 bits has values of its own from then on. A weight that a later step
+    has put something else in the place of is passed over.
     """
-    found: dict[tuple[str, torch.dtype], list[Part]] = {}
-    sizes: dict[str, int] = {}
+    found: dict[tuple[str, torch.dtype], list[str]] = {}
     for name, sharing in model.shared.items():
         weight = getattr_or_none(model.graph, name)
-        if weight is None:
-            continue  # a later step has put something else in its place
-        signs, mask = sharing.signs(weight.shape), model.masks.get(name)
-        part = Part(
-            name,
-            weight,
-            sharing.members(weight.shape).to(weight.device),
-            None if signs is None else signs.to(weight.device),
-            None if mask is None or bool(mask.all()) else mask.to(weight.device).reshape(-1),
-        )
-        found.setdefault((sharing.book, weight.dtype), []).append(part)
-        sizes[sharing.book] = sharing.size
-    return [
-        Book(f"{name}:{str(kind).removeprefix('torch.')}", sizes[name], tuple(parts))
-        for (name, kind), parts in found.items()
-    ]
+        if weight is not None:
+            found.setdefault((sharing.book, weight.dtype), []).append(name)
+    for (book, kind), names in found.items():
+        parts = tuple(_part(model, name) for name in names)
+        size = model.shared[names[0]].size
+        yield Book(f"{book}:{str(kind).removeprefix('torch.')}", size, parts)
+
+
+def _part(model: Model, name: str) -> Part:
+    weight, sharing = tensor_of(model.graph, name), model.shared[name]
+    signs, mask = sharing.signs(weight.shape), model.masks.get(name)
+    return Part(
+        name,
+        weight,
+        sharing.members(weight.shape).to(weight.device),
+        None if signs is None else signs.to(weight.device),
+        None if mask is None or bool(mask.all()) else mask.to(weight.device).reshape(-1),
+    )
 
 
 def hold(model: Model) -> None:
