@@ -109,6 +109,10 @@ class Sharing:
         like = torch.empty(tuple(shape), device="meta")
         return from_rows(runs.flatten(1), like, self.axis).reshape(-1)
 
+    def fits(self, weight: Tensor) -> bool:
+        """Whether codes are for a weight of that many elements; hashes are for any."""
+        return self.codes is None or self.codes.numel() * self.block == weight.numel()
+
     def signs(self, shape: Sequence[int]) -> Tensor | None:
         """What the value of each element is multiplied by, (N,), where buckets are hashed."""
         return hashed(math.prod(shape), self.size, self.seed)[1] if self.codes is None else None
@@ -183,7 +187,7 @@ def books(model: Model) -> Iterator[Book]:
     found: dict[tuple[str, torch.dtype], list[str]] = {}
     for name, sharing in model.shared.items():
         weight = getattr_or_none(model.graph, name)
-        if weight is not None:
+        if weight is not None and sharing.fits(weight):
             found.setdefault((sharing.book, weight.dtype), []).append(name)
     for (book, kind), names in found.items():
         parts = tuple(_part(model, name) for name in names)
