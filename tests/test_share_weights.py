@@ -169,6 +169,11 @@ def test_zeros_that_no_mask_tells_of_are_pruned_weights_too(built):
     assert len(values(made, "fc1.weight")) == 5
     trained = apply_step(made, QUICK, built[1])
     assert not trained.state_dict()["fc1.weight"][:, ::2].any()
+    with torch.no_grad():
+        model.graph.fc1.weight.copy_(built[0].graph.fc1.weight)
+        model.graph.fc1.weight[0, 0] = 0.0  # by chance
+    made = ShareWeights(k=4).apply(model, None)
+    assert not made.masks and len(values(made, "fc1.weight")) == 4
 
 
 def test_a_layer_or_a_group_of_nothing_but_zeros(built):
@@ -531,7 +536,7 @@ def test_nothing_to_share_is_told(built):
         UserError, match="no codebook would stand for more than 432 distinct blocks"
     ):
         ShareWeights(k=5000, block=4).apply(model, task)
-    with pytest.raises(UserError, match=r"than 2184 distinct values besides zero \(all weights\)"):
+    with pytest.raises(UserError, match=r"than 2184 distinct values \(all weights\)"):
         ShareWeights(k=5000, scope="global").apply(model, task)
     for step in (ShareWeights(), HashWeights()):
         kind = type(step).__name__

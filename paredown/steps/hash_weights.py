@@ -23,7 +23,7 @@ class HashWeights:
 
     A bucket starts as the mean of the weights that it stands for, which is the nearest that buckets
     come to them, and trains with `FineTune` along the sum of their gradients; such a training
-    belongs behind this step. Zeros stay zero.
+    belongs behind this step. Pruned weights stay zero.
 
     It pays in the PyTorch runtime's file: with a bucket for 64 weights the LeNet examples are 40
     and 44 times smaller, one at a loss of 1.5 points, one at none. It does not pay untrained, nor

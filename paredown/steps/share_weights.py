@@ -27,7 +27,8 @@ class ShareWeights:
     or each block of a row one of a few codewords (product quantization, arXiv 1907.05686).
 
     Weights of one value stay equal through `FineTune`, which moves the value along the sum of their
-    gradients. Zeros stay zero, and are no value of a codebook. Biases and norms are left alone.
+    gradients. Pruned weights stay zero, which is no value of a codebook. Biases and norms are left
+    alone.
 
     It pays where the file is packed (`paredown pack` codes the few values at their entropy) and in
     the PyTorch runtime's file, which holds the values and their numbers: the LeNet examples pack to
@@ -107,7 +108,7 @@ class ShareWeights:
             sizes = {each.name: self._distinct(each) for each in found}
             most, where = max(sizes.values()), repr(max(sizes, key=lambda name: sizes[name]))
         if most <= self.k:
-            what = "blocks" if self.block > 1 else "values besides zero"
+            what = "blocks" if self.block > 1 else "values"
             raise UserError(
                 f"ShareWeights: changed nothing; k is {self.k}, and no codebook would stand for "
                 f"more than {most} distinct {what} ({where}). Ask for a k below that."

@@ -15,10 +15,12 @@ from paredown.graph.shared import refuse_shared
 from paredown.graph.sites import Site, sites, tensor_of
 from paredown.types import UserError
 
+PRUNED = 0.01  # of a weight, from which on zeros without a mask are taken for pruned ones
+
 
 @dataclass(frozen=True)
 class Shareable:
-    """A trainable weight with all its uses, and True for each element that is not zero."""
+    """A trainable weight with all its uses, and False for each element that is pruned."""
 
     weight: Tensor
     uses: tuple[Site, ...]
@@ -67,6 +69,8 @@ def _one(model: Model, uses: list[Site]) -> Shareable:
     if not bool(weight.isfinite().all()):
         raise UserError(f"model: {uses[0].weight!r} holds NaN or infinite weights.")
     kept = weight.detach() != 0
+    if float((~kept).double().mean()) < PRUNED:  # by chance: values like any other
+        kept = torch.ones_like(kept)
     for site in uses:
         if site.weight in model.masks:
             kept = kept & model.masks[site.weight].to(weight.device)
@@ -74,12 +78,12 @@ def _one(model: Model, uses: list[Site]) -> Shareable:
 
 
 def keep_zeros(model: Model, found: Shareable) -> None:
-    """Zeros are pruned weights from now on: a value of their own that stays what it is."""
+    """What is pruned is zero from now on: a value of its own that stays what it is."""
     if not bool(found.kept.all()):
         for site in found.uses:
             model.masks[site.weight] = found.kept
 
 
 def flat(found: Shareable) -> Tensor:
-    """The elements that are not zero, (N,)."""
+    """The elements that are not pruned, (N,)."""
     return torch.masked_select(found.weight.detach(), found.kept)
