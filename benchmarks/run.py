@@ -23,6 +23,7 @@ BENCHMARKS: dict[str, tuple[str, ...]] = {
     "weights": ("weights",),
     "distill": ("distill", "digits"),
     "distill-code": ("distill", "code_lm"),
+    "sharing": ("sharing",),
 }
 PEERS = ("nncf", "openvino", "torch_pruning", "torchao", "ai_edge_quantizer")
 

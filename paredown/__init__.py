@@ -14,11 +14,13 @@ from paredown.steps.binarize import Binarize
 from paredown.steps.cast import Cast
 from paredown.steps.distill import Distill
 from paredown.steps.fine_tune import FineTune
+from paredown.steps.hash_weights import HashWeights
 from paredown.steps.prune_channels import PruneChannels
 from paredown.steps.prune_layers import PruneLayers
 from paredown.steps.prune_weights import PruneWeights
 from paredown.steps.quantize import Quantize
 from paredown.steps.quantize_weights import QuantizeWeights
+from paredown.steps.share_weights import ShareWeights
 from paredown.types import (
     Artifact,
     Goals,
@@ -40,6 +42,7 @@ __all__ = [
     "Exactness",
     "FineTune",
     "Goals",
+    "HashWeights",
     "Limit",
     "Measurement",
     "Model",
@@ -49,6 +52,7 @@ __all__ = [
     "Quantize",
     "QuantizeWeights",
     "Run",
+    "ShareWeights",
     "Step",
     "Target",
     "Task",

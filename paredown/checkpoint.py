@@ -60,7 +60,11 @@ def mark_of(model: Model, task: Task, settings: Training, objective: str = "") -
     asked = [asdict(settings), sizes, task.batch_size, objective]
     digest = hashlib.sha256(json.dumps(asked).encode())
     digest.update(model.graph.code.encode())
-    for name, tensor in sorted({**tensors(model.graph), **_named("mask:", model.masks)}.items()):
+    for name, tied in sorted(model.shared.items()):
+        digest.update(f"{name}{tied.book}{tied.size}{tied.seed}{tied.block}".encode())
+    codes = {name: tied.codes for name, tied in model.shared.items() if tied.codes is not None}
+    also = _named("mask:", model.masks) | _named("codes:", codes)
+    for name, tensor in sorted({**tensors(model.graph), **also}.items()):
         digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         digest.update(flat.view(torch.uint8).numpy().tobytes())

@@ -25,7 +25,8 @@ from paredown.graph.capture import capture
 from paredown.graph.model import Model
 from paredown.graph.store import decode, encode
 from paredown.ledger import FINISHED, MODEL, RUN, Ledger, stage_key
-from paredown.measure import compare, measure
+from paredown.measure import Measured, compare, measure
+from paredown.pack import packed_bytes
 from paredown.plan import Attempt, Recipe
 from paredown.runtimes import digest, parts, ready, runtime
 from paredown.teacher import started_from
@@ -61,6 +62,7 @@ class _State:
     original_file: Path
     baseline: Measurement
     seed: int
+    asked: bool  # for a recipe of the user's own
 
     def done(self, measurement: Measurement) -> bool:
         """Whether there is nothing left to do: an amount was asked for, and every goal is met."""
@@ -117,7 +119,7 @@ def compress(
         run = _finished(ledger)
         if run is None:
             torch.manual_seed(seed)
-            state = _baseline(ledger, captured, task, goals, target, seed)
+            state = _baseline(ledger, captured, task, goals, target, seed, steps is not None)
             text = _run(state, steps, identity, command).to_json()
             run = Run.from_json(text)  # as a later call finds it
             ledger.finish(FINISHED, {"stage": ledger.put(text.encode(), RUN), "suffix": RUN})
@@ -186,7 +188,13 @@ def versions(name: str) -> dict[str, str]:
 
 
 def _baseline(
-    ledger: Ledger, model: Model, task: Task, goals: Goals, target: Target, seed: int
+    ledger: Ledger,
+    model: Model,
+    task: Task,
+    goals: Goals,
+    target: Target,
+    seed: int,
+    asked: bool,
 ) -> _State:
     progress.say("Baseline: export the original and measure it")
     stage = ledger.put(encode(model), MODEL)
@@ -202,7 +210,7 @@ def _baseline(
     progress.say(f"  {_figures(measurement)}")
     for note in model.notes:
         progress.say(f"  note: {note}")
-    return _State(ledger, task, goals, target, model, file, measurement, seed)
+    return _State(ledger, task, goals, target, model, file, measurement, seed, asked)
 
 
 def _check_space(ledger: Ledger, model: Model) -> None:
@@ -322,6 +330,8 @@ def _run_attempt(state: _State, attempt: Attempt, best: _Best, key: str) -> dict
     allowed = state.goals.allowed_drop(measured["original"].measurement)
     against_original = compare(measured["original"], measured["candidate"], allowed)
     kept, decision = plan.decide(measured, allowed)
+    if not kept and state.asked and not _fell(measured, allowed):
+        kept, decision = _pays_packed(best.file, file, decision)
     return {
         "stage": stage,
         "suffix": MODEL,
@@ -333,6 +343,22 @@ def _run_attempt(state: _State, attempt: Attempt, best: _Best, key: str) -> dict
         "comparison": dataclasses.asdict(against_original),
         "findings": found,
     }
+
+
+def _fell(measured: dict[str, Measured], allowed: float | None) -> bool:
+    """Whether the score fell by more than the goal allows."""
+    before, after = (measured[name].measurement.score or 0.0 for name in ("original", "candidate"))
+    return allowed is not None and before - after > allowed + 1e-12
+
+
+def _pays_packed(best: Path, candidate: Path, decision: str) -> tuple[bool, str]:
+    """Zeros and shared values make an exported file smaller only once it is packed: of a recipe
+    that was asked for they are kept for that, by the same bound."""
+    before, after = packed_bytes(best), packed_bytes(candidate)
+    change = f"{human('size', before)} to {human('size', after)} ({after / before:.2f}x)"
+    if after <= plan.PAYS["size"] * before:
+        return True, f"packed for delivery {change}; {decision}"
+    return False, f"{decision}; nor packed for delivery: {change}"
 
 
 def _apply(
@@ -449,12 +475,21 @@ def _run(
             "batch_size": identity["batch_size"],
             "files": identity["files"],
             "stage_sha256": best.stage,
+            "packed_bytes": _packed(state, best),
             **details.collect(
                 state.original, best.model, state.task, measured, best.file, state.target
             ),
             "explanation": _explanation(state, best, sum(trial.seconds for trial in trials)),
         },
     )
+
+
+def _packed(state: _State, best: _Best) -> dict[str, int] | None:
+    """What both files take once they are packed, of a recipe that was asked for."""
+    if not (state.asked and best.steps):
+        return None
+    files = {"original": state.original_file, "compressed": best.file}
+    return {name: packed_bytes(file) for name, file in files.items()}
 
 
 def _explanation(state: _State, best: _Best, took_s: float) -> dict[str, Any] | None:

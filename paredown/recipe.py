@@ -15,6 +15,7 @@ from torch import nn
 from paredown import progress
 from paredown.graph.capture import capture
 from paredown.graph.model import Model
+from paredown.graph.shared import apart
 from paredown.runtimes import RUNTIMES, digest, runtime
 from paredown.steps import STEPS, step_class
 from paredown.teacher import started_from
@@ -55,13 +56,16 @@ def settle(step: Step, model: Model, task: Task, target: Target) -> Step:
 
 
 def apply_step(model: Model, step: Step, task: Task) -> Model:
-    """One step, and the check that pruned weights stayed zero through it."""
+    """One step, and the check that pruned weights stayed zero through it, and shared ones equal."""
     try:
         made = step.apply(model, task)
     except (UserError, MemoryError):
         raise
     except Exception as error:  # of the user's loss or data, or an op the step does not know
         raise UserError(f"{line(step)}: failed: {type(error).__name__}: {error}") from error
+    broken = next(apart(made), None)
+    if broken is not None:
+        raise UserError(f"{line(step)}: weights of {broken!r} that shared a value came apart.")
     state = made.state_dict()
     for name, mask in made.masks.items():
         if name in state and bool((state[name][~mask] != 0).any()):

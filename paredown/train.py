@@ -1,4 +1,4 @@
-"""The one training loop: seeded, resumable, and true to the masks of a pruned model."""
+"""The one training loop: seeded, resumable, and true to what is pruned and what is shared."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from paredown import batches, data, machine, progress, qat
 from paredown.checkpoint import State, copy_into, mark_of, resume, tensors, trainable, write
 from paredown.graph.model import Model
 from paredown.lasso import Lasso, units_of
+from paredown.ties import Ties
 from paredown.types import Task, UserError
 
 scratch: ContextVar[Path | None] = ContextVar("scratch", default=None)  # folder for checkpoints
@@ -276,7 +277,7 @@ def _one_epoch(
     seed = settings.seed * 1_000_003 + state.epoch  # so a resumed epoch draws the same numbers
     machine.seed(seed)
     model.train()
-    masks = _Masks(model)
+    masks, ties = _Masks(model), Ties(model)
     weights = _weights(model)
     losses, rate = [], 0.0
     order = data.batches(split, state.batch, shuffle=True, seed=seed)
@@ -288,9 +289,10 @@ def _one_epoch(
             group["lr"] = rate
         losses.append(_loss_and_gradients(model, objective, batch, state))
         _check_loss(losses[-1], state.epoch, index, rate)
-        _update(weights, settings, state, masks)
+        _update(weights, settings, state, masks, ties)
         if lasso is not None:
             lasso.shrink(rate)
+            ties.hold()
     _check_weights(model, state.epoch)
     model.eval()
     qat.hold(model)
@@ -324,13 +326,17 @@ def _weights(model: Model) -> list[nn.Parameter]:
     return [p for p in trainable(model).values() if id(p) not in changes]
 
 
-def _update(weights: list[nn.Parameter], settings: Training, state: State, masks: _Masks) -> None:
+def _update(
+    weights: list[nn.Parameter], settings: Training, state: State, masks: _Masks, ties: Ties
+) -> None:
     masks.hold_gradients()
+    gradients = ties.gradients(weights)
     if settings.clip_norm is not None:
-        norm = nn.utils.get_total_norm([p.grad for p in weights if p.grad is not None])
+        norm = nn.utils.get_total_norm(gradients)
         nn.utils.clip_grads_with_norm_(weights, settings.clip_norm, norm)
     state.optimizer.step()
     masks.hold_weights()
+    ties.hold()
 
 
 def _gradients(

@@ -53,6 +53,12 @@ VARIANTS = [
     ("binarize", {"form": "ternary"}),
     ("binarize", {"first": True, "last": True}),
 ]
+SHARING = {"share_weights": "ShareWeights", "hash_weights": "HashWeights"}
+PARTING = {  # what shared weights do not outlive
+    "prune_channels": "PruneChannels",
+    "binarize": "Binarize",
+    "quantize_weights": "QuantizeWeights",
+}
 # (earlier, later[, model]) -> what the later one says; every other pair must work.
 ILLEGAL: dict[tuple[str, ...], str] = {
     ("prune_weights", "prune_weights"): "PruneWeights: changed nothing; all",
@@ -82,6 +88,16 @@ ILLEGAL: dict[tuple[str, ...], str] = {
     ("quantize_weights", "cast"): "Cast: the model is quantized, so its weights are",
     ("cast", "quantize_weights"): "QuantizeWeights: no float32 weight is left",
     ("cast", "cast"): "Cast: changed nothing; the model has no float32 weights",
+    **{
+        (first, second): f"{second_class}: the model is quantized already; share weights before"
+        for first in ("quantize", "binarize", "quantize_weights")
+        for second, second_class in SHARING.items()
+    },
+    **{
+        (first, second): f"{second_class}: the weights of "
+        for first in SHARING
+        for second, second_class in {**SHARING, **PARTING}.items()
+    },
 }
 
 
@@ -649,6 +665,19 @@ SETTINGS = {
             "depthwise": st.booleans(),
             "exclude": names,
         },
+    ),
+    "share_weights": st.fixed_dictionaries(
+        {},
+        optional={
+            "k": st.integers(2, 4096),
+            "scope": st.sampled_from(["layer", "channels", "global"]),
+            "channels": st.integers(1, 99),
+            "weighted": st.booleans(),
+            "exclude": names,
+        },
+    ),
+    "hash_weights": st.fixed_dictionaries(
+        {}, optional={"ratio": unit, "seed": st.integers(0, 2**31), "exclude": names}
     ),
     "cast": st.fixed_dictionaries({}, optional={"dtype": st.sampled_from(["fp16", "bf16"])}),
 }

@@ -25,7 +25,7 @@ LAYERS = (  # from the top; each may import its own layer and those below
     "steps runtimes devices pack timing",
     "lessons teacher targets",
     "matching",
-    "train checkpoint qat lasso calibrate reconstruct lockstep layer_inputs parity zoo stages",
+    "train checkpoint qat lasso ties calibrate reconstruct lockstep layer_inputs parity zoo stages",
     "batches machine taps distill_losses",
     "data scores",
     "graph stats",

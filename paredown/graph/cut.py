@@ -168,6 +168,7 @@ def _place(graph: nn.Module, name: str, tensor: Tensor) -> None:
 
 def _note(model: Model, name: str, keep: dict[int, Tensor]) -> None:
     """Masks are cut as their weights are; what is kept counts in the original's indices."""
+    model.shared.pop(name, None)  # blocks and hashes do not outlive a cut
     if name in model.masks:
         model.masks[name] = _taken(model.masks[name], keep)
     before = model.kept.setdefault(name, {})

@@ -110,4 +110,5 @@ def remove_unread(model: Model, read: set[str]) -> None:
     for name in [n for n, tensor in state.items() if id(tensor) in unread]:
         remove_state(graph, name)
         model.masks.pop(name, None)
+        model.shared.pop(name, None)
         model.kept.pop(name, None)

@@ -6,13 +6,16 @@ import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from paredown.graph import mode, structure
 from paredown.types import UserError
+
+if TYPE_CHECKING:
+    from paredown.graph.shared import Sharing
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ class Model:
         kept: parameter or buffer name -> {dimension: the original's indices that it still has},
             for what structured pruning has cut.
         notes: what a user should know of the capture, in plain sentences.
+        shared: parameter name -> which of its elements are one value, and stay so.
 
     Example:
         >>> import torch, paredown
@@ -54,6 +58,7 @@ class Model:
     masks: dict[str, Tensor] = field(default_factory=dict)
     kept: dict[str, dict[int, Tensor]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    shared: dict[str, Sharing] = field(default_factory=dict)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return structure.unflatten(list(self.graph(*self.bind(args, kwargs))), self.outputs)
@@ -87,7 +92,8 @@ class Model:
     def copy(self) -> Model:
         """A deep copy: nothing done to it reaches this model."""
         kept = {name: dict(dims) for name, dims in self.kept.items()}
-        return replace(self, graph=copy_graph(self.graph), masks=dict(self.masks), kept=kept)
+        graph, masks, shared = copy_graph(self.graph), dict(self.masks), dict(self.shared)
+        return replace(self, graph=graph, masks=masks, kept=kept, shared=shared)
 
     def train(self, training: bool = True) -> Model:
         """Switch to training mode in place (batch norm, dropout, drop-path); returns itself."""

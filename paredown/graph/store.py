@@ -19,7 +19,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, fx, nn
 
 from paredown.files import write_atomically
-from paredown.graph import mode, packed, quantized, structure  # noqa: F401  (two register ops)
+from paredown.graph import mode, packed, quantized, shared_store, structure  # noqa: F401  (two register ops)
 from paredown.graph.model import Input, Model, keep_state, owner_of
 from paredown.types import UserError
 
@@ -75,6 +75,11 @@ def encode(model: Model) -> bytes:
     for name, dims in model.kept.items():
         stored |= {f"kept:{dim}:{name}": indices for dim, indices in dims.items()}
     stored |= {f"example:{n}": item.example for n, item in enumerate(model.inputs)}
+    if model.shared:  # each value once, in the place of the weights
+        header["shared"], values = shared_store.stored(model)
+        for name in header["shared"]:
+            stored.pop(f"state:{ties.get(name, name)}")
+        stored |= values
     contiguous = {k: stored[k].detach().cpu().contiguous().clone() for k in sorted(stored)}
     return to_bytes(contiguous, {"paredown": json.dumps(header)})
 
@@ -182,6 +187,8 @@ def decode(data: bytes, path: str) -> Model:
     """
     try:
         header, tensors = _read(data)
+        tied = shared_store.restored(header.get("shared", {}), header["ties"], tensors)
+        _refuse_nan(tensors)
         graph = _module(header, tensors)
         examples = [tensors[f"example:{n}"] for n in range(len(header["inputs"]))]
         inputs = tuple(
@@ -190,8 +197,8 @@ def decode(data: bytes, path: str) -> Model:
         )
         masks = {k.removeprefix("mask:"): v for k, v in tensors.items() if k.startswith("mask:")}
         arguments, outputs = header["arguments"], header["outputs"]
-        notes = tuple(header["notes"])
-        model = Model(graph, inputs, arguments, outputs, masks, _kept(tensors), notes)
+        notes, kept = tuple(header["notes"]), _kept(tensors)
+        model = Model(graph, inputs, arguments, outputs, masks, kept, notes, tied)
         _check(model)
         return model
     except Exception as error:  # there is no end to what a damaged file can fail with
@@ -256,10 +263,13 @@ def _read(data: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
     header = json.loads(text)
     if header["format"] != FORMAT:
         raise ValueError(f"format {header['format']}; this paredown reads format {FORMAT}")
+    return header, tensors
+
+
+def _refuse_nan(tensors: dict[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         if name.startswith("state:") and tensor.is_floating_point() and tensor.isnan().any():
             raise ValueError(f"{name.removeprefix('state:')} holds NaN")
-    return header, tensors
 
 
 def _refuse_duplicates(header: bytes) -> None:

@@ -8,6 +8,7 @@ import hashlib
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,6 +90,20 @@ def pack(path: str | Path, out: str | Path | None = None) -> Path:
         finally:
             body.unlink(missing_ok=True)
     return target
+
+
+def packed_bytes(path: str | Path) -> int:
+    """What an artifact takes once it is packed as "model", in bytes; the container is not kept.
+
+    Raises:
+        UserError: as `pack`.
+    """
+    path = Path(path).absolute()
+    with tempfile.TemporaryDirectory(prefix="paredown-") as folder:
+        named = Path(folder) / f"model{path.suffix}"  # a container holds the names inside
+        for part, linked in zip(parts(path), parts(named), strict=True):
+            linked.symlink_to(part)
+        return pack(named).stat().st_size
 
 
 def unpack(path: str | Path, out: str | Path | None = None) -> Path:

@@ -96,6 +96,10 @@ def _rows(run: Run, a: Measurement | None, b: Measurement | None) -> list[dict[s
             if goal == "energy":
                 row["notes"] = [m.energy_source if m else "" for m in (a, b)]
             rows.append(row)
+    packed = run.details.get("packed_bytes")
+    if packed:
+        values = [packed["original"], packed["compressed"]]
+        rows.insert(1, _row(run, "Packed for delivery", "size", values, None))
     if any(m and m.score is not None for m in (a, b)):
         rows.insert(1, _score_row(run, a, b, checks.get("max_drop")))
     return rows

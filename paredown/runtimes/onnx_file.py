@@ -27,7 +27,7 @@ from paredown.graph.quantized import (
     quantized_weights,
     stored_bits,
 )
-from paredown.runtimes import onnx_bits, onnx_blocks, onnx_dynamic
+from paredown.runtimes import onnx_bits, onnx_blocks, onnx_dynamic, onnx_shared
 from paredown.runtimes.onnx_graph import array, attribute, initializer, insert, replace
 from paredown.types import UserError
 
@@ -42,8 +42,9 @@ def encode(model: Model, standard: bool = False) -> bytes:
             Runtime, whose kernels want the biases of integer layers as 32-bit integers.
     """
     _register_placeholders()
-    exported = _export(onnx_bits.fold_norms(model))
+    exported = _export(onnx_shared.box(onnx_bits.fold_norms(model)))
     graph = exported.graph
+    onnx_shared.unbox(graph)
     _integer_weights(graph)
     _quantize_activations(graph)
     onnx_dynamic.lower(graph, standard)
@@ -67,7 +68,7 @@ def _register_placeholders() -> None:
     onnx_blocks.register()
     onnx_dynamic.register()
     kinds = OpSchema.AttrType
-    shapes = {
+    shapes: dict[str, tuple[list[str], dict[str, Any]]] = {
         "FakeQuantize": (
             ["x"],
             {"scale": kinds.FLOAT, "zero_point": kinds.INT, "low": kinds.INT, "high": kinds.INT},
@@ -76,6 +77,7 @@ def _register_placeholders() -> None:
             ["x", "scale"],
             {"axis": kinds.INT, "low": kinds.INT, "high": kinds.INT},
         ),
+        "Keep": (["x"], {}),
         **dict.fromkeys(onnx_bits.KINDS, (["x"], {"axis": kinds.INT})),
     }
     for name, (inputs, attributes) in shapes.items():
@@ -125,6 +127,7 @@ def _export(model: Model) -> ir.Model:
                     **onnx_bits.TRANSLATIONS,
                     **onnx_blocks.TRANSLATIONS,
                     **onnx_dynamic.TRANSLATIONS,
+                    **onnx_shared.TRANSLATIONS,
                 },
             )
     except Exception as error:

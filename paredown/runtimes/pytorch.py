@@ -97,8 +97,10 @@ def census(path: Path | str) -> Census:
     """Count the ATen ops of the graph, all in float, and the bytes of its tensors."""
     from collections import Counter
 
+    from paredown.graph.edit import getattr_or_none
     from paredown.graph.model import Model
     from paredown.graph.packed import UNPACK
+    from paredown.graph.shared_store import stored
     from paredown.types import Census
 
     model = Model.load(path)
@@ -107,10 +109,18 @@ def census(path: Path | str) -> Census:
     low = {n.args[0].target: KINDS[n.args[3]] for n in nodes if n.target is UNPACK}
     weights: Counter[str] = Counter()
     state = {id(tensor): (name, tensor) for name, tensor in model.state_dict().items()}
+    tied = {id(getattr_or_none(model.graph, name)) for name in model.shared}
     for name, tensor in state.values():
-        weights[low.get(name, str(tensor.dtype).removeprefix("torch."))] += tensor.nbytes
+        if id(tensor) not in tied:
+            weights[low.get(name, _kind(tensor))] += tensor.nbytes
+    for tensor in stored(model)[1].values():
+        weights[_kind(tensor)] += tensor.nbytes
     notes = (UNPACKED.format(" and ".join(sorted(set(low.values())))),) if low else ()
     return Census({}, dict(ops), dict(weights), notes=notes)
+
+
+def _kind(tensor: torch.Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def open_inside(model: Model, path: Path | str, names: Collection[str]) -> Any:

@@ -16,6 +16,8 @@ STEPS = {
     "quantize": "paredown.steps.quantize:Quantize",
     "binarize": "paredown.steps.binarize:Binarize",
     "quantize_weights": "paredown.steps.quantize_weights:QuantizeWeights",
+    "share_weights": "paredown.steps.share_weights:ShareWeights",
+    "hash_weights": "paredown.steps.hash_weights:HashWeights",
     "cast": "paredown.steps.cast:Cast",
 }
 

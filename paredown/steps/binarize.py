@@ -15,6 +15,7 @@ from paredown.graph.model import Model
 from paredown.graph.names import check_exclude, fits, with_layer
 from paredown.graph.quantized import quantizers
 from paredown.graph.rules.common import arguments
+from paredown.graph.shared import refuse_shared
 from paredown.graph.sites import Site, sites, tensor_of
 from paredown.types import Task, UserError
 
@@ -75,6 +76,8 @@ class Binarize:
             raise UserError("Binarize: the model is quantized already; binarize before.")
         made = model.copy()
         chosen = self._chosen(made)
+        names = [site.weight for site in chosen]
+        refuse_shared(made, names, "Binarize: {}, which signs do not keep; exclude them.")
         if self.form == "binary":
             _refuse_pruned(made, chosen)
         _insert(made, chosen, FORMS[self.form])

@@ -14,6 +14,7 @@ from paredown.graph.cut import cut
 from paredown.graph.model import Model
 from paredown.graph.names import check_exclude, fits, with_layer
 from paredown.graph.quantized import quantizers
+from paredown.graph.shared import refuse_shared
 from paredown.reconstruct import reconstruct
 from paredown.steps import criteria
 from paredown.steps.ladder import Ladder, ladder, widths
@@ -245,6 +246,9 @@ def _eligible(step: PruneChannels, model: Model, coupling: Coupling) -> list[Gro
     """The groups that the settings let it cut; one of buffers alone (positions) holds no weight."""
     if quantizers(model.graph):
         raise UserError("PruneChannels: the model is quantized; cut channels before Quantize.")
+    refuse_shared(
+        model, list(model.shared), "PruneChannels: {}, which a cut does not keep; cut before."
+    )
     named = dict(model.graph.named_parameters(remove_duplicate=False))
     known = (name for weight in named for name in with_layer(weight))
     check_exclude(step.exclude, known, "layer or weight")

@@ -15,6 +15,7 @@ from paredown.graph.model import Model
 from paredown.graph.quantized import quantizers
 from paredown.graph.regions import find_regions, prepare
 from paredown.graph.scales import WEIGHT_GRIDS
+from paredown.graph.shared import regroup
 from paredown.graph.sites import sites
 from paredown.progress import say
 from paredown.steps import mixed
@@ -53,7 +54,8 @@ class Quantize:
         edge_bits: for ``scheme="int4"``, bits of the first and the last layer's weights: 8 or 4.
         exclude: names of weights, or patterns such as ``"head.*"``, that stay in float.
         smooth: how much of the difference in size between channels moves from values into the
-            weights that read them, 0 to 1, wherever that changes nothing in float; 0 is off.
+            weights that read them, 0 to 1, wherever that changes nothing in float; 0 is off. Of a
+            model with shared weights, whose values it would part, nothing moves.
         correct_bias: take back the mean shift of each layer's output by its bias.
         max_drop: mixed precision: the most that the score on the validation data may fall, such as
             "0.5%"; as few layers as that needs stay in float. See `settle`.
@@ -123,11 +125,12 @@ class Quantize:
         made = model.copy().eval()
         prepare(made)
         fold_batch_norm(made.graph)
+        regroup(made)
         regions = find_regions(made, self._skipped(made))
         if not regions.sites:
             kinds = "linear layer" if self._dynamic else "convolution or linear layer"
             raise UserError(f"quantize: no {kinds} is left to run on integers.")
-        if self.smooth:
+        if self.smooth and not made.shared:
             equalize(made, task, [site.weight for site in regions.sites], self.smooth)
         exact = made.copy()
         if self._dynamic:

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from paredown import progress
 from paredown.graph.model import Model
+from paredown.graph.shared import refuse_shared
 from paredown.steps.gptq_layers import round_in_order, solvable
 from paredown.steps.weight_layers import Rounding, WeightLayer, insert, nearest, weight_layers
 from paredown.types import Task, UserError
@@ -89,6 +90,8 @@ class QuantizeWeights:
         tables = self._rounding(self.embedding_bits, None) if self.embedding_bits else None
         ends = {name for name in ("first", "last") if not getattr(self, name)}
         chosen = weight_layers(made, rounding, tables, self.exclude, ends)
+        names = [each.name for each in chosen]
+        refuse_shared(made, names, "QuantizeWeights: {}, which groups do not keep; exclude them.")
         solved = {each.name for each in chosen if self.method == "gptq" and solvable(each)}
         grids = {each.name: nearest(each) for each in chosen if each.name not in solved}
         if solved:
