@@ -13,6 +13,7 @@ from paredown.scores import accuracy, multilabel_accuracy, squared_error, token_
 from paredown.steps.binarize import Binarize
 from paredown.steps.cast import Cast
 from paredown.steps.fine_tune import FineTune
+from paredown.steps.low_rank import LowRank
 from paredown.steps.prune_channels import PruneChannels
 from paredown.steps.prune_layers import PruneLayers
 from paredown.steps.prune_weights import PruneWeights
@@ -39,6 +40,7 @@ __all__ = [
     "FineTune",
     "Goals",
     "Limit",
+    "LowRank",
     "Measurement",
     "Model",
     "PruneChannels",

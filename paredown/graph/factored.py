@@ -1,0 +1,133 @@
+"""Put a chain of two or three ops in place of one: a weight as the product of its factors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from paredown.graph.edit import getattr_or_none, keep_meta, remove_state, set_parameter
+from paredown.graph.model import Model
+from paredown.graph.rules.common import arguments
+from paredown.graph.sites import Site, tensor_of
+
+aten = torch.ops.aten
+_PLAIN = {1: aten.conv1d.default, 2: aten.conv2d.default, 3: aten.conv3d.default}
+SUFFIXES = {2: ("down", "up"), 3: ("down", "core", "up")}
+
+
+def factor(
+    model: Model,
+    uses: Sequence[Site],
+    factors: Sequence[Tensor],
+    carried: Sequence[Sequence[int]],
+) -> list[str]:
+    """Replace the op of each use by one op for each factor, in place; the factors' names.
+
+    The op's node becomes the last of them, so that what it gives keeps its name. The weight `NAME`
+    goes; `NAME_down`, `NAME_core` (of three) and `NAME_up` come.
+
+    Args:
+        uses: all that read the weight, alike.
+        factors: as the ops take them, in the order in which they run.
+        carried: for each factor the dimensions of the kernel whose stride, padding and dilation
+            its convolution has.
+    """
+    graph, weight = model.graph, uses[0].weight
+    old = tensor_of(graph, weight)
+    names = [_free(graph, f"{weight}_{suffix}") for suffix in SUFFIXES[len(factors)]]
+    for name, value in zip(names, factors, strict=True):
+        set_parameter(graph, name, value.to(old).contiguous())
+        tensor_of(graph, name).requires_grad_(old.requires_grad)
+    read = {str(arg.target) for use in uses for arg in use.node.all_input_nodes if _reads(arg)}
+    for use in uses:
+        _replace(graph, use, names, carried)
+    for name in [n for n in read if tensor_of(graph, n) is old]:
+        remove_state(graph, name)
+        model.kept.pop(name, None)
+    graph.recompile()
+    return names
+
+
+def _reads(node: fx.Node) -> bool:
+    return node.op == "get_attr"
+
+
+def _free(graph: fx.GraphModule, name: str) -> str:
+    while getattr_or_none(graph, name) is not None:
+        name += "_"
+    return name
+
+
+def _replace(
+    graph: fx.GraphModule, use: Site, names: list[str], carried: Sequence[Sequence[int]]
+) -> None:
+    """The ops before the last are new, the last is the old node with new arguments."""
+    node, value = use.node, use.input
+    calls = _calls(use, len(names), carried)
+    for name, (target, before, after) in zip(names[:-1], calls[:-1], strict=True):
+        with graph.graph.inserting_before(node):
+            read = graph.graph.get_attr(name)
+            value = graph.graph.call_function(
+                target, (*before, *_ordered(target, value, read), *after)
+            )
+        keep_meta(value, node)
+    target, before, after = calls[-1]
+    with graph.graph.inserting_before(node):
+        read = graph.graph.get_attr(names[-1])
+    node.target, node.kwargs = target, {}
+    node.args = (*before, *_ordered(target, value, read), *after)
+
+
+def _ordered(target: Any, value: fx.Node, weight: fx.Node) -> tuple[fx.Node, fx.Node]:
+    return (weight, value) if target is aten.embedding.default else (value, weight)
+
+
+# An op, its arguments before the value and the weight, and those behind.
+Call = tuple[Any, tuple[Any, ...], tuple[Any, ...]]
+
+
+def _calls(use: Site, count: int, carried: Sequence[Sequence[int]]) -> list[Call]:
+    node = use.node
+    if use.kind == "embedding":
+        return [(node.target, (), tuple(node.args[2:])), (aten.linear.default, (), (None,))]
+    if use.kind == "linear":
+        return [(node.target, (), (None,)), (node.target, (), (arguments(node)["bias"],))]
+    if use.kind == "matmul":
+        if node.target is aten.addmm.default:
+            return [(aten.mm.default, (), ()), (node.target, (node.args[0],), ())]
+        return [(node.target, (), ())] * 2
+    biases = [None] * (count - 1) + [arguments(node)["bias"]]
+    return [_convolution(node, *pair) for pair in zip(biases, carried, strict=True)]
+
+
+def _convolution(node: fx.Node, bias: Any, carried: Sequence[int]) -> Call:
+    """A convolution like the node's in some dimensions of its kernel, and 1 wide in the others."""
+    dims = _dims(node)
+    if not carried:
+        return (
+            _PLAIN[dims],
+            (),
+            (bias, [1] * dims, [0] * dims, [1] * dims, arguments(node)["groups"]),
+        )
+    named = arguments(node) | {"bias": bias}
+    for key, usual in (("stride", 1), ("padding", 0), ("dilation", 1)):
+        if not isinstance(named[key], str):  # "same" and "valid" hold for any kernel
+            each = _each(named[key], dims)
+            named[key] = [size if dim in carried else usual for dim, size in enumerate(each)]
+    schema: Any = node.target
+    return node.target, (), tuple(named[item.name] for item in schema._schema.arguments[2:])
+
+
+def _each(value: Any, count: int) -> list[int]:
+    """One entry for each dimension, where a single one may stand for all."""
+    values = list(value) if isinstance(value, (list, tuple)) else [value]
+    return values * count if len(values) == 1 else values
+
+
+def _dims(node: fx.Node) -> int:
+    """The dimensions of a convolution's kernel."""
+    name = str(node.target)
+    return next(dims for dims in _PLAIN if f"{dims}d" in name)
