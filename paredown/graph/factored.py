@@ -1,4 +1,4 @@
-"""Put a chain of two or three ops in place of one: a weight as the product of its factors."""
+"""Put a chain of two or three ops in place of one, whose weights make the one's, and back."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from paredown.graph.edit import getattr_or_none, keep_meta, remove_state, set_parameter
 from paredown.graph.model import Model
 from paredown.graph.rules.common import arguments
-from paredown.graph.sites import Site, tensor_of
+from paredown.graph.sites import Site, sites, tensor_of
 
 aten = torch.ops.aten
 _PLAIN = {1: aten.conv1d.default, 2: aten.conv2d.default, 3: aten.conv3d.default}
@@ -41,18 +41,14 @@ def factor(
     for name, value in zip(names, factors, strict=True):
         set_parameter(graph, name, value.to(old).contiguous())
         tensor_of(graph, name).requires_grad_(old.requires_grad)
-    read = {str(arg.target) for use in uses for arg in use.node.all_input_nodes if _reads(arg)}
+    named = dict(graph.named_parameters(remove_duplicate=False))
     for use in uses:
         _replace(graph, use, names, carried)
-    for name in [n for n in read if tensor_of(graph, n) is old]:
+    for name in [n for n, tensor in named.items() if tensor is old]:  # a tied weight has several
         remove_state(graph, name)
         model.kept.pop(name, None)
     graph.recompile()
     return names
-
-
-def _reads(node: fx.Node) -> bool:
-    return node.op == "get_attr"
 
 
 def _free(graph: fx.GraphModule, name: str) -> str:
@@ -131,3 +127,75 @@ def _dims(node: fx.Node) -> int:
     """The dimensions of a convolution's kernel."""
     name = str(node.target)
     return next(dims for dims in _PLAIN if f"{dims}d" in name)
+
+
+# --- and back --------------------------------------------------------------------------------
+
+
+def chains(graph: fx.GraphModule) -> list[list[Site]]:
+    """The ops that `factor` put in place of one, in the order they run."""
+    by_node = {site.node: site for site in sites(graph)}
+    found = []
+    for site in by_node.values():
+        base, _, suffix = site.weight.rpartition("_")
+        chain = [site]
+        while suffix == "down" and chain[-1].weight != f"{base}_up":
+            after = [by_node.get(user) for user in chain[-1].node.users]
+            following = after[0] if len(after) == 1 else None
+            if following is None or following.weight not in (f"{base}_core", f"{base}_up"):
+                break
+            chain.append(following)
+        alone = all(each.bias is None for each in chain[:-1])
+        if len(chain) > 1 and chain[-1].weight == f"{base}_up" and alone:
+            found.append(chain)
+    return found
+
+
+def join(model: Model, uses: Sequence[Sequence[Site]], weight: Tensor) -> str:
+    """Undo `factor`, in place: chains of the same factors become ops with the weight; its name."""
+    graph, names = model.graph, [site.weight for site in uses[0]]
+    name = names[0].removesuffix("_down")
+    set_parameter(graph, name, weight)
+    tensor_of(graph, name).requires_grad_(tensor_of(graph, names[0]).requires_grad)
+    for chain in uses:
+        _rejoin(graph, chain, name)
+        for site in reversed(chain[:-1]):
+            graph.graph.erase_node(site.node)
+    for each in names:
+        remove_state(graph, each)
+        model.kept.pop(each, None)
+    graph.recompile()
+    return name
+
+
+def _rejoin(graph: fx.GraphModule, chain: Sequence[Site], name: str) -> None:
+    first, last = chain[0], chain[-1].node
+    with graph.graph.inserting_before(last):
+        read = graph.graph.get_attr(name)
+    if first.kind == "embedding":
+        target, args = first.node.target, (read, first.input, *first.node.args[2:])
+    elif first.node.target is aten.mm.default and last.target is aten.addmm.default:
+        target, args = last.target, (last.args[0], first.input, read)
+    elif "conv" in first.kind:
+        target, rest = _merged([site.node for site in chain])
+        args = (first.input, read, arguments(last).get("bias"), *rest)
+    else:
+        target, args = last.target, (first.input, read, *last.args[2:])
+    last.target, last.args, last.kwargs = target, args, {}
+
+
+def _merged(nodes: Sequence[fx.Node]) -> tuple[Any, tuple[Any, ...]]:
+    """The op of the whole kernel, and what it takes behind the bias.
+
+    In each dimension one op of a chain may have a stride, a padding and a dilation.
+    """
+    named = [arguments(node) for node in nodes]
+    spelled = [isinstance(each["padding"], str) for each in named]
+    main = spelled.index(True) if any(spelled) else 0
+    merged = dict(named[main])
+    for key in ("stride", "padding", "dilation"):
+        if not isinstance(merged[key], str):
+            each = [_each(one[key], _dims(nodes[0])) for one in named]
+            merged[key] = [max(sizes) for sizes in zip(*each, strict=True)]
+    schema: Any = nodes[main].target
+    return nodes[main].target, tuple(merged[i.name] for i in schema._schema.arguments[3:])

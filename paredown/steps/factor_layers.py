@@ -171,8 +171,7 @@ def _why_whole(model: Model, uses: list[Site], readers: set[fx.Node]) -> str:
         return "a stack of matrices"
     if any(site.bias is None and _bias(site) is not None for site in uses):
         return "with a computed bias"
-    groups = groups_of(first)
-    if "conv" in first.kind and groups > 1 and groups in weight.shape[:2] and 1 in weight.shape[:2]:
+    if groups_of(first) > 1 and 1 in in_groups(first, weight).shape[1:3]:
         return "depthwise"  # one input, or one output, for each group: its rank is one
     return ""
 

@@ -78,7 +78,7 @@ def look_up(
     layers: Sequence[FactorLayer],
     examples: int,
     search: Search,
-    keep: Callable[[list[Option]], list[Option]],
+    keep: Callable[[FactorLayer, list[Option]], list[Option]],
 ) -> list[list[Option]]:
     """Each layer's options that ``keep`` leaves: on its weight alone where there is no task, else
     on the calibration data, of which the rows of one layer are in memory at a time.
@@ -88,7 +88,9 @@ def look_up(
     """
     if task is None:
         return [
-            keep(options(each, identity_rows(each, wants_inputs(each, search.method)), search))
+            keep(
+                each, options(each, identity_rows(each, wants_inputs(each, search.method)), search)
+            )
             for each in progress.track(layers, "factor", len(layers))
         ]
     place = {site.node: (layer, site) for layer in layers for site in layer.uses}
@@ -108,7 +110,7 @@ def look_up(
                 left[layer.name] -= 1
                 if not left[layer.name]:
                     found = _options_on(model, layer, chunks.pop(layer.name), search)
-                    made[layer.name] = keep(found)
+                    made[layer.name] = keep(layer, found)
             for lane in lanes:
                 lane.forget(node)
     return [made.get(layer.name, []) for layer in layers]
@@ -122,10 +124,10 @@ def _options_on(
             f"calibration: inputs of the layer of {layer.name!r} are NaN or infinite; check the "
             "calibration data and the model's outputs on it."
         )
-    return options(layer, _rows(chunks, own_bias(model, layer)), search)
+    return options(layer, _rows(chunks, _own_bias(model, layer)), search)
 
 
-def own_bias(model: Model, layer: FactorLayer) -> bool:
+def _own_bias(model: Model, layer: FactorLayer) -> bool:
     """Whether the layer has a bias that no other reads, which can take a shift."""
     biases = {site.bias for site in layer.uses}
     if biases == {None} or len(biases) > 1:

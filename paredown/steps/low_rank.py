@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -20,9 +20,10 @@ from paredown.graph.sites import sites, tensor_of
 from paredown.reconstruct import reconstruct
 from paredown.steps.factor_layers import METHODS, FactorLayer, factor_layers
 from paredown.steps.factor_options import Search
-from paredown.steps.factor_rows import look_up, own_bias
+from paredown.steps.factor_rows import look_up
 from paredown.steps.latency import search
 from paredown.steps.ranks import Option, Ranks, front
+from paredown.steps.rejoin import Joined, check_not_pruned, rejoin
 from paredown.timing import speedup
 from paredown.types import Target, Task, UserError, human
 
@@ -111,67 +112,16 @@ class LowRank:
         object.__setattr__(self, "needs", frozenset(needs))
 
     def apply(self, model: Model, task: Task) -> Model:
-        """A copy with factors in place of weights."""
+        """A copy with factors in place of weights; those of an earlier step may become smaller."""
         if self.amount == "latency" and self.rank is None:
             return self.settle(model, task, Target()).apply(model, task)
-        source = _source(self, model)
-        layers, whole = _layers(self, source)
-        ranks = self.ranks(source, task, layers, whole)
-        choice = self._choice(ranks, layers, whole, analyze(source).costs())
-        made = replaced(source, layers, choice)
+        ground = Ground.of(self, model)
+        choice = self._choice(self._ranks(ground, task), ground)
+        made = replaced(ground, choice)
         if self.reconstruct:
-            reconstruct(source, made, task)
-        progress.say(_told(source, made, layers, choice, whole))
+            reconstruct(ground.source, made, task)
+        progress.say(_told(ground, made, choice))
         return made
-
-    def ranks(
-        self, model: Model, task: Task, layers: list[FactorLayer], whole: Counter[str]
-    ) -> Ranks:
-        """The options of every layer; of those that pay the ones that can be the best.
-
-        Raises:
-            UserError: there is none, or ``rank`` does not fit a layer.
-        """
-
-        def saving(option: Option) -> float:
-            return option.macs if self.amount in ("macs", "latency") else option.parameters
-
-        def keep(found: list[Option]) -> list[Option]:
-            if self.rank is not None:
-                return found
-            if self.amount != "energy":
-                return front(found, saving)
-            near = [option for option in found if option.loss <= self.ratio]
-            return [max(near, key=saving)] if near else []
-
-        if self.rank is not None:
-            _check_rank(self.rank, self.method, layers)
-        method = "channel" if self.rank is not None and self.method == "auto" else self.method
-        asked = Search(method, self.round_to, self.rank)
-        found = look_up(model, task if self.whiten else None, layers, self.examples, asked, keep)
-        made = Ranks(tuple(tuple(each) for each in found), saving)
-        if not any(found):
-            limit = f" within {self.ratio:g} of its energy" if self.amount == "energy" else ""
-            raise UserError(
-                f"LowRank: changed nothing; no layer is smaller{limit} as factors"
-                f"{_reasons(whole, len(layers))}."
-            )
-        return made
-
-    def _choice(
-        self, ranks: Ranks, layers: list[FactorLayer], whole: Counter[str], costs: Costs
-    ) -> dict[int, Option]:
-        if self.rank is not None or self.amount == "energy":
-            return {place: made[0] for place, made in enumerate(ranks.fronts) if made}
-        asked = self.ratio * (costs.macs if self.amount == "macs" else costs.parameters)
-        if ranks.most < asked:
-            most = self.ratio * ranks.most / asked
-            raise UserError(
-                f"ratio: a share of {self.ratio:.4g} of the {self.amount} was asked; with these "
-                f"settings at most {math.floor(most * 1e4) / 1e4:.4g} can be removed"
-                f"{_reasons(whole, 0)}. Lower the ratio, or allow more by {LOOSER}."
-            )
-        return ranks.choice(asked)
 
     def settle(self, model: Model, task: Task, target: Target) -> LowRank:
         """The same step with the share of multiply-adds that removes ``ratio`` of the latency.
@@ -184,29 +134,122 @@ class LowRank:
         """
         if self.amount != "latency" or self.rank is not None:
             return self
-        source = _source(self, model)
-        layers, whole = _layers(self, source)
-        ranks = self.ranks(source, task, layers, whole)
-        total = analyze(source).costs().macs
+        ground = Ground.of(self, model)
+        ranks = self._ranks(ground, task)
+        total, owed = ground.costs.macs, ground.owed(ranks.saving)
 
         def removed(share: float) -> float:
-            made = replaced(source, layers, ranks.choice(share * total))
-            return 1 - 1 / speedup(source, made, target).estimate
+            made = replaced(ground, ranks.choice(share * total + owed))
+            return 1 - 1 / speedup(model, made, target).estimate
 
-        most = math.floor(ranks.most / total * 1000) / 1000
+        most = math.floor((ranks.most - owed) / total * 1000) / 1000
         share = search(removed, self.ratio, most, LOOSER)
         return replace(self, amount="macs", ratio=share)
 
+    def _ranks(self, ground: Ground, task: Task) -> Ranks:
+        """The options of every layer; of those that pay the ones that can be the best.
 
-def replaced(model: Model, layers: Sequence[FactorLayer], choice: dict[int, Option]) -> Model:
+        Raises:
+            UserError: there is none, or ``rank`` does not fit a layer.
+        """
+
+        def saving(option: Option) -> float:
+            return option.macs if self.amount in ("macs", "latency") else option.parameters
+
+        def keep(layer: FactorLayer, found: list[Option]) -> list[Option]:
+            was = [ground.joined[layer.name].option(layer)] if layer.name in ground.joined else []
+            if self.rank is not None:
+                return found
+            if self.amount != "energy":
+                return front([*found, *was], saving)
+            near = [option for option in found if option.loss <= self.ratio]
+            return [max([*near, *was], key=saving)] if near or was else []
+
+        if self.rank is not None:
+            _check_rank(self.rank, self.method, ground)
+        method = "channel" if self.rank is not None and self.method == "auto" else self.method
+        asked = Search(method, self.round_to, self.rank)
+        seen = task if self.whiten else None
+        found = look_up(ground.source, seen, ground.layers, self.examples, asked, keep)
+        return Ranks(tuple(tuple(each) for each in found), saving)
+
+    def _choice(self, ranks: Ranks, ground: Ground) -> dict[int, Option]:
+        owed = ground.owed(ranks.saving)
+        if ranks.most <= owed:
+            limit = f" within {self.ratio:g} of its energy" if self.amount == "energy" else ""
+            raise UserError(
+                f"LowRank: changed nothing; no layer is smaller{limit} as factors"
+                f"{_reasons(ground.whole, len(ground.layers))}."
+            )
+        if self.rank is not None or self.amount == "energy":
+            return {place: made[0] for place, made in enumerate(ranks.fronts) if made}
+        total = ground.costs.macs if self.amount == "macs" else ground.costs.parameters
+        if ranks.most - owed < self.ratio * total:
+            most = math.floor((ranks.most - owed) / total * 1e4) / 1e4
+            raise UserError(
+                f"ratio: a share of {self.ratio:.4g} of the {self.amount} was asked; with these "
+                f"settings at most {most:.4g} can be removed. Lower the ratio, or allow more by "
+                f"{LOOSER}."
+            )
+        return ranks.choice(self.ratio * total + owed)
+
+
+@dataclass(frozen=True)
+class Ground:
+    """A model with its weights whole, and which of them may be factored."""
+
+    source: Model  # earlier factors joined
+    layers: list[FactorLayer]
+    whole: Counter[str]  # why how many others may not
+    joined: dict[str, Joined]
+    costs: Costs  # as the model was given
+
+    @staticmethod
+    def of(step: LowRank, model: Model) -> Ground:
+        """What the settings let the step factor.
+
+        Raises:
+            UserError: the model is quantized, a weight pruned, a name fits nothing, or nothing is
+                left.
+        """
+        if quantizers(model.graph):
+            raise UserError(
+                "LowRank: the model is quantized, and factors would need scales of their own; "
+                "factor before Quantize."
+            )
+        source = model.copy().eval()
+        joined = rejoin(source, step.include, step.exclude)
+        names = {site.weight for each in (model, source) for site in sites(each.graph)}
+        known = [name for weight in names for name in with_layer(weight)]
+        check_exclude(step.exclude, known, "layer or weight")
+        check_exclude(step.include, known, "layer or weight", "include")
+        layers, whole = factor_layers(source, step.include, step.exclude)
+        check_not_pruned(source, [layer.name for layer in layers])
+        if not layers:
+            raise UserError(
+                "LowRank: changed nothing; the model has no layer that can be factored"
+                f"{_reasons(whole, 0)}."
+            )
+        return Ground(source, layers, whole, joined, analyze(model).costs())
+
+    def owed(self, saving: Callable[[Option], float]) -> float:
+        """What earlier factors save already."""
+        return sum(
+            saving(self.joined[layer.name].option(layer))
+            for layer in self.layers
+            if layer.name in self.joined
+        )
+
+
+def replaced(ground: Ground, choice: dict[int, Option]) -> Model:
     """A copy with the layers at these places factored so."""
-    made = model.copy()
+    made = ground.source.copy()
     nodes = {node.name: node for node in made.graph.graph.nodes}
     for place, option in choice.items():
-        layer = layers[place]
+        layer = ground.layers[place]
         factors, shift = option.make()
         uses = [replace(site, node=nodes[site.node.name]) for site in layer.uses]
-        bias = uses[0].bias if shift is not None and own_bias(model, layer) else None
+        bias = uses[0].bias
         if bias is not None and shift is not None:
             old = tensor_of(made.graph, bias)
             old.data = (old.data.double() + shift.to(old.device)).to(old.dtype)
@@ -216,55 +259,28 @@ def replaced(model: Model, layers: Sequence[FactorLayer], choice: dict[int, Opti
     return made
 
 
-def _source(step: LowRank, model: Model) -> Model:
-    """A copy in evaluation mode of a model whose weights are whole and in float."""
-    if quantizers(model.graph):
-        raise UserError(
-            "LowRank: the model is quantized, and factors would need scales of their own; factor "
-            "before Quantize."
-        )
-    return model.copy().eval()
-
-
-def _layers(step: LowRank, model: Model) -> tuple[list[FactorLayer], Counter[str]]:
-    """The layers that the settings let it factor, and why others may not be."""
-    names = [name for site in sites(model.graph) for name in with_layer(site.weight)]
-    check_exclude(step.exclude, names, "layer or weight")
-    check_exclude(step.include, names, "layer or weight", "include")
-    layers, whole = factor_layers(model, step.include, step.exclude)
-    pruned = [layer.name for layer in layers if layer.name in model.masks]
-    if pruned:
-        raise UserError(
-            f"LowRank: {pruned[0]!r} is pruned, and the product of factors has no zeros; factor "
-            "before PruneWeights, or exclude it."
-        )
-    if not layers:
-        raise UserError(
-            "LowRank: changed nothing; the model has no layer that can be factored"
-            f"{_reasons(whole, 0)}."
-        )
-    return layers, whole
-
-
-def _check_rank(rank: int, method: str, layers: Sequence[FactorLayer]) -> None:
-    for layer in layers:
-        asked = layer.methods(method)
-        chosen = asked[0]
+def _check_rank(rank: int, method: str, ground: Ground) -> None:
+    for layer in ground.layers:
+        chosen = layer.methods(method)[0]
         full = layer.full(chosen)
         if rank > full:
             raise UserError(
                 f"rank: expected from 1 to {full}, the full rank of {layer.name!r}, got {rank}."
             )
-        paying = [r for r in range(1, full + 1) if layer.pays(chosen, _both(layer, chosen, r))]
-        most = max(paying, default=0)
-        if rank > most:
-            usual = f"at most {most} pays" if most else "no rank pays; exclude it"
+        was = ground.joined.get(layer.name)
+        least = was.option(layer).parameters if was else 0
+        paying = [r for r in range(1, full + 1) if _saved(layer, chosen, r) > least]
+        if rank not in paying:
+            usual = f"at most {max(paying)} pays" if paying else "no rank pays; exclude it"
             raise UserError(f"rank: {rank} makes {layer.name!r} no smaller or quicker; {usual}.")
 
 
-def _both(layer: FactorLayer, method: str, rank: int) -> tuple[int, ...]:
+def _saved(layer: FactorLayer, method: str, rank: int) -> int:
+    """The parameters that a rank saves, none where it does not pay."""
     outputs, inputs = layer.weight.shape[1:3]
-    return (min(rank, inputs), min(rank, outputs)) if method == "tucker" else (rank,)
+    ranks = (min(rank, inputs), min(rank, outputs)) if method == "tucker" else (rank,)
+    saved = layer.weight.numel() - layer.cost(method, ranks)[0]
+    return saved if layer.pays(method, ranks) else 0
 
 
 def _reasons(whole: Counter[str], narrow: int) -> str:
@@ -278,22 +294,17 @@ def _reasons(whole: Counter[str], narrow: int) -> str:
     return ": " * bool(counts) + ", ".join(f"{n} {why}" for why, n in counts.items())
 
 
-def _told(
-    before: Model,
-    after: Model,
-    layers: Sequence[FactorLayer],
-    choice: dict[int, Option],
-    whole: Counter[str],
-) -> str:
-    old, new = (analyze(model).costs() for model in (before, after))
+def _told(ground: Ground, made: Model, choice: dict[int, Option]) -> str:
+    old, new = ground.costs, analyze(made).costs()
     kinds = Counter(option.method for option in choice.values())
     told = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
-    left = _reasons(whole, len(layers) - len(choice)).replace("too narrow", "better whole")
+    count = len(ground.layers) + sum(ground.whole.values())
+    left = _reasons(ground.whole, len(ground.layers) - len(choice))
     return (
-        f"  {len(choice)} of {len(layers) + sum(whole.values())} layers factored ({told}); "
+        f"  {len(choice)} of {count} layers in factors ({told}); "
         f"{human('count', old.parameters)} to {human('count', new.parameters)} parameters, "
         f"{human('count', old.macs)} to {human('count', new.macs)} multiply-adds"
-        + (f"; whole{left}" if left else "")
+        + (f"; the others{left.replace('too narrow', 'better whole')}" if left else "")
     )
 
 
