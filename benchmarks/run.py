@@ -21,8 +21,9 @@ BENCHMARKS: dict[str, tuple[str, ...]] = {
     "packing": ("packing",),
     "qat": ("qat",),
     "weights": ("weights",),
+    "low-rank": ("low_rank",),
 }
-PEERS = ("nncf", "openvino", "torch_pruning", "torchao", "ai_edge_quantizer")
+PEERS = ("nncf", "openvino", "torch_pruning", "torchao", "ai_edge_quantizer", "tensorly")
 
 
 def main() -> None:

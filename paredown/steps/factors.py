@@ -20,7 +20,7 @@ from paredown.reconstruct import refit
 
 DAMPING = 0.01  # share of what all directions alike add to those that the inputs show
 RIDGE = 1e-4
-SWEEPS = 8  # of alternating least squares in a Tucker decomposition
+SWEEPS = 5  # of alternating least squares in a Tucker decomposition
 
 Factors = tuple[Tensor, ...]
 

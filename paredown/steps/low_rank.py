@@ -42,7 +42,9 @@ class LowRank:
 
     A weight `NAME` becomes `NAME_down` and `NAME_up`, and `NAME_core` between them in a Tucker
     decomposition. Layers in which no rank pays stay whole, as do recurrent and depthwise ones, and
-    weights that different ops share, such as tied embeddings.
+    weights that different ops share, such as tied embeddings. No layer gets larger or slower by
+    multiply-adds; only an embedding, whose lookup takes none, gets a small product behind it, and
+    none where multiply-adds or latency are asked for.
 
     Args:
         ratio: share of ``amount`` to remove, above 0 and below 1.
@@ -119,7 +121,7 @@ class LowRank:
         choice = self._choice(self._ranks(ground, task), ground)
         made = replaced(ground, choice)
         if self.reconstruct:
-            reconstruct(ground.source, made, task)
+            reconstruct(ground.source, made, task, examples=self.examples)
         progress.say(_told(ground, made, choice))
         return made
 
@@ -218,7 +220,8 @@ class Ground:
                 "factor before Quantize."
             )
         source = model.copy().eval()
-        joined = rejoin(source, step.include, step.exclude)
+        lookups = step.amount in ("parameters", "energy")  # which have no multiply-adds to save
+        joined = rejoin(source, step.include, step.exclude, lookups)
         names = {site.weight for each in (model, source) for site in sites(each.graph)}
         known = [name for weight in names for name in with_layer(weight)]
         check_exclude(step.exclude, known, "layer or weight")

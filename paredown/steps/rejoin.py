@@ -33,8 +33,12 @@ class Joined:
         return Option(self.method, self.ranks, saved, layer.macs - macs, 0.0, lambda: (made, None))
 
 
-def rejoin(model: Model, include: Sequence[str], exclude: Sequence[str]) -> dict[str, Joined]:
+def rejoin(
+    model: Model, include: Sequence[str], exclude: Sequence[str], lookups: bool = True
+) -> dict[str, Joined]:
     """Join the factors of the layers that the patterns leave, in place; their weights by name.
+
+    ``lookups``: those of embeddings too.
 
     Raises:
         UserError: a factor is pruned.
@@ -42,7 +46,8 @@ def rejoin(model: Model, include: Sequence[str], exclude: Sequence[str]) -> dict
     uses: dict[tuple[str, ...], list[list[Site]]] = {}
     for chain in chains(model.graph):
         names = with_layer(chain[0].weight.removesuffix("_down"))
-        if not fits(names, exclude) and (not include or fits(names, include)):
+        asked = not fits(names, exclude) and (not include or fits(names, include))
+        if asked and (lookups or chain[0].kind != "embedding"):
             uses.setdefault(tuple(site.weight for site in chain), []).append(chain)
     check_not_pruned(model, [name for names in uses for name in names])
     found = {}
