@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -189,7 +190,9 @@ def tucker_layer(layer: nn.Module, share: float) -> nn.Module | None:
     from tensorly.decomposition import partial_tucker
 
     tensorly.set_backend("numpy")
-    ranks = [max(1, round(share * size)) for size in layer.weight.shape[:2]]
+    outputs, inputs, *kernel = layer.weight.shape
+    full = [min(outputs, inputs * math.prod(kernel)), min(inputs, outputs * math.prod(kernel))]
+    ranks = [max(1, round(share * size)) for size in full]
     weight = layer.weight.detach().double().numpy()
     (core, (left, right)), _ = partial_tucker(weight, ranks, modes=[0, 1])
     down = nn.Conv2d(layer.in_channels, ranks[1], 1, bias=False)

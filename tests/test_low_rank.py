@@ -441,6 +441,13 @@ def test_rank_of_a_convolution_is_told_by_its_method():
             step.apply(model, None)
 
 
+def test_weights_that_are_not_numbers():
+    net = nn.Linear(32, 32)
+    net.weight.data[3, 4] = float("inf")
+    with pytest.raises(UserError, match="'weight' holds NaN or infinite weights"):
+        PLAIN.apply(capture(net, (torch.zeros(1, 32),)), None)
+
+
 def test_calibration_data_that_is_not_a_number():
     model = capture(nn.Linear(32, 32), (torch.zeros(1, 32),))
     data = TensorDataset(torch.full((8, 32), float("nan")), torch.zeros(8))

@@ -166,7 +166,7 @@ def _why_whole(model: Model, uses: list[Site], readers: set[fx.Node]) -> str:
     if readers != {site.node for site in uses} or len({_form(site) for site in uses}) > 1:
         return "shared by different ops"
     if first.kind == "conv" and first.node.target not in CONVOLUTIONS[:-1]:
-        return "a convolution without a kernel of its own"
+        return "in the general convolution op"
     if first.kind == "matmul" and (weight.dim() > 2 or _scaled(first.node)):
         return "a stack of matrices"
     if any(site.bias is None and _bias(site) is not None for site in uses):

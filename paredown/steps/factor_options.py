@@ -59,8 +59,13 @@ def wants_inputs(layer: FactorLayer, method: str) -> bool:
 
 
 def options(layer: FactorLayer, rows: Rows, search: Search) -> list[Option]:
-    """All ways to factor the layer that pay, with what each loses on the rows held out."""
-    total = float(rows.y[:, rows.held].double().square().sum())
+    """All ways to factor the layer that pay, with what each loses on the rows held out.
+
+    It is a share of what the outputs vary: a mean that is the same everywhere tells nothing, and
+    beside a large one all losses would look small.
+    """
+    y = rows.y[:, rows.held].double()
+    total = float((y - y.mean(1, keepdim=True)).square().sum())
     found = []
     for method in layer.methods(search.method):
         made = {"channel": _channel, "spatial": _spatial, "tucker": _tucker}[method]
