@@ -9,7 +9,7 @@ import importlib
 import math
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,7 @@ class Effort:
     left: dict[str, tuple[float, ...]]  # shares of the parameters
     examples: dict[str, int]  # of the test split
     epochs: dict[str, float]  # of fine-tuning
+    rates: dict[str, float] = field(default_factory=lambda: {"digits": 1e-3, "code_lm": 1e-3})
     rounds: int = 6  # of the latency
 
 
@@ -46,6 +47,7 @@ QUICK = Effort(
     {"digits": (0.3, 0.15), "code_lm": (1 / 2, 0.35)},
     {"digits": 400, "code_lm": 64},
     {"digits": 2, "code_lm": 0.06},
+    {"digits": 1e-3, "code_lm": 2e-4},  # so few steps are better short ones
     rounds=2,
 )
 
@@ -66,7 +68,9 @@ def _table(name: str, effort: Effort) -> Result:
     rows = [_row("whole", 1.0, whole, whole, seen, before, None)]
     for left in effort.left[name]:
         for tool, made in _made(name, left, net, whole, task):
-            tune = paredown.FineTune(epochs=effort.epochs[name], lr=1e-3).apply(made, task)
+            tune = paredown.FineTune(epochs=effort.epochs[name], lr=effort.rates[name]).apply(
+                made, task
+            )
             rows.append(_row(tool, left, whole, made, seen, before, tune))
             if tool == OURS:
                 faster = timing.speedup(whole, made, paredown.Target(), rounds=effort.rounds)

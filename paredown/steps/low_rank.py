@@ -24,6 +24,7 @@ from paredown.steps.factor_rows import look_up
 from paredown.steps.latency import search
 from paredown.steps.ranks import Option, Ranks, front
 from paredown.steps.rejoin import Joined, check_not_pruned, rejoin
+from paredown.steps.sensitivity import sensitivities
 from paredown.timing import speedup
 from paredown.types import Target, Task, UserError, human
 
@@ -61,8 +62,8 @@ class LowRank:
         exclude: names or globs of those to leave alone.
         round_to: ranks are multiples of so many channels in layers where two such pay. None takes
             16 from 64 channels on, 8 below; 1 allows every rank.
-        whiten: lose least of the layers' outputs on calibration data (activation-aware), not of
-            their weights (plain SVD).
+        whiten: lose least of the layers' outputs on calibration data (activation-aware), most of
+            those that the model's outputs mind most; not of the weights (plain SVD).
         reconstruct: fit what follows each factor to the original's outputs by least squares on
             calibration data, without labels.
         examples: at most so many of the calibration split are run.
@@ -173,7 +174,11 @@ class LowRank:
         asked = Search(method, self.round_to, self.rank)
         seen = task if self.whiten else None
         found = look_up(ground.source, seen, ground.layers, self.examples, asked, keep)
-        return Ranks(tuple(tuple(each) for each in found), saving)
+        weights = [1.0] * len(found)
+        if seen is not None and self.rank is None and self.amount != "energy":
+            nodes = [[site.node for site in layer.uses] for layer in ground.layers]
+            weights = sensitivities(ground.source, seen, nodes)
+        return Ranks(tuple(tuple(each) for each in found), saving, tuple(weights))
 
     def _choice(self, ranks: Ranks, ground: Ground) -> dict[int, Option]:
         owed = ground.owed(ranks.saving)

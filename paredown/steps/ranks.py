@@ -104,6 +104,7 @@ class Ranks:
 
     fronts: tuple[tuple[Option, ...], ...]  # of each layer
     saving: Callable[[Option], float]
+    weights: tuple[float, ...]  # of each layer's penalty beside the others'
 
     @property
     def most(self) -> float:
@@ -132,10 +133,13 @@ class Ranks:
         for layer, options in enumerate(self.fronts):
             x, y = 0.0, 0.0
             for option in hull(options, self.saving):
-                saved, lost = self.saving(option), penalty(option.loss)
+                saved, lost = self.saving(option), self._price(layer, option)
                 steps.append(((lost - y) / (saved - x), layer, option))
                 x, y = saved, lost
         return sorted(steps, key=lambda step: step[:2])
+
+    def _price(self, layer: int, option: Option | None) -> float:
+        return self.weights[layer] * penalty(option.loss) if option else 0.0
 
     def _saved(self, chosen: dict[int, Option], layer: int) -> float:
         return self.saving(chosen[layer]) if layer in chosen else 0.0
@@ -143,11 +147,7 @@ class Ranks:
     def _last(self, chosen: dict[int, Option], missing: float) -> dict[int, Option]:
         """One layer's option that saves what is missing, at the least penalty."""
         found = [
-            (
-                penalty(option.loss) - penalty(chosen[layer].loss if layer in chosen else 0.0),
-                layer,
-                n,
-            )
+            (self._price(layer, option) - self._price(layer, chosen.get(layer)), layer, n)
             for layer, options in enumerate(self.fronts)
             for n, option in enumerate(options)
             if self.saving(option) - self._saved(chosen, layer) >= missing
