@@ -19,6 +19,7 @@ from paredown.steps.factor_options import Search, identity_rows, options, wants_
 from paredown.steps.low_rank import Ground, replaced
 from paredown.steps.ranks import Option, Ranks, front, hull, penalty
 from paredown.steps.rejoin import rejoin
+from paredown.steps.sensitivity import sensitivities
 from paredown.timing import speedup
 from paredown.types import Target
 from tests.architectures import ARCHITECTURES, make, with_batch
@@ -61,8 +62,8 @@ def at_full_rank(ground: Ground) -> Model:
 # --- architectures ---------------------------------------------------------------------------
 
 # Where a twentieth of the parameters cannot go, and why.
-OUT_OF_REACH: dict[str, str] = {}
-FAST = ("resnet8", "siamese", "dcgan", "lstm")
+OUT_OF_REACH = {"big_transfer": "at most 0.0052 can be removed"}  # its weights are standardised
+FAST = ("resnet8", "dcgan")
 
 
 def case(name: str):
@@ -174,6 +175,29 @@ def test_the_last_factor_fits_the_inputs_that_there_are():
     torch.testing.assert_close(norms[0], norms[1].flatten(1).norm(dim=1))
 
 
+def test_noise_tells_what_the_outputs_mind():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16, bias=False))
+    small = nn.Linear(16, 16)
+    x = torch.randn(40, 16)
+
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.much, self.little = net, small
+
+        def forward(self, x):
+            return self.much(x) + 0.1 * self.little(x)
+
+    model = capture(Both().eval(), (x[:1],))
+    task = Task((x[:1],), score=None, calibration=TensorDataset(x, x))
+    layers = Ground.of(PLAIN, model).layers
+    found = sensitivities(model, task, [[layer.uses[0].node] for layer in layers])
+    by_name = dict(zip([layer.name for layer in layers], found, strict=True))
+    assert by_name["much.1.weight"] == pytest.approx(0.1, rel=0.5)
+    assert 0 < by_name["little.weight"] < 0.05 * by_name["much.1.weight"]
+
+
 # --- which ranks -----------------------------------------------------------------------------
 
 
@@ -199,7 +223,7 @@ def saved_of(option: Option | None) -> int:
 def test_a_choice_reaches_what_is_needed_and_is_the_best_where_the_hull_ends(seed):
     layers = some_options(seed)
     fronts = tuple(tuple(front(each, saved_of)) for each in layers)
-    ranks = Ranks(fronts, saved_of)
+    ranks = Ranks(fronts, saved_of, (1.0,) * 3)
     every = list(itertools.product(*[[None, *each] for each in layers]))
 
     def cost(chosen) -> float:
@@ -439,13 +463,6 @@ def test_rank_of_a_convolution_is_told_by_its_method():
         step = LowRank(rank=99, include=("weight",), method=method, whiten=False, reconstruct=False)
         with pytest.raises(UserError, match=f"from 1 to {full}, the full rank of 'weight', got 99"):
             step.apply(model, None)
-
-
-def test_weights_that_are_not_numbers():
-    net = nn.Linear(32, 32)
-    net.weight.data[3, 4] = float("inf")
-    with pytest.raises(UserError, match="'weight' holds NaN or infinite weights"):
-        PLAIN.apply(capture(net, (torch.zeros(1, 32),)), None)
 
 
 def test_calibration_data_that_is_not_a_number():

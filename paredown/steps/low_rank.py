@@ -233,9 +233,6 @@ class Ground:
         check_exclude(step.include, known, "layer or weight", "include")
         layers, whole = factor_layers(source, step.include, step.exclude)
         check_not_pruned(source, [layer.name for layer in layers])
-        for layer in layers:
-            if not bool(layer.weight.isfinite().all()):
-                raise UserError(f"LowRank: {layer.name!r} holds NaN or infinite weights.")
         if not layers:
             raise UserError(
                 "LowRank: changed nothing; the model has no layer that can be factored"
