@@ -39,8 +39,8 @@ class LowRank:
     It pays in large linear layers, embeddings and wide convolutions whose outputs lie near a
     subspace, in parameters and multiply-adds on every runtime: 85 % of a ResNet-8's parameters and
     half of a small GPT's went without a loss that could be measured, before any training
-    (docs/low-rank.md). It does not pay in layers that are narrow or depthwise, and two small ops can
-    take longer than the one they replace: ask for `amount="latency"`, or let a run undo it.
+    (docs/low-rank.md). It does not pay in layers that are narrow or depthwise, and two small ops
+    can take longer than the one they replace: ask for `amount="latency"`, or let a run undo it.
 
     A weight `NAME` becomes `NAME_down` and `NAME_up`, and `NAME_core` between them in a Tucker
     decomposition. Layers in which no rank pays stay whole, as do recurrent and depthwise ones, and
