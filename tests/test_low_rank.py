@@ -61,8 +61,9 @@ def at_full_rank(ground: Ground) -> Model:
 
 # --- architectures ---------------------------------------------------------------------------
 
-# Where a twentieth of the parameters cannot go, and why.
-OUT_OF_REACH = {"big_transfer": "at most 0.0052 can be removed"}  # its weights are standardised
+# Where a twentieth of the parameters cannot go: weights that are standardised or normalised before
+# they are used, recurrent layers.
+OUT_OF_REACH = {"big_transfer", "gru_bidirectional", "gru_cell", "spectral_critic"}
 FAST = ("resnet8", "dcgan")
 
 
@@ -76,12 +77,11 @@ def test_architecture(name, tmp_path):
     module, example = make(name)
     model = capture(module, example, entry.dynamic)
     task = page.calibration_task(entry, example)
+    assert relative(run(at_full_rank(Ground.of(PLAIN, model))), run(model)) < 2e-4
     if name in OUT_OF_REACH:
-        with pytest.raises(UserError, match=OUT_OF_REACH[name]):
+        with pytest.raises(UserError, match=r"at most 0\.0\d+ can be removed"):
             LowRank(0.05).apply(model, task)
         return
-    ground = Ground.of(PLAIN, model)
-    assert relative(run(at_full_rank(ground)), run(model)) < 2e-4
     made = LowRank(0.05).apply(model, task)
     assert size(made) <= 0.95 * size(model)
     path = onnxruntime.lower(made, tmp_path / "model.onnx")  # asserts parity on the example
@@ -99,7 +99,7 @@ def test_architecture(name, tmp_path):
 
 
 def test_the_fast_ones_are_quick_ones_too():
-    assert set(FAST) <= set(QUICK) and set(OUT_OF_REACH) <= set(ARCHITECTURES)
+    assert set(FAST) <= set(QUICK) and set(ARCHITECTURES) >= OUT_OF_REACH
 
 
 # --- mathematics -----------------------------------------------------------------------------
