@@ -24,8 +24,9 @@ BENCHMARKS: dict[str, tuple[str, ...]] = {
     "distill": ("distill", "digits"),
     "distill-code": ("distill", "code_lm"),
     "sharing": ("sharing",),
+    "low-rank": ("low_rank",),
 }
-PEERS = ("nncf", "openvino", "torch_pruning", "torchao", "ai_edge_quantizer")
+PEERS = ("nncf", "openvino", "torch_pruning", "torchao", "ai_edge_quantizer", "tensorly")
 
 
 def main() -> None:

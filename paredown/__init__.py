@@ -15,6 +15,7 @@ from paredown.steps.cast import Cast
 from paredown.steps.distill import Distill
 from paredown.steps.fine_tune import FineTune
 from paredown.steps.hash_weights import HashWeights
+from paredown.steps.low_rank import LowRank
 from paredown.steps.prune_channels import PruneChannels
 from paredown.steps.prune_layers import PruneLayers
 from paredown.steps.prune_weights import PruneWeights
@@ -44,6 +45,7 @@ __all__ = [
     "Goals",
     "HashWeights",
     "Limit",
+    "LowRank",
     "Measurement",
     "Model",
     "PruneChannels",

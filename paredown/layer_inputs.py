@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
@@ -64,3 +66,31 @@ def layer_inputs(site: Site, weight: Tensor, x: Tensor) -> Tensor:
     else:
         padding = [(side, side) for side in _each(0 if given == "valid" else given, count)]
     return patches(x, kernel, _each(argument(site.node, "stride"), count), padding, dilation)
+
+
+def groups_of(site: Site) -> int:
+    """Of a grouped convolution how many, else one."""
+    return argument(site.node, "groups") if "conv" in site.kind else 1
+
+
+def sampled(values: Tensor, inner: int, most: int, seed: int) -> Tensor:
+    """At most ``most`` random places, the same ones for the same seed.
+
+    Shapes: (*places, *rest) -> (P, *rest), ``inner`` being how many dimensions the rest has.
+    """
+    places = values.shape[: values.dim() - inner]
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randperm(math.prod(places), generator=generator)[:most]
+    return values[torch.unravel_index(chosen, places)]
+
+
+def sampled_inputs(site: Site, weight: Tensor, x: Tensor, most: int, seed: int) -> Tensor:
+    """At most ``most`` random places of a layer's input, as (groups, P, F)."""
+    if "conv" in site.kind:
+        x = x if x.dim() == weight.dim() else x[None]  # one image without a batch dimension
+        seen = layer_inputs(site, weight, x) if site.kind == "conv" else x.movedim(1, -1)
+        inner = weight.dim() - 1 if site.kind == "conv" else 1  # dimensions of one place
+    else:
+        seen, inner = x.reshape(-1, x.shape[-1]), 1
+    taken = sampled(seen, inner, most, seed)  # (P, C, *kernel)
+    return taken.reshape(len(taken), groups_of(site), -1).transpose(0, 1)

@@ -36,8 +36,10 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 # Settings that keep a step quick here; others run with their defaults.
 QUICK = {
-    name: {"epochs": 1, "batch_size": 16, "lr": 1e-3, "device": "cpu"}
-    for name in ("fine_tune", "distill")
+    "low_rank": {"examples": 16},
+    **dict.fromkeys(
+        ("fine_tune", "distill"), {"epochs": 1, "batch_size": 16, "lr": 1e-3, "device": "cpu"}
+    ),
 }
 # Further settings under which a step must keep its promise.
 VARIANTS = [
@@ -46,6 +48,9 @@ VARIANTS = [
     ("prune_channels", {"scope": "uniform", "reconstruct": False}),
     ("prune_channels", {"attention": "head_dim", "round_to": 1}),
     *[("prune_layers", {"criterion": name}) for name in ("output_change", "cosine")],
+    *[("low_rank", {"method": name}) for name in ("channel", "spatial", "tucker")],
+    ("low_rank", {"amount": "macs", "whiten": False}),
+    ("low_rank", {"amount": "energy", "reconstruct": False, "round_to": 1}),
     *[("quantize_weights", {"bits": bits, "method": "rtn"}) for bits in (8, 4)],
     ("quantize_weights", {"bits": 8, "group": 16, "zero_point": True}),
     ("quantize_weights", {"group": 0, "zero_point": False, "order": False, "examples": 9}),
@@ -64,6 +69,12 @@ ILLEGAL: dict[tuple[str, ...], str] = {
     ("prune_weights", "prune_weights"): "PruneWeights: changed nothing; all",
     ("quantize", "prune_channels"): "PruneChannels: the model is quantized; cut channels before",
     ("quantize", "prune_layers"): "PruneLayers: the model is quantized, with scales for",
+    ("share_weights", "low_rank"): "are shared among a few values, which factors do not keep",
+    ("hash_weights", "low_rank"): "are hashed to a few buckets, which factors do not keep",
+    ("prune_weights", "low_rank"): "is pruned, and the product of factors has no zeros; factor",
+    ("quantize", "low_rank"): "LowRank: the model is quantized, and factors would need scales",
+    ("quantize_weights", "low_rank"): "LowRank: the model is quantized, and factors would need",
+    ("binarize", "low_rank"): "LowRank: the model is quantized, and factors would need scales",
     ("prune_layers", "prune_layers", "cnn"): "PruneLayers: the model has no residual block",
     ("quantize", "quantize"): "quantize: the model is quantized already",
     ("quantize", "cast"): "Cast: the model is quantized, so its weights are 8 bits already",
@@ -592,6 +603,20 @@ SETTINGS = {
     "prune_layers": st.one_of(
         st.fixed_dictionaries({}, optional={"count": st.integers(1, 9), "exclude": names}),
         st.fixed_dictionaries({"ratio": unit}),
+    ),
+    "low_rank": st.fixed_dictionaries(
+        {},
+        optional={
+            "ratio": unit,
+            "amount": st.sampled_from(["parameters", "macs", "energy", "latency"]),
+            "method": st.sampled_from(["auto", "channel", "spatial", "tucker"]),
+            "include": names,
+            "exclude": names,
+            "round_to": st.one_of(st.none(), st.integers(1, 64)),
+            "whiten": st.booleans(),
+            "reconstruct": st.booleans(),
+            "examples": st.integers(2, 4096),
+        },
     ),
     "fine_tune": st.fixed_dictionaries(
         {},

@@ -17,7 +17,7 @@ from paredown.graph import store
 from paredown.graph.capture import capture
 from paredown.graph.coupling import Coupling, Group, Member, analyze
 from paredown.graph.model import Model
-from paredown.steps import criteria, prune_channels
+from paredown.steps import criteria, latency
 from paredown.steps.criteria import CRITERIA, unit_slices
 from paredown.steps.ladder import comparable, ladder, largest, prices, widths
 from paredown.steps.prune_channels import PruneChannels
@@ -629,14 +629,14 @@ def test_the_search_ends_near_what_was_asked(power, asked):
         tried.append(share)
         return share**power
 
-    found = prune_channels._search(removed, asked, 0.95)
-    assert found in tried and len(tried) <= prune_channels.MEASUREMENTS
+    found = latency.search(removed, asked, 0.95, "")
+    assert found in tried and len(tried) <= latency.MEASUREMENTS
     assert asked <= found**power < asked + 0.12 and found == round(found, 3)
 
 
 def test_a_latency_out_of_reach_says_what_is_within():
     with pytest.raises(UserError, match=r"0.9 of the latency was asked; .* removes 0.45 of it"):
-        prune_channels._search(lambda share: share / 2, 0.9, 0.9)
+        latency.search(lambda share: share / 2, 0.9, 0.9, "")
 
 
 @pytest.mark.slow

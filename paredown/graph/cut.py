@@ -89,11 +89,11 @@ def cut(model: Model, coupling: Coupling, choice: Choice) -> Model:
     _slice(made, coupling, choice)
     made.graph.graph.lint()
     made.graph.recompile()
-    _run(made)
+    give_values(made)
     return made
 
 
-def _run(made: Model) -> None:
+def give_values(made: Model) -> None:
     """Give every op its new shape; where the data decides one, by running the model."""
     try:
         try:
@@ -104,7 +104,7 @@ def _run(made: Model) -> None:
                 node.meta["val"] = values[node.name]
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"the cut graph does not run: {reason}") from error
+        raise UserError(f"the edited graph does not run: {reason}") from error
 
 
 def mask(model: Model, coupling: Coupling, choice: Choice) -> Model:

@@ -12,7 +12,9 @@ from torch import fx
 from paredown.types import UserError
 
 
-def check_exclude(patterns: Sequence[str], names: Iterable[str], kind: str) -> None:
+def check_exclude(
+    patterns: Sequence[str], names: Iterable[str], kind: str, setting: str = "exclude"
+) -> None:
     """Refuse a pattern that fits none of the names; ``kind`` says what they are.
 
     Raises:
@@ -30,7 +32,7 @@ def check_exclude(patterns: Sequence[str], names: Iterable[str], kind: str) -> N
         if not fits(known, (pattern,)):
             near = difflib.get_close_matches(pattern, known, 1, 0.0)
             hint = f"; did you mean {near[0]!r}?" if near else "."
-            raise UserError(f"exclude: no {kind} is called {pattern!r}{hint}")
+            raise UserError(f"{setting}: no {kind} is called {pattern!r}{hint}")
 
 
 def fits(names: Iterable[str], patterns: Sequence[str]) -> bool:

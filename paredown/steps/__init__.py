@@ -11,6 +11,7 @@ STEPS = {
     "prune_weights": "paredown.steps.prune_weights:PruneWeights",
     "prune_channels": "paredown.steps.prune_channels:PruneChannels",
     "prune_layers": "paredown.steps.prune_layers:PruneLayers",
+    "low_rank": "paredown.steps.low_rank:LowRank",
     "fine_tune": "paredown.steps.fine_tune:FineTune",
     "distill": "paredown.steps.distill:Distill",
     "quantize": "paredown.steps.quantize:Quantize",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -12,8 +11,7 @@ from paredown import lockstep, progress
 from paredown.graph.group_scales import Grid, choose_grid
 from paredown.graph.grouped import from_rows, rows, spread
 from paredown.graph.model import Model
-from paredown.graph.sites import Site
-from paredown.layer_inputs import argument, layer_inputs
+from paredown.layer_inputs import argument, groups_of, sampled_inputs
 from paredown.lockstep import Lane, run
 from paredown.steps.gptq import gptq, second_moment
 from paredown.steps.weight_layers import WeightLayer
@@ -30,17 +28,13 @@ def solvable(layer: WeightLayer) -> bool:
         return False
     site = layer.uses[0]
     if site.kind in ("conv", "conv_transpose"):
-        return not argument(site.node, "transposed") and isinstance(_groups(site), int)
+        return not argument(site.node, "transposed") and isinstance(groups_of(site), int)
     return site.kind in ("linear", "matmul") and layer.weight.dim() == 2
-
-
-def _groups(site: Site) -> int:
-    return argument(site.node, "groups") if "conv" in site.kind else 1
 
 
 def to_parts(layer: WeightLayer, values: Tensor) -> Tensor:
     """What has the weight's shape -> (N, R, F), see `paredown.steps.gptq`."""
-    groups = _groups(layer.uses[0])
+    groups = groups_of(layer.uses[0])
     if layer.kind == "matmul":
         return values.T[None]
     if layer.kind == "conv_transpose":  # (inputs, outputs of a group, *kernel)
@@ -55,28 +49,12 @@ def from_parts(layer: WeightLayer, made: Tensor) -> Tensor:
     return (made.mT if layer.kind == "conv_transpose" else made).reshape(layer.weight.shape)
 
 
-def input_parts(layer: WeightLayer, x: Tensor, most: int, seed: int) -> Tensor:
-    """At most ``most`` random places of a layer's input, as (N, P, F)."""
-    site, weight = layer.uses[0], layer.weight
-    if "conv" in site.kind:
-        x = x if x.dim() == weight.dim() else x[None]  # one image without a batch dimension
-        seen = layer_inputs(site, weight, x) if site.kind == "conv" else x.movedim(1, -1)
-        inner = weight.dim() - 1 if site.kind == "conv" else 1  # dimensions of one place
-    else:
-        seen, inner = x.reshape(-1, x.shape[-1]), 1
-    places = seen.shape[: seen.dim() - inner]
-    generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randperm(math.prod(places), generator=generator)[:most]
-    taken = seen[torch.unravel_index(chosen, places)]  # (P, C, *kernel)
-    return taken.reshape(len(chosen), _groups(site), -1).transpose(0, 1)
-
-
 def hessian_of(layer: WeightLayer, inputs: Sequence[Tensor]) -> Tensor:
     """The second moment (N, F, F) of the layer's inputs, one batch at a time."""
     most = max(1, PLACES // len(inputs))
     total, count = None, 0
     for seed, x in enumerate(inputs):
-        seen = input_parts(layer, x.float(), most, seed)
+        seen = sampled_inputs(layer.uses[0], layer.weight, x.float(), most, seed)
         moment = second_moment(seen).mul_(seen.shape[1])
         total = moment if total is None else total.add_(moment)
         count += seen.shape[1]

@@ -12,6 +12,10 @@ from torch import Tensor
 
 from paredown.graph.coupling import Choice, Group
 
+# Kernels are quickest where a width is a multiple of these (benchmarks/widths.py: in float, 72
+# channels take 1.7 times as long as 64, and 62 as long as 64 and a third more; integers mind less).
+CHANNELS, WIDE = 8, 16
+
 # --- mathematics -----------------------------------------------------------------------------
 
 

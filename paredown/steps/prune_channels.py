@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -17,16 +16,13 @@ from paredown.graph.quantized import quantizers
 from paredown.graph.shared import refuse_shared
 from paredown.reconstruct import reconstruct
 from paredown.steps import criteria
-from paredown.steps.ladder import Ladder, ladder, widths
+from paredown.steps.ladder import CHANNELS, WIDE, Ladder, ladder, widths
+from paredown.steps.latency import search
 from paredown.timing import speedup
 from paredown.types import Target, Task, UserError, human
 
 AMOUNTS = ("channels", "parameters", "macs", "latency")
-# Kernels are quickest where a width is a multiple of these (benchmarks/widths.py: in float, 72
-# channels take 1.7 times as long as 64, and 62 as long as 64 and a third more; integers mind less).
-CHANNELS, WIDE = 8, 16
-MEASUREMENTS = 6  # of the latency, each of which exports two files and opens fresh processes
-CLOSE = 0.01  # a latency this near to the one asked is not improved on: timing is no finer
+LOOSER = "min_width, max_ratio, round_to, exclude or exact_only"  # what allows deeper cuts
 
 
 @dataclass(frozen=True)
@@ -195,7 +191,7 @@ class PruneChannels:
         return UserError(
             f"ratio: a share of {self.ratio:.4g} of the {what} was asked; with these settings at "
             f"most {math.floor(most * 1e4) / 1e4:.4g} can be removed. Lower the ratio, or allow "
-            "more by min_width, max_ratio, round_to, exclude or exact_only."
+            f"more by {LOOSER}."
         )
 
     def settle(self, model: Model, task: Task, target: Target) -> PruneChannels:
@@ -220,7 +216,7 @@ class PruneChannels:
             return cuts.choice(cuts.first(lambda c: _saved(coupling, c, "macs") >= share))
 
         most = math.floor(_saved(coupling, cuts.choice(len(cuts)), "macs") * 1000) / 1000
-        share = _search(lambda share: removed(by_macs(share)), self.ratio, most)
+        share = search(lambda share: removed(by_macs(share)), self.ratio, most, LOOSER)
         return replace(self, amount="macs", ratio=share)
 
 
@@ -277,31 +273,6 @@ def _saved(coupling: Coupling, choice: Choice, amount: str) -> float:
     """The share of the whole model's parameters or multiply-adds that a choice removes."""
     before = int(getattr(coupling.costs(), amount))
     return 1 - int(getattr(coupling.costs(choice), amount)) / before if before else 0.0
-
-
-def _search(removed: Callable[[float], float], asked: float, most: float) -> float:
-    """The least share of multiply-adds tried, to 3 digits, that removes the latency asked.
-
-    After ``most``, it tries where the line between the nearest tries on both sides meets what
-    was asked, since latency mostly follows the multiply-adds, and in turn half way between them,
-    since it does not always.
-    """
-    low, high = (0.0, 0.0), (most, removed(most))  # (share, share of the latency that it removes)
-    if high[1] < asked:
-        raise UserError(
-            f"ratio: a share of {asked:.4g} of the latency was asked; the smallest model that "
-            f"these settings allow removes {max(high[1], 0.0):.2g} of it, as measured. Lower the "
-            "ratio, or allow more by min_width, max_ratio, round_to, exclude or exact_only."
-        )
-    for number in range(MEASUREMENTS - 1):
-        span = high[0] - low[0]
-        if high[1] - asked <= CLOSE or span < 0.005:
-            break
-        place = (asked - low[1]) / (high[1] - low[1]) if number % 2 == 0 else 0.5
-        share = round(low[0] + span * min(max(place, 0.1), 0.9), 3)  # so that both ends close in
-        found = (share, removed(share))
-        low, high = (low, found) if found[1] >= asked else (found, high)
-    return high[0]
 
 
 def _told(coupling: Coupling, choice: Choice) -> str:
