@@ -37,9 +37,8 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 # Settings that keep a step quick here; others run with their defaults.
 QUICK = {
     "low_rank": {"examples": 16},
-    **dict.fromkeys(
-        ("fine_tune", "distill"), {"epochs": 1, "batch_size": 16, "lr": 1e-3, "device": "cpu"}
-    ),
+    "fine_tune": {"epochs": 1, "batch_size": 16, "lr": 1e-3, "device": "cpu"},
+    "distill": {"epochs": 1, "batch_size": 16, "lr": 1e-3, "device": "cpu"},
 }
 # Further settings under which a step must keep its promise.
 VARIANTS = [
