@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+NOTHING = 1e-30  # of a bias: zeros, or numbers that are all alike, would be merged elsewhere
 SMALL_BYTES = 2**20  # of a constant that is written out again for another reader
 
 
@@ -14,6 +15,7 @@ def rewrite(graph: Any) -> None:
     drop_repeated_quantizers(graph)
     give_each_its_own_constants(graph)
     fold_scales(graph)
+    add_biases(graph)
     pack_nibbles(graph)
     graph.validate_nodes_and_infer_types()
 
@@ -89,6 +91,28 @@ def fold_scales(graph: Any) -> None:
         held = opset13.constant((scale * along).astype(np.float32))
         weight.input(1).replace_source_output(held.output(0))
         op.output(0).replace(product.output(0))
+
+
+def add_biases(graph: Any) -> None:
+    """A product with integer weights and an integer result gets a bias that adds nothing.
+
+    Without one, OpenVINO 2026.4's kernel for shapes that are fixed adds what its memory holds by
+    chance.
+    """
+    from openvino import opset13
+
+    for op in graph.get_ordered_ops():
+        if kind(op) != "MatMul" or not _has_integer_weights(op) or _shared(op):
+            continue
+        [reader] = [value.get_node() for value in op.output(0).get_target_inputs()]
+        if kind(reader) == "FakeQuantize":
+            channels = source(op, 1).get_output_shape(0)
+            count = channels[0 if op.get_attributes()["transpose_b"] else 1]
+            nothing = NOTHING * np.arange(1, count + 1, dtype=np.float32)[None]
+            made = opset13.add(op, opset13.constant(nothing))
+            for value in op.output(0).get_target_inputs():
+                if value.get_node() != made:
+                    value.replace_source_output(made.output(0))
 
 
 def pack_nibbles(graph: Any) -> None:
