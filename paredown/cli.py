@@ -28,8 +28,9 @@ from paredown.graph.capture import capture
 from paredown.graph.coupling import analyze
 from paredown.graph.model import Model
 from paredown.inspect import inspect_model, shown
+from paredown.offers import Recipe
 from paredown.pack import Contents, contents, pack, unpack
-from paredown.plan import Recipe, plan
+from paredown.plan import plan
 from paredown.report import comparison, report
 from paredown.runtimes import RUNTIMES, parts
 from paredown.terminal import WIDEST

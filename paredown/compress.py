@@ -26,8 +26,8 @@ from paredown.graph.model import Model
 from paredown.graph.store import decode, encode
 from paredown.ledger import FINISHED, MODEL, RUN, Ledger, stage_key
 from paredown.measure import Measured, compare, measure
+from paredown.offers import Attempt, Recipe
 from paredown.pack import packed_bytes
-from paredown.plan import Attempt, Recipe
 from paredown.runtimes import digest, parts, ready, runtime
 from paredown.teacher import started_from
 from paredown.types import (

@@ -22,7 +22,7 @@ from paredown.graph.model import Model
 from paredown.graph.quantized import quantized_weights, rounded, stored_bits
 from paredown.graph.sites import sites, tensor_of
 from paredown.measure import Measured, size_bytes
-from paredown.plan import Recipe
+from paredown.offers import Recipe
 from paredown.runtimes import digest, parts, runtime
 from paredown.types import Artifact, GoalCheck, Run, Step, Target, Task, UserError
 

@@ -21,6 +21,7 @@ LAYERS = (  # from the top; each may import its own layer and those below
     "check compress inspect",
     "explain",
     "plan details",
+    "offers",
     "measure ledger recipe verify",
     "steps runtimes devices pack timing",
     "lessons teacher targets",

@@ -14,7 +14,8 @@ from torch.utils.data import TensorDataset
 import paredown
 from paredown import recipe
 from paredown.measure import Measured
-from paredown.plan import attempts, decide, expected_integer_bytes, plan, rank
+from paredown.offers import expected_integer_bytes
+from paredown.plan import attempts, decide, plan, rank
 from paredown.runtimes import runtime
 from paredown.types import Goals, Measurement, Target, Task
 
@@ -82,7 +83,9 @@ def test_int8_comes_first_where_it_should_do(wide):
 def test_more_than_int8_gives_is_cut_from_the_channels_in_rounds(wide):
     model, baseline = wide
     recipes = plan(model, trainable(), Goals(size="0.1x", latency="0.4x"), baseline)
-    first, deeper = recipes[0], recipes[1]
+    factored, first, deeper = recipes[:3]
+    assert [type(step).__name__ for step in factored.steps] == ["LowRank", "Quantize"]
+    assert factored.steps[0].amount == "parameters" and not needs(factored) & {"train", "loss"}
     assert first.reason.startswith("size and latency are asked for: leave ")
     for item in (first, deeper):
         assert item.steps[-1] == paredown.Quantize()
@@ -109,8 +112,11 @@ def test_latency_is_won_by_fewer_multiply_adds(wide):
 def test_without_training_channels_are_cut_once_and_refitted(wide):
     model, baseline = wide
     recipes = plan(model, task(calibration=images()), Goals(size="0.1x"), baseline)
-    assert titles(recipes)[0] == ["Cut channels", "8-bit integers"]
-    assert cuts(recipes[0])[0].reconstruct and "least squares" in recipes[0].reason
+    assert titles(recipes)[:2] == [
+        ["Factor weights", "8-bit integers"],
+        ["Cut channels", "8-bit integers"],
+    ]
+    assert cuts(recipes[1])[0].reconstruct and "least squares" in recipes[1].reason
     assert ["8-bit integers"] in titles(recipes)
 
 
@@ -161,6 +167,15 @@ def test_tables_that_weigh_most_become_integers():
     baseline = dataclasses.replace(BASELINE, size_bytes=size)
     recipes = plan(model, given, Goals(size="0.3x"), baseline)
     assert recipes[0].steps == [paredown.QuantizeWeights(4, method="rtn")]
+
+
+def test_without_labels_the_original_teaches(wide):
+    model, baseline = wide
+    recipes = plan(model, task(train=images()), Goals(size="0.1x"), baseline, seed=3)
+    taught = [s for item in recipes for s in item.steps if isinstance(s, paredown.Distill)]
+    assert taught and all(step.alpha == 0 and step.seed == 3 for step in taught)
+    assert not any("loss" in needs(item) for item in recipes)
+    assert "distillation, which needs no labels" in recipes[1].reason
 
 
 def test_the_seed_is_that_of_the_training(model):

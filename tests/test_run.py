@@ -201,7 +201,7 @@ def test_a_whole_run(undisturbed, monkeypatch):
     assert int8.kept and len(prune.steps) == 2
     titles = [row["title"] for row in run.plan]
     assert titles[0].startswith("Cut channels to ") and titles[0].endswith(", then int8")
-    assert titles[-2:] == ["int8 with fine-tuning", "fp16"]
+    assert titles[-2:] == ["int8 with training", "fp16"]
     assert run.on_device["compressed"].split == "test" and run.baseline.split == "validation"
     assert run.comparison.speedup > 2  # on `Here`, in proportion to the size
     predict = paredown.open("whole/model.onnx")
