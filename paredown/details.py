@@ -130,19 +130,25 @@ def _layers(before: fx.GraphModule, after: fx.GraphModule) -> list[dict[str, Any
     rows = []
     for site in {s.weight: s for s in sites(before)}.values():
         weight = tensor_of(before, site.weight)
-        kept = tensor_of(after, site.weight) if site.weight in sizes else None
+        left = [name for name in _now(site.weight) if name in sizes]
+        held = [(tensor_of(after, name), bits.get(name)) for name in left]
         rows.append(
             {
                 "name": site.weight,
                 "op": site.kind,
                 "shape": list(weight.shape),
                 "bytes_before": weight.nbytes,
-                "bytes_after": 0 if kept is None else _bytes(kept, bits.get(site.weight)),
+                "bytes_after": sum(_bytes(*each) for each in held),
                 "dtype_before": _dtype(weight),
-                "dtype_after": "" if kept is None else _dtype(kept, bits.get(site.weight)),
+                "dtype_after": " and ".join(dict.fromkeys(_dtype(*each) for each in held)),
             }
         )
     return rows
+
+
+def _now(name: str) -> tuple[str, ...]:
+    """What a weight may be called in the compressed model: its factors have names of their own."""
+    return (name, *(f"{name}_{part}" for part in ("down", "core", "up")))
 
 
 def _bytes(weight: Tensor, bits: int | None) -> int:
