@@ -92,7 +92,8 @@ def test_baseline_and_plan_and_report(user, paredown_cli):
     assert code == 0 and "size on disk" in out and "score on validation (60)" in out
     assert "peak memory" in out and "onnxruntime" in out
     code, out, _ = paredown_cli("plan", "net.py", "--latency", "0.5x", "--size", "20KB")
-    assert code == 0 and "1. Cut channels to " in out
+    assert code == 0 and "1. int4 with training: size and latency are asked for" in out
+    assert "2. Factor to " in out and "3. Cut channels to " in out
     assert "then int8: size and latency are asked for: leave " in out
     assert "expected: about" in out and not Path("runs").exists()
     paredown_cli("run", "net.py", "--size", "10MB", "--out", "r")
