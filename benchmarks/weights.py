@@ -1,4 +1,4 @@
-"""Weight-only quantization of the code model: GPTQ beside rounding to nearest, by exported file."""
+"""Quantization of the code model by exported file: weights alone, and with activations."""
 
 from __future__ import annotations
 
@@ -51,19 +51,23 @@ def run(quick: bool) -> list[tables.Result]:
         path = Path(folder) / "model.onnx"
         whole = _measured(model, path, count)
         rows.append(_row("float32", "", whole, None))
+        for scheme in ("int8", "int8-dynamic"):
+            found = _measured(paredown.Quantize(scheme).apply(model, task), path, count)
+            rows.append(_row(f"{scheme}, and activations", "rtn", found, whole))
+            print(rows[-1], flush=True)
         for bits, group in QUICK if quick else FORMS:
             named = f"int{bits}, {f'groups of {group}' if group else 'per channel'}"
-            found = {}
+            by: dict[str, File] = {}
             for method in ("rtn", "gptq"):
                 step = paredown.QuantizeWeights(bits, group, method=method)
-                found[method] = _measured(step.apply(model, task), path, count)
-                rows.append(_row(named, method, found[method], whole))
+                by[method] = _measured(step.apply(model, task), path, count)
+                rows.append(_row(named, method, by[method], whole))
                 print(rows[-1], flush=True)
             if bits == 4:
-                less = paired_difference(found["rtn"].bits, found["gptq"].bits)
+                less = paired_difference(by["rtn"].bits, by["gptq"].bits)
                 bars.append(tables.at_most(f"{named}: GPTQ less rounding to nearest", less, 0.0))
     result = tables.Result(
-        "weights alone: the code model",
+        "quantization of the code model",
         f"{onnxruntime.version()}; {count} test windows of 128 bytes, paired, 95 % intervals",
         rows,
         bars,
