@@ -205,6 +205,27 @@ def with_fewer_bits(
     return recipes
 
 
+def few_values(task: Task, goals: Goals, seed: int) -> list[Recipe]:
+    """For a runtime whose file keeps shared values once, and rounded weights in float."""
+    asked, trained = _asked(goals), _recovery(task, 5e-4, seed)
+    shared = Attempt(
+        (_make("share_weights", k=16), trained),
+        "Sixteen values a layer, trained",
+        "the file keeps a number of four bits for each weight, in a byte",
+        "about a quarter of the weights' bytes",
+    )
+    hashed = Attempt(
+        (_make("hash_weights", ratio=1 / 64), _recovery(task, 1e-3, seed)),
+        "One value for 64 weights, by a hash, trained",
+        "the file keeps the values and the hash's seed",
+        "about a fortieth of the weights' bytes",
+    )
+    return [
+        Recipe("shared values", f"{asked}: weights that are few values", (shared,)),
+        Recipe("hashed values", f"{asked}: the smallest, for the most training", (hashed,)),
+    ]
+
+
 def tables_weigh_most(model: Model, baseline: Measurement) -> bool:
     """Whether more than half of the file is tables that are looked up, which int8 leaves alone."""
     tables = {s.weight for s in sites(model.graph) if s.kind == "embedding"}

@@ -61,6 +61,8 @@ def plan(
             recipes.append(offers.int8_mixed(int8, float(goals.max_drop)))
         if integers and share < 1 and amount == "parameters":
             recipes = offers.with_fewer_bits(recipes, model, task, goals, baseline, chosen, seed)
+    if chosen.INT8_BYTES is None and goals.size is not None and task.train is not None:
+        recipes += offers.few_values(task, goals, seed)
     if "int4-weights" in chosen.FORMS and offers.tables_weigh_most(model, baseline):
         recipes.append(offers.four_bit_weights(task))
     return [*recipes, *([offers.sixteen_bit(baseline)] if "fp16" in chosen.FORMS else [])]

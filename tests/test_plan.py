@@ -139,6 +139,15 @@ def test_four_bits_come_first_where_they_do_for_the_size(wide):
     assert "Binarize" not in str([item.steps for item in others])
 
 
+def test_values_are_shared_where_the_file_keeps_each_once(wide):
+    model, baseline = wide
+    goals = Goals(size="0.05x")
+    recipes = plan(model, trainable(), goals, baseline, target=Target("pytorch"))
+    firsts = [type(item.steps[0]).__name__ for item in recipes]
+    assert firsts[-3:] == ["ShareWeights", "HashWeights", "Cast"]
+    assert "ShareWeights" not in str([i.steps for i in plan(model, trainable(), goals, baseline)])
+
+
 def test_layers_stay_in_float_for_the_drop_that_was_asked_for(wide):
     model, baseline = wide
     given = task(calibration=images(), validation=images())
