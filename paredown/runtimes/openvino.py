@@ -187,17 +187,20 @@ def census(path: Path | str) -> Census:
     floating: dict[str, int] = {}
     masks = {_name(op) for op in model.get_ops() if _is_mask(op)}
     runs_in: dict[str, str] = {}  # op of the file -> precision
+    parts_run_in: dict[str, str] = {}  # the same of ops that were made of it
     for layer in _following(compiled.get_runtime_model()):
         facts = {key: value.astype(str) for key, value in layer.get_rt_info().items()}
         kind, precision = facts["layerType"], facts["runtimePrecision"].lower()
         names = facts["originalLayersNames"].split(",")
         for name in names:
             whole = itertools.accumulate(name.split("/"), "{}/{}".format)
-            runs_in |= dict.fromkeys(whole, precision)  # "7/WithoutBiases" was made of "7"
+            parts_run_in |= dict.fromkeys(whole, precision)  # "7/WithoutBiases" was made of "7"
+            runs_in[name] = precision
         if kind not in ("Input", "Output"):
             computes = kind in COMPUTING and not masks & set(names)
             counts = integer if computes and precision in INTEGERS else floating
             counts[kind] = counts.get(kind, 0) + 1
+    runs_in = parts_run_in | runs_in
     unfused = [op for op in map(_name, _integer_layers(model)) if runs_in.get(op) not in INTEGERS]
     return Census(integer, floating, _bytes_by_dtype(model), tuple(unfused))
 
@@ -222,8 +225,9 @@ def _name(op: Any) -> str:
 
 
 def _is_mask(op: Any) -> bool:
-    """Whether it gives truth values, which OpenVINO keeps in bytes too."""
-    return any(value.get_element_type().get_type_name() == "boolean" for value in op.outputs())
+    """Whether it gives or reads truth values, which OpenVINO keeps in bytes too."""
+    values = [*op.outputs(), *op.inputs()]
+    return any(value.get_element_type().get_type_name() == "boolean" for value in values)
 
 
 def _integer_layers(model: Any) -> list[Any]:
