@@ -167,8 +167,9 @@ def _spell_batch_norm(graph: fx.GraphModule, node: fx.Node) -> None:
 
     ExecuTorch would make it a convolution, and fails where two such read the same weights.
     """
-    tensors = node.args[1:5]
-    if len(_shape(node)) > 3 or any(_is_computed(each) for each in tensors):
+    tensors, batch_statistics = node.args[1:5], node.args[5]
+    unknown = batch_statistics or None in tensors[2:] or any(map(_is_computed, tensors))
+    if len(_shape(node)) > 3 or unknown:
         return
     weight, bias, mean, variance = (
         None if each is None else tensor_of(graph, str(each.target)).detach()
