@@ -42,9 +42,13 @@ QUICK = {"openvino": ("resnet8", "vit", "lstm", "siamese"), "executorch": ("resn
 # The default runtime's are in test_architectures.py; PyTorch runs its own graphs.
 OTHERS = [name for name in RUNTIMES if name not in ("onnxruntime", "pytorch", "litert")]
 # (runtime, architecture) -> what is said
-KNOWN_FAILURES = dict.fromkeys(
-    [("executorch", "alexnet"), ("executorch", "conv3d")], "Missing operator: .*avg_pool3d"
-)
+KNOWN_FAILURES = {
+    ("executorch", "alexnet"): "Missing operator: .*avg_pool3d",
+    ("executorch", "conv3d"): "Missing operator: .*avg_pool3d",
+    ("openvino", "fnet"): "output 'logits' differs from the model's",  # its Fourier transform
+}
+FAIL_IN_INT8 = {("openvino", "group_norm"): "output 'output' differs from the model's"}
+PARTLY_IN_FLOAT = {("openvino", "deberta"), ("openvino", "squeezebert")}  # as the census tells
 
 
 def step(form: str):
@@ -232,9 +236,14 @@ def test_architecture(name, each, tmp_path):
     except UserError as error:
         assert page.NO_INTEGERS in str(error)
         return
+    if (name, each) in FAIL_IN_INT8:
+        with pytest.raises(UserError, match=FAIL_IN_INT8[name, each]):
+            chosen.lower(quantized, tmp_path / f"int8{chosen.SUFFIX}")
+        return
     path = chosen.lower(quantized, tmp_path / f"int8{chosen.SUFFIX}")
     census = chosen.census(path)
-    assert sum(census.integer_ops.values()) > 0 and census.unfused == ()
+    assert sum(census.integer_ops.values()) > 0
+    assert bool(census.unfused) == ((name, each) in PARTLY_IN_FLOAT)
     agree(quantized, chosen.open(path)(*[leaf.numpy() for leaf in leaves]), leaves, model)
 
 
