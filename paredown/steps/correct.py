@@ -14,7 +14,8 @@ from paredown.graph.sites import Site, sites, tensor_of
 from paredown.progress import track
 from paredown.types import Task
 
-EXAMPLES = 256  # of the calibration split, as far as memory allows
+EXAMPLES = 256  # of the calibration split, as far as they fit into
+MEMORY = 1 << 28  # bytes of values; a mean over places needs few examples
 
 
 def sure_shift(shifts: Tensor) -> Tensor:
@@ -43,7 +44,7 @@ def correct_biases(before: Model, after: Model, task: Task) -> None:
     layers = {s.node: s for s in sites(after.graph) if s.bias is not None and s.weight in held}
     uses = Counter(site.bias for site in layers.values())
     with torch.no_grad():
-        given = lockstep.batches([before, after], task, EXAMPLES)
+        given = lockstep.batches([before, after], task, EXAMPLES, MEMORY)
         exact, lanes = ([lockstep.Lane(m.graph, each) for each in given] for m in (before, after))
         ahead = iter(before.graph.graph.nodes)
         for node in track(list(after.graph.graph.nodes), "correct biases"):
