@@ -68,10 +68,10 @@ def advance(lanes: list[Lane], ahead: Iterator[fx.Node], name: str) -> list[Any]
 
 
 def batches(
-    models: Sequence[Model], task: Task, examples: int, memory: int = MEMORY
+    models: Sequence[Model], task: Task, examples: int, memory: int | None = None
 ) -> list[list[Tensor]]:
     """The inputs of random batches of the calibration split, for versions of a model that run
-    side by side; as many as ``memory``, in bytes, allows."""
+    side by side; as many as ``memory``, in bytes, or `MEMORY` allows."""
     split = data.split(task, "calibration")
     size = data.size(split)
     fixed = models[0].fixed_batch
@@ -80,7 +80,7 @@ def batches(
         raise UserError(f"calibration: {size} examples do not fill the model's batch of {least}.")
     first = _bound(models[0], split, least, 1)[0]
     peak = sum(peak_bytes(model, first) for model in models)
-    fitting = int(memory / max(1, peak) * least)
+    fitting = int((memory or MEMORY) / max(1, peak) * least)
     count = max(least, min(examples, size, fitting))
     batch = fixed or max(1, min(task.batch_size, count // BATCHES))
     return _bound(models[0], split, batch, count // batch)
