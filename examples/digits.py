@@ -52,11 +52,11 @@ class ResNet8(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
-def splits() -> dict[str, TensorDataset]:
-    """1,797 images as (1, 32, 32) in [-1, 1], in a fixed random order."""
+def splits(size: int = 32) -> dict[str, TensorDataset]:
+    """1,797 images as (1, size, size) in [-1, 1], in a fixed random order."""
     digits = load_digits()
     small = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 8 - 1  # (N, 1, 8, 8)
-    images = F.interpolate(small, size=(32, 32), mode="bilinear", align_corners=False)
+    images = F.interpolate(small, size=(size, size), mode="bilinear", align_corners=False)
     labels = torch.tensor(digits.target)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     bounds = {"train": (0, 997), "validation": (997, 1397), "test": (1397, 1797)}
@@ -66,8 +66,8 @@ def splits() -> dict[str, TensorDataset]:
     }
 
 
-def task() -> paredown.Task:
-    data = splits()
+def task(size: int = 32) -> paredown.Task:
+    data = splits(size)
     return paredown.Task(
         example=(data["train"].tensors[0][:1],),
         score=paredown.accuracy,

@@ -6,12 +6,11 @@
 
 from pathlib import Path
 
+import digits
 import torch
 from safetensors.torch import load_file, save_file
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import TensorDataset
 
 import paredown
 
@@ -45,29 +44,8 @@ class LeNet300(nn.Module):
         return self.ip3(F.relu(self.ip2(x)))
 
 
-def splits() -> dict[str, TensorDataset]:
-    """1,797 images as (1, 28, 28) in [-1, 1], in a fixed random order."""
-    digits = load_digits()
-    small = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 8 - 1  # (N, 1, 8, 8)
-    images = F.interpolate(small, size=(28, 28), mode="bilinear", align_corners=False)
-    labels = torch.tensor(digits.target)
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-    bounds = {"train": (0, 997), "validation": (997, 1397), "test": (1397, 1797)}
-    return {
-        name: TensorDataset(images[order[a:b]], labels[order[a:b]])
-        for name, (a, b) in bounds.items()
-    }
-
-
 def task() -> paredown.Task:
-    data = splits()
-    return paredown.Task(
-        example=(data["train"].tensors[0][:1],),
-        score=paredown.accuracy,
-        loss=F.cross_entropy,
-        classes=tuple("0123456789"),
-        **data,
-    )
+    return digits.task(28)
 
 
 def trained(kind: type[nn.Module]) -> nn.Module:

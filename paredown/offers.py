@@ -8,11 +8,11 @@ from typing import Any
 
 from paredown import data
 from paredown.graph.model import Model
+from paredown.graph.regions import INTEGER_KINDS
 from paredown.graph.sites import sites, tensor_of
 from paredown.steps import step_class
 from paredown.types import GOALS, Goals, Limit, Measurement, Step, Task, human
 
-QUANTIZABLE = ("conv", "linear", "matmul")  # kinds of layers with an integer kernel
 RECOVERY_EPOCHS = (3, 10)  # at least and at most, in between as many as
 RECOVERY_STEPS = 100  # updates take
 MARGIN = 0.85  # of the share that would do: what is expected and what comes differ
@@ -85,11 +85,17 @@ def narrow(task: Task, goals: Goals, cuts: Rounds, int8: Attempt | None) -> Reci
         how = f"in {_counted(rounds)}, each with a least-squares fit and {trained}"
     reason = f"{_asked(goals)}: leave {cuts.share:.0%} of the {cuts.amount}, {how}"
     title = f"Cut channels to {cuts.share:.0%}"
+    return _then_int8(title, reason, cuts.attempts, int8)
+
+
+def _then_int8(
+    title: str, reason: str, attempts: tuple[Attempt, ...], int8: Attempt | None
+) -> Recipe:
     if int8 is None:
-        return Recipe(title, reason, cuts.attempts)
+        return Recipe(title, reason, attempts)
     reason += ", and quantize last, so that the integer ranges are those of the final weights"
     small = replace(int8, expected="a quarter of the bytes left; 1 to 3 times as fast")
-    return Recipe(f"{title}, then int8", reason, (*cuts.attempts, small))
+    return Recipe(f"{title}, then int8", reason, (*attempts, small))
 
 
 def factored(goals: Goals, share: float, amount: str, int8: Attempt | None) -> Recipe:
@@ -100,12 +106,8 @@ def factored(goals: Goals, share: float, amount: str, int8: Attempt | None) -> R
         "weights become products of smaller ones, by what layers see of the calibration data",
         f"{share:.2f}x of the {named}, in about twice as many layers",
     )
-    reason = f"{_asked(goals)}: leave {share:.0%} of the {named} in factors; nothing is trained"
-    title = f"Factor to {share:.0%}"
-    if int8 is None:
-        return Recipe(title, reason, (attempt,))
-    small = replace(int8, expected="a quarter of the bytes left; 1 to 3 times as fast")
-    return Recipe(f"{title}, then int8", reason, (attempt, small))
+    reason = f"{_asked(goals)}: leave {share:.0%} of the {named} in factors, train nothing"
+    return _then_int8(f"Factor to {share:.0%}", reason, (attempt,), int8)
 
 
 def _recovery(task: Task, lr: float, seed: int) -> Step:
@@ -193,7 +195,7 @@ def with_fewer_bits(
             "two weights to a byte; the channels stay, and training wins back the rounding",
             f"about {human('size', expected[4])} ({expected[4] / baseline.size_bytes:.2f}x)",
         )
-        return [Recipe("int4 with training", f"{_asked(goals)}", (attempt,)), *recipes]
+        return [Recipe("int4 with training", _asked(goals), (attempt,)), *recipes]
     if "binary" in chosen.FORMS:
         attempt = Attempt(
             (_make("binarize"), trained, _make("quantize")),
@@ -270,7 +272,7 @@ def expected_integer_bytes(
 ) -> float:
     """The file's size with so many bits for each quantizable weight, and what the integers bring
     along for each channel and each layer, in bytes."""
-    layers = {s.weight: s for s in sites(model.graph) if s.kind in QUANTIZABLE}
+    layers = {s.weight: s for s in sites(model.graph) if s.kind in INTEGER_KINDS}
     weights = {id(t): t for t in (tensor_of(model.graph, name) for name in layers)}
     saved = sum(t.numel() * (t.element_size() - bits / 8) for t in weights.values())
     channels = sum(tensor_of(model.graph, n).shape[s.axis] for n, s in layers.items())
@@ -279,7 +281,7 @@ def expected_integer_bytes(
 
 
 def quantizable(model: Model) -> bool:
-    return any(site.kind in QUANTIZABLE for site in sites(model.graph))
+    return any(site.kind in INTEGER_KINDS for site in sites(model.graph))
 
 
 def _make(name: str, **settings: object) -> Step:

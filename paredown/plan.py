@@ -42,11 +42,12 @@ def plan(
     chosen = runtime((target or Target()).runtime)
     recipes = []
     if not task.missing({"calibration"}):
-        integers = chosen.INT8_BYTES if offers.quantizable(model) else None
+        layers = offers.quantizable(model)
+        integers = chosen.INT8_BYTES if layers else None
         int8 = offers.int8(model, baseline, integers) if integers else None
         share, amount = needed_share(model, goals, baseline, integers)
         recipes = [offers.int8_alone(int8, goals)] if int8 and share >= 1 else []
-        if share < 1 and offers.quantizable(model):
+        if share < 1 and layers:
             recipes.append(offers.factored(goals, max(NARROWEST, share * FACTORED), amount, int8))
         if analyze(model).groups:
             first = NARROW if share >= 1 else share * MARGIN

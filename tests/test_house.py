@@ -27,7 +27,7 @@ LAYERS = (  # from the top; each may import its own layer and those below
     "lessons teacher targets",
     "matching",
     "train checkpoint qat lasso ties calibrate reconstruct lockstep layer_inputs parity zoo stages",
-    "batches machine taps distill_losses",
+    "batches examples machine taps distill_losses",
     "data scores",
     "graph stats",
     "files findings progress terminal",

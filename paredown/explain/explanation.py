@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from paredown import progress
-from paredown.explain.examples import batch_size, examples
+from paredown.examples import batch_size, examples
 from paredown.explain.findings import Cause, Context, find_causes
 from paredown.explain.layers import Layer, find_layers, folded
 from paredown.explain.noise import PARTS, Inside, Meter

@@ -20,6 +20,8 @@ from paredown.graph.sites import Site, sites
 
 aten = torch.ops.aten
 
+INTEGER_KINDS = ("conv", "linear", "matmul")  # of layers with an integer kernel
+
 # A ReLU runs inside the op before it: no rounding between the two.
 FOLLOWERS = {aten.relu.default, aten.relu6.default, aten.hardtanh.default, aten.clamp.default}
 # These only move or pick values: output and input share one scale.
@@ -169,7 +171,7 @@ def find_regions(model: Model, skip: set[str]) -> Regions:
 
 
 def _runs_on_integers(site: Site) -> bool:
-    if site.kind not in ("conv", "linear", "matmul"):
+    if site.kind not in INTEGER_KINDS:
         return False
     source = site.node.args[1 if site.node.target is aten.addmm.default else 0]
     return isinstance(source, fx.Node) and source.op != "get_attr" and _is_float(site.node)

@@ -18,15 +18,8 @@ SUFFIX, COMPANIONS = ".safetensors", ()
 # besides float32, all run as simulated; see paredown.types.Step
 FORMS = frozenset(
     {
-        "int8",
-        "int8-dynamic",
-        "int4",
-        "int8-weights",
-        "int4-weights",
-        "binary",
-        "ternary",
-        "fp16",
-        "bf16",
+        *("int8", "int8-dynamic", "int4", "int8-weights", "int4-weights"),
+        *("binary", "ternary", "fp16", "bf16"),
     }
 )
 INT8_BYTES = None  # weights stay float

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor
 from paredown import calibrate, data
 from paredown.graph.coupling import Group, Member
 from paredown.graph.model import Model
+from paredown.graph.names import check_choice
 from paredown.graph.sites import Site, sites, tensor_of
 from paredown.types import Task, UserError
 
@@ -330,11 +330,7 @@ def criterion(name: str) -> Criterion:
         >>> sorted(criterion("taylor").needs)
         ['calibration', 'loss']
     """
-    if name not in CRITERIA:
-        near = difflib.get_close_matches(str(name), CRITERIA, 1, 0.0)[0]
-        raise UserError(
-            f"criterion: {name!r} is not one of {', '.join(CRITERIA)}; did you mean {near!r}?"
-        )
+    check_choice("criterion", name, tuple(CRITERIA))
     return CRITERIA[name]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections import Counter
 from collections.abc import Callable
@@ -14,7 +13,7 @@ from paredown.graph.coupling import Costs, analyze
 from paredown.graph.cut import give_values
 from paredown.graph.factored import factor
 from paredown.graph.model import Model
-from paredown.graph.names import check_exclude, with_layer
+from paredown.graph.names import check_choice, check_exclude, with_layer
 from paredown.graph.quantized import quantizers
 from paredown.graph.sites import sites, tensor_of
 from paredown.reconstruct import reconstruct
@@ -99,8 +98,8 @@ class LowRank:
     def __post_init__(self) -> None:
         if not (isinstance(self.ratio, (int, float)) and 0 < self.ratio < 1):
             raise UserError(f"ratio: expected a share above 0 and below 1, got {self.ratio!r}.")
-        _check_name("amount", self.amount, AMOUNTS)
-        _check_name("method", self.method, METHODS)
+        check_choice("amount", self.amount, AMOUNTS)
+        check_choice("method", self.method, METHODS)
         for name, value in (("rank", self.rank), ("round_to", self.round_to)):
             if value is not None:
                 _check_count(name, value, 1)
@@ -315,14 +314,6 @@ def _told(ground: Ground, made: Model, choice: dict[int, Option]) -> str:
         f"{human('count', old.macs)} to {human('count', new.macs)} multiply-adds"
         + (f"; the others{left.replace('too narrow', 'better whole')}" if left else "")
     )
-
-
-def _check_name(name: str, value: Any, known: tuple[str, ...]) -> None:
-    if value not in known:
-        near = difflib.get_close_matches(str(value), known, 1, 0.0)[0]
-        raise UserError(
-            f"{name}: {value!r} is not one of {', '.join(known)}; did you mean {near!r}?"
-        )
 
 
 def _check_count(name: str, value: Any, least: int) -> None:

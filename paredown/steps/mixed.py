@@ -8,14 +8,15 @@ being quantized anew and scored (Wang 1811.08886 and Dong 1911.03852 search the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from paredown import data, findings
+from paredown import findings
+from paredown.examples import batch_size, examples
 from paredown.graph import structure
 from paredown.graph.model import Model
 from paredown.graph.quantized import quantized_weights, quantizers, stored_bits
@@ -135,22 +136,22 @@ def sensitivities(quantized: Model, task: Task) -> list[Sensitivity]:
     every = all_quantizers(runner.source)
     layers = _quantizers_of(quantized)
     lost, errors = dict.fromkeys(layers, 0.0), dict.fromkeys(layers, 0.0)
-    power, count = 0.0, 0
-    batches = _batches(quantized, task, EXAMPLES)
-    for leaves, target in track(batches, "sensitivity of layers", len(batches)):
-        exact = runner.outputs(leaves, every)
+    power, seen = 0.0, 0
+    batches = list(_batches(quantized, task, EXAMPLES))
+    for leaves, target, count in track(batches, "sensitivity of layers"):
+        exact = _cut(runner.outputs(leaves, every), count)
         power += _energy(exact)
         scored = _scores(quantized, task, exact, target)
-        count += len(scored)
+        seen += count
         for name, own in layers.items():
-            made = runner.outputs(leaves, every - own)
+            made = _cut(runner.outputs(leaves, every - own), count)
             errors[name] += _energy([a - b for a, b in zip(made, exact, strict=True)])
             lost[name] += float((scored - _scores(quantized, task, made, target)).sum())
     held = quantized_weights(quantized.graph)
     return [
         Sensitivity(
             name,
-            lost[name] / max(1, count),
+            lost[name] / max(1, seen),
             errors[name] / max(power, 1e-30),
             tensor_of(quantized.graph, name).numel() * (32 - stored_bits(held[name])) // 8,
         )
@@ -162,8 +163,8 @@ def mean_score(model: Model, task: Task) -> float:
     """The mean of the task's score over the validation split."""
     runner = Runner(model.copy().eval().graph)
     found = [
-        _scores(model, task, runner.outputs(leaves), target)
-        for leaves, target in _batches(model, task, None)
+        _scores(model, task, _cut(runner.outputs(leaves), count), target)
+        for leaves, target, count in _batches(model, task, None)
     ]
     return float(torch.cat(found).mean())
 
@@ -183,19 +184,13 @@ def _quantizers_of(model: Model) -> dict[str, set[str]]:
     return found
 
 
-def _batches(model: Model, task: Task, most: int | None) -> list[tuple[list[Tensor], Any]]:
-    size = model.fixed_batch or task.batch_size
-    found: list[tuple[list[Tensor], Any]] = []
-    seen = 0
-    for inputs, target in data.batches(data.split(task, "validation"), size):
-        leaves = model.bind(*data.arguments(inputs))
-        if model.fixed_batch and len(leaves[0]) != size:
-            break
-        found.append((leaves, target))
-        seen += len(leaves[0])
-        if most is not None and seen >= most:
-            break
-    return found
+def _batches(model: Model, task: Task, most: int | None) -> Iterator[tuple[list[Tensor], Any, int]]:
+    return examples(model, task, "validation", batch_size(model, task), most)
+
+
+def _cut(outputs: list[Tensor], count: int) -> list[Tensor]:
+    """The outputs of the examples that are no padding."""
+    return [out[:count] if out.dim() else out for out in outputs]
 
 
 def _scores(model: Model, task: Task, outputs: list[Tensor], target: Any) -> Tensor:

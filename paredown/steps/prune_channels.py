@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -11,7 +10,7 @@ from paredown import progress
 from paredown.graph.coupling import Choice, Coupling, Group, analyze
 from paredown.graph.cut import cut
 from paredown.graph.model import Model
-from paredown.graph.names import check_exclude, fits, with_layer
+from paredown.graph.names import check_choice, check_exclude, fits, with_layer
 from paredown.graph.quantized import quantizers
 from paredown.graph.shared import refuse_shared
 from paredown.reconstruct import reconstruct
@@ -93,10 +92,10 @@ class PruneChannels:
     def __post_init__(self) -> None:
         _check_share("ratio", self.ratio, self.ratio < 1, "above 0 and below 1")
         _check_share("max_ratio", self.max_ratio, self.max_ratio <= 1, "above 0 and at most 1")
-        _check_name("amount", self.amount, AMOUNTS)
-        _check_name("scope", self.scope, ("global", "uniform"))
-        _check_name("attention", self.attention, ("heads", "head_dim"))
-        _check_name("group_norm", self.group_norm, ("groups", "within"))
+        check_choice("amount", self.amount, AMOUNTS)
+        check_choice("scope", self.scope, ("global", "uniform"))
+        check_choice("attention", self.attention, ("heads", "head_dim"))
+        check_choice("group_norm", self.group_norm, ("groups", "within"))
         _check_count("min_width", self.min_width)
         if self.round_to is not None:
             _check_count("round_to", self.round_to)
@@ -223,14 +222,6 @@ class PruneChannels:
 def _check_share(name: str, value: float, holds: bool, expected: str) -> None:
     if not (holds and value > 0):  # NaN holds nothing
         raise UserError(f"{name}: expected a share {expected}, got {value!r}.")
-
-
-def _check_name(name: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        near = difflib.get_close_matches(str(value), known, 1, 0.0)[0]
-        raise UserError(
-            f"{name}: {value!r} is not one of {', '.join(known)}; did you mean {near!r}?"
-        )
 
 
 def _check_count(name: str, value: int) -> None:

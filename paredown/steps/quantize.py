@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import glob
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -13,7 +14,7 @@ from paredown.graph.edit import fold_batch_norm
 from paredown.graph.low_bits import LOW_BITS
 from paredown.graph.model import Model
 from paredown.graph.quantized import quantizers
-from paredown.graph.regions import find_regions, prepare
+from paredown.graph.regions import INTEGER_KINDS, find_regions, prepare
 from paredown.graph.scales import WEIGHT_GRIDS
 from paredown.graph.shared import regroup
 from paredown.graph.sites import sites
@@ -26,7 +27,6 @@ from paredown.steps.ranges import RANGES, Range, percentile_range
 from paredown.types import Target, Task, UserError, parse_drop
 
 SCHEMES = {"int8": 8, "int4": 4, "int8-dynamic": 8}  # bits of the weights
-KINDS = ("conv", "linear", "matmul")  # of layers with an integer kernel
 
 
 @dataclass(frozen=True)
@@ -153,13 +153,15 @@ class Quantize:
             return self
         plain = replace(self, max_drop=None)
 
+        def without(floats: Sequence[str]) -> Quantize:
+            return replace(plain, exclude=(*self.exclude, *map(glob.escape, floats)))
+
         def quantize(floats: Sequence[str]) -> Model:
-            excluded = tuple(map(_literal, floats))
-            return replace(plain, exclude=(*self.exclude, *excluded)).apply(model, task)
+            return without(floats).apply(model, task)
 
         floats = mixed.choose(model, task, self.max_drop, quantize)
         say(f"  {len(floats)} layers stay in float" + (f": {', '.join(floats)}" if floats else ""))
-        return replace(plain, exclude=(*self.exclude, *map(_literal, floats)))
+        return without(floats)
 
     def _range(self, statistics: Statistics) -> Range:
         if self.ranges == "percentile":
@@ -193,11 +195,6 @@ class Quantize:
         )
 
 
-def _literal(name: str) -> str:
-    """A pattern that fits this name alone."""
-    return name.replace("[", "[[]")
-
-
 def _layers(model: Model) -> list[str]:
     """The weights of the layers with integer kernels, in the order they run."""
-    return [s.weight for s in sites(model.graph) if s.kind in KINDS]
+    return [s.weight for s in sites(model.graph) if s.kind in INTEGER_KINDS]

@@ -34,8 +34,7 @@ def lp_range(statistics: Statistics) -> Range:
     """The clipping with the least mean ``|error| ** POWER`` of rounding plus clipping.
 
     At 2 this is the squared error (Sung 1511.06488). A little more (as LAPQ 1911.07190 finds) keeps
-    more of the large values, on which what comes after depends most: 15.9 dB against 15.4 on the
-    ResNet-50 of the benchmarks, 6.5 against 6.3 on its EfficientNet-B0.
+    more of the large values, on which what comes after depends most.
     """
     counts, edges = _histogram(statistics)
     counts = _without_zeros(counts, edges)

@@ -12,6 +12,7 @@ from torch import Tensor
 from paredown import calibrate, progress
 from paredown.graph.grouped import from_rows, rows
 from paredown.graph.model import Model
+from paredown.graph.regions import INTEGER_KINDS
 from paredown.graph.shared import Sharing, small
 from paredown.steps.kmeans import cluster_blocks, cluster_line, nearest
 from paredown.steps.tensors import Shareable, flat, keep_zeros, shareable
@@ -222,9 +223,8 @@ def importances(model: Model, task: Task | None, found: list[Shareable]) -> dict
 
 
 def _multiplies(found: Shareable) -> bool:
-    kinds = ("conv", "linear", "matmul")
     plain = found.uses[0].kind != "matmul" or found.weight.dim() == 2
-    return len(found.uses) == 1 and found.uses[0].kind in kinds and plain
+    return len(found.uses) == 1 and found.uses[0].kind in INTEGER_KINDS and plain
 
 
 def _feature_axis(found: Shareable, x: Tensor) -> int:

@@ -1,4 +1,4 @@
-"""The batches on which two graphs are run side by side."""
+"""The first examples of a split in batches that fit into memory, padded for a fixed batch."""
 
 from __future__ import annotations
 
@@ -32,11 +32,12 @@ def batch_size(model: Model, task: Task) -> int:
 
 
 def examples(
-    model: Model, task: Task, split: str, size: int, most: int
+    model: Model, task: Task, split: str, size: int, most: int | None
 ) -> Iterator[tuple[list[Tensor], Any, int]]:
     """Batches of the first ``most`` examples: inputs, target, and how many of them are not padding.
 
-    Only a model of a fixed batch is padded. All inputs together take at most about `MEMORY`.
+    Only a model of a fixed batch is padded. All inputs together take at most about `MEMORY`, so
+    that they can be kept; None asks for the whole split, which may take more.
     """
     seen = taken = 0
     for inputs, target in data.batches(data.split(task, split), size):
@@ -47,5 +48,5 @@ def examples(
         yield leaves, target, count
         seen += count
         taken += sum(leaf.nbytes for leaf in leaves)
-        if seen >= most or taken >= MEMORY:
+        if most is not None and (seen >= most or taken >= MEMORY):
             return
