@@ -10,14 +10,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
-from paredown import data, progress
+from paredown import data, lockstep, progress
 from paredown.graph.model import Model
 from paredown.types import Task, UserError
 
 BINS = 2048
-BATCH = 8  # examples at a time: ranges do not depend on it, memory does
+MEMORY = 1 << 25  # bytes of values between layers that a batch may hold
+FEWEST, MOST = 8, 256  # examples for what a few tell;
+WORK = 1 << 27  # between the two, as many as have so many bytes of values together
 SAMPLE = 1 << 16  # values of a tensor and batch that enter its histogram; the range sees them all
 
 
@@ -114,7 +116,7 @@ def observe(
 
 def observe_channels(model: Model, task: Task, axes: Mapping[fx.Node, int]) -> dict[str, Tensor]:
     """The largest absolute value of each channel (C,) of graph values (node name -> that), over
-    the calibration split; ``axes`` says which dimension the channels are.
+    `enough` of the calibration split; ``axes`` says which dimension the channels are.
 
     Raises:
         UserError: no calibration data, or a value that becomes NaN or infinite; names it.
@@ -127,7 +129,7 @@ def observe_channels(model: Model, task: Task, axes: Mapping[fx.Node, int]) -> d
         seen = torch.linalg.vector_norm(tensor.float(), torch.inf, others)
         largest[name] = torch.maximum(largest.get(name, seen), seen)  # NaN stays
 
-    run(model, task, set(dims), note)
+    run(model, task, set(dims), note, enough(model))
     for name, found in largest.items():
         if not bool(torch.isfinite(found).all()):
             raise _not_finite(name, int((~torch.isfinite(found)).sum()))
@@ -141,57 +143,73 @@ def _not_finite(name: str, count: int) -> UserError:
     )
 
 
-def run(model: Model, task: Task, names: set[str], note: Callable[[str, Tensor], None]) -> None:
-    """Run the calibration split, calling ``note(name, tensor)`` for each named value.
+def run(
+    model: Model,
+    task: Task,
+    names: set[str],
+    note: Callable[[str, Tensor], None],
+    examples: int | None = None,
+) -> None:
+    """Run the calibration split, or so many examples of it, calling ``note(name, tensor)`` for
+    each named value.
 
     The model is left in evaluation mode.
     """
-    with torch.no_grad(), _channels_last(model) as graph:
+    with torch.no_grad(), channels_last(model) as graph:
         recorder = _Recorder(graph, names, note)
-        for leaves in inputs(model, task):
+        for leaves in inputs(model, task, examples):
             recorder.run(*leaves)
 
 
-def inputs(model: Model, task: Task) -> Iterator[list[Tensor]]:
-    """The calibration split in small batches: the tensors of each, in the graph's order.
+def inputs(model: Model, task: Task, examples: int | None = None) -> Iterator[list[Tensor]]:
+    """The calibration split, or about so many random examples of it, in small batches: the tensors
+    of each, in the graph's order.
 
     Raises:
         UserError: no calibration data, or too little for the model's batch.
     """
     split = data.split(task, "calibration")
     size = data.size(split)
-    batch = model.fixed_batch or min(task.batch_size, BATCH)
+    fitting = max(1, int(MEMORY / lockstep.example_bytes([model])))
+    batch = model.fixed_batch or min(task.batch_size, fitting)
     total = size // batch if model.fixed_batch else -(-size // batch)
     if total == 0:
         raise UserError(f"calibration: {size} examples do not fill the model's batch of {batch}.")
-    batches = itertools.islice(data.batches(split, batch), total)
+    total = total if examples is None else min(total, -(-examples // batch))
+    batches = itertools.islice(data.batches(split, batch, shuffle=examples is not None), total)
     for values, _ in progress.track(batches, "calibrate", total):
         args, kwargs = data.arguments(values)
         yield model.bind(args, kwargs)
 
 
+def enough(*models: Model) -> int:
+    """How many examples to take for what a few tell: fewer of a large network, whose values are
+    many and whose runs are long."""
+    return max(FEWEST, min(MOST, int(WORK / lockstep.example_bytes(models))))
+
+
 @contextlib.contextmanager
-def _channels_last(model: Model) -> Iterator[fx.GraphModule]:
+def channels_last(model: Model) -> Iterator[fx.GraphModule]:
     """The model's graph with channels last in memory, where CPU convolutions are twice as fast.
 
     A graph with views of its values' memory keeps the usual layout: a view would fail.
     """
-    graph = model.eval().graph
-    _lay_out(graph, torch.channels_last)
+    graph, usual = model.eval().graph, torch.contiguous_format
+    turned = [p for p in graph.parameters() if p.dim() == 4 and p.is_contiguous()]
     try:
+        _lay_out(turned, torch.channels_last)
         try:
             graph(*[item.example.clone() for item in model.inputs])
         except RuntimeError:
-            _lay_out(graph, torch.contiguous_format)
+            _lay_out(turned, usual)
         yield graph
     finally:
-        _lay_out(graph, torch.contiguous_format)
+        _lay_out(turned, usual)
 
 
-def _lay_out(graph: fx.GraphModule, layout: torch.memory_format) -> None:
-    for parameter in graph.parameters():
-        if parameter.dim() == 4:
-            parameter.data = parameter.data.contiguous(memory_format=layout)
+def _lay_out(parameters: list[nn.Parameter], layout: torch.memory_format) -> None:
+    for parameter in parameters:
+        parameter.data = parameter.data.contiguous(memory_format=layout)
 
 
 class _Recorder(fx.Interpreter):

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from paredown import data
 from paredown.graph.model import Model
+from paredown.graph.quantized import WEIGHT_QUANTIZERS
 from paredown.types import Task, UserError
 
 BATCHES = 32  # that the examples are run in, unless the model's batch is fixed
@@ -52,7 +53,12 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def run(lanes: list[Lane], node: fx.Node) -> list[Any]:
-    """Run one node in every batch; its values."""
+    """Run one node in every batch; its values. A weight is rounded once for all of them."""
+    if node.target in WEIGHT_QUANTIZERS and lanes:
+        rounded = lanes[0].step(node, 0)
+        for lane in lanes:
+            lane.env[node] = rounded
+        return [rounded] * len(lanes)
     return [lane.step(node, seed) for seed, lane in enumerate(lanes)]
 
 
@@ -68,22 +74,40 @@ def advance(lanes: list[Lane], ahead: Iterator[fx.Node], name: str) -> list[Any]
 
 
 def batches(
-    models: Sequence[Model], task: Task, examples: int, memory: int | None = None
+    models: Sequence[Model],
+    task: Task,
+    examples: int,
+    memory: int | None = None,
+    least: int = BATCHES,
 ) -> list[list[Tensor]]:
-    """The inputs of random batches of the calibration split, for versions of a model that run
-    side by side; as many as ``memory``, in bytes, or `MEMORY` allows."""
+    """The inputs of random batches of the calibration split, for versions of a model.
+
+    Args:
+        models: versions that run side by side.
+        examples: in all, at most.
+        memory: bytes of values that a batch of each may hold, where batches run one by one; None
+            for batches that run side by side and hold `MEMORY` together.
+        least: how many batches there are, unless the model's batch is fixed or memory holds fewer.
+    """
+    model = models[0]
     split = data.split(task, "calibration")
-    size = data.size(split)
-    fixed = models[0].fixed_batch
-    least = fixed or 1
-    if size < least:
-        raise UserError(f"calibration: {size} examples do not fill the model's batch of {least}.")
-    first = _bound(models[0], split, least, 1)[0]
-    peak = sum(peak_bytes(model, first) for model in models)
-    fitting = int((memory or MEMORY) / max(1, peak) * least)
-    count = max(least, min(examples, size, fitting))
-    batch = fixed or max(1, min(task.batch_size, count // BATCHES))
-    return _bound(models[0], split, batch, count // batch)
+    size, smallest = data.size(split), model.fixed_batch or 1
+    if size < smallest:
+        raise UserError(
+            f"calibration: {size} examples do not fill the model's batch of {smallest}."
+        )
+    fitting = int((memory or MEMORY) / example_bytes(models))
+    count = max(smallest, min(examples, size, size if memory else fitting))
+    batch = min(task.batch_size, count // least, fitting if memory else count)
+    batch = model.fixed_batch or max(1, batch)
+    return _bound(model, split, batch, count // batch)
+
+
+def example_bytes(models: Sequence[Model]) -> float:
+    """The most bytes that one example's values take in these models together."""
+    each = [item.example for item in models[0].inputs]
+    peak = sum(peak_bytes(model, each) for model in models)
+    return max(1.0, peak / max(len(leaf) for leaf in each))
 
 
 def _bound(model: Model, split: Any, batch: int, count: int) -> list[list[Tensor]]:

@@ -64,9 +64,15 @@ def _float_tolerance_db(model: Model) -> float:
 
 
 def _run_graph(model: Model, leaves: list[torch.Tensor]) -> list[torch.Tensor]:
-    graph = model.copy().eval().graph.cpu()
+    graph = _on_cpu(model)
     with torch.no_grad():
         return [value.detach() for value in graph(*[leaf.clone() for leaf in leaves])]
+
+
+def _on_cpu(model: Model) -> fx.GraphModule:
+    """The graph in evaluation mode on the CPU; the model stays where it is."""
+    there = all(tensor.device.type == "cpu" for tensor in model.state_dict().values())
+    return model.frozen().graph if there else model.copy().to("cpu").eval().graph
 
 
 def stretches(model: Model, values: dict[str, np.ndarray]) -> list[tuple[float, str]]:
@@ -90,8 +96,7 @@ def stretches(model: Model, values: dict[str, np.ndarray]) -> list[tuple[float, 
             return torch.from_numpy(theirs.copy()) if result.shape == theirs.shape else result
 
     with torch.no_grad():
-        graph = model.copy().eval().graph.cpu()
-        Follower(graph).run(*[item.example.clone() for item in model.inputs])
+        Follower(_on_cpu(model)).run(*[item.example.clone() for item in model.inputs])
     return sorted(found)
 
 

@@ -373,7 +373,7 @@ def _run(
     module: nn.Module, arguments: structure.Structure, leaves: list[Tensor]
 ) -> tuple[list[Tensor], structure.Structure]:
     """The eager output in evaluation mode, before anything is captured."""
-    runner = copy.deepcopy(module)
+    runner = _borrowed(module)
     _set_module_mode(runner, training=False)
     args, kwargs = structure.unflatten([leaf.clone() for leaf in leaves], arguments)
     try:
@@ -384,6 +384,11 @@ def _run(
     if not outputs:
         raise UserError("model: its output holds no tensor.")
     return outputs, nesting
+
+
+def _borrowed(module: nn.Module) -> nn.Module:
+    """A copy with the module's own parameters; buffers, which a run may change, are copied too."""
+    return copy.deepcopy(module, {id(each): each for each in module.parameters()})
 
 
 def _set_module_mode(module: nn.Module, training: bool) -> None:
@@ -406,7 +411,7 @@ def _export(
     training: bool,
 ) -> fx.GraphModule | None:
     """The captured graph in evaluation mode; None where only this mode's output is another."""
-    copied = copy.deepcopy(module)
+    copied = _borrowed(module)
     _set_module_mode(copied, training)
     inner = copied.forward
     if isinstance(copied, fx.GraphModule):  # the exporter would take its graph, not its forward

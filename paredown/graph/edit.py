@@ -24,7 +24,7 @@ def reexport(model: Model) -> ExportedProgram:
     Raises:
         UserError: the edited graph does not export any more.
     """
-    copied = model.copy().eval()
+    copied = model.frozen()
     erase_counters(copied.graph)
     leaves = tuple(wide(item.example, 0 in item.dynamic) for item in copied.inputs)
     shapes = tuple(dict.fromkeys(item.dynamic, Dim.AUTO) for item in copied.inputs)
@@ -103,6 +103,7 @@ def fold_batch_norm(graph: fx.GraphModule) -> list[str]:
         ):
             _fold(graph, site.node, site.weight, site.bias, site.axis, norm)
             folded.append(site.weight)
+    graph.recompile()
     return folded
 
 
@@ -149,7 +150,7 @@ def _fold(
     shift = (old - mean) * scale + (0.0 if beta is None else beta)  # (C,)
     shape = [-1 if dim == axis else 1 for dim in range(w.dim())]
     with torch.no_grad():
-        w.copy_((w.double() * scale.reshape(shape)).to(w.dtype))
+        w.mul_(scale.reshape(shape).to(w.dtype))
     name = bias or _free_name(graph, weight)
     set_parameter(graph, name, shift.to(w.dtype))
     _set_bias(graph, node, name)
@@ -162,7 +163,6 @@ def _fold(
     assert operands[2] is not None
     prefix = str(operands[2].target).rpartition(".")[0]
     remove_state(graph, f"{prefix}.num_batches_tracked" if prefix else "num_batches_tracked")
-    graph.recompile()
 
 
 def _double(graph: fx.GraphModule, operand: fx.Node | None) -> Tensor | None:

@@ -95,6 +95,11 @@ class Model:
         graph, masks, shared = copy_graph(self.graph), dict(self.masks), dict(self.shared)
         return replace(self, graph=graph, masks=masks, kept=kept, shared=shared)
 
+    def frozen(self) -> Model:
+        """A copy to run and export, not to train, in evaluation mode: its graph is its own, its
+        tensors are this model's, seen without gradients."""
+        return replace(self, graph=copy_graph(self.graph, share=True)).eval()
+
     def train(self, training: bool = True) -> Model:
         """Switch to training mode in place (batch norm, dropout, drop-path); returns itself."""
         mode.set_training(self.graph, training)
@@ -156,16 +161,21 @@ def _check_shape(item: Input, tensor: Tensor) -> None:
         )
 
 
-def copy_graph(graph: fx.GraphModule) -> fx.GraphModule:
-    """A deep copy with all of the state: FX leaves out what no op reads, and what is transient."""
-    made = copy.deepcopy(graph)
-    have: dict[str, Tensor] = dict(made.named_parameters(remove_duplicate=False))
-    have |= dict(made.named_buffers(remove_duplicate=False))
+def copy_graph(graph: fx.GraphModule, share: bool = False) -> fx.GraphModule:
+    """A deep copy with all of the state: FX leaves out what no op reads, and what is transient.
+
+    Args:
+        share: whether the copy's tensors are views of the graph's own, without gradients.
+    """
     named = [
         *graph.named_parameters(remove_duplicate=False),
         *graph.named_buffers(remove_duplicate=False),
     ]
-    memo: dict[int, Any] = {id(old): have[name] for name, old in named if name in have}
+    memo: dict[int, Any] = {id(old): _view(old) for _, old in named} if share else {}
+    made = copy.deepcopy(graph, memo)
+    have: dict[str, Tensor] = dict(made.named_parameters(remove_duplicate=False))
+    have |= dict(made.named_buffers(remove_duplicate=False))
+    memo |= {id(old): have[name] for name, old in named if name in have}
     persistent = set(graph.state_dict())
     for name, old in named:
         owner, leaf, tensor = (
@@ -178,6 +188,12 @@ def copy_graph(graph: fx.GraphModule) -> fx.GraphModule:
         else:
             owner.register_buffer(leaf, tensor, persistent=name in persistent)
     return made
+
+
+def _view(tensor: Tensor) -> Tensor:
+    """The same memory, without gradients."""
+    seen = tensor.detach()
+    return nn.Parameter(seen, requires_grad=False) if isinstance(tensor, nn.Parameter) else seen
 
 
 def kept_since(before: Model, after: Model) -> dict[str, dict[int, Tensor]]:

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from paredown.graph.edit import set_buffer
 from paredown.graph.grouped import PER_GROUP
 from paredown.graph.low_bits import BINARY, LOW_BITS, raised
-from paredown.graph.rounding import affine_of, round_to_grid, spread
+from paredown.graph.rounding import affine_of, on_grid, round_to_grid, spread
 from paredown.graph.scales import least_scales
 from paredown.graph.sites import Site, sites, tensor_of
 
@@ -31,7 +31,7 @@ def fake_quantize(x: Tensor, scale: float, zero_point: int, low: int, high: int)
         >>> fake_quantize(torch.tensor([0.04, 0.26, 9.0]), 0.1, 0, 0, 10)
         tensor([0.0000, 0.3000, 1.0000])
     """
-    return round_to_grid(x, scale, zero_point, low, high)[0]
+    return on_grid(x, scale, zero_point, low, high)
 
 
 @fake_quantize.register_fake
@@ -49,7 +49,7 @@ def fake_quantize_channel(x: Tensor, scale: Tensor, axis: int, low: int, high: i
         tensor([[0.3000],
                 [0.2000]])
     """
-    return round_to_grid(x, spread(scale, x, axis), 0, low, high)[0]
+    return on_grid(x, spread(scale, x, axis), 0, low, high)
 
 
 @fake_quantize_channel.register_fake
@@ -67,7 +67,7 @@ def fake_quantize_dynamic(x: Tensor, low: int, high: int) -> Tensor:
     """
     if not x.numel():
         return x.clone()
-    return round_to_grid(x, *affine_of(x, low, high), low, high)[0]  # type: ignore[arg-type]
+    return on_grid(x, *affine_of(x, low, high), low, high)
 
 
 @fake_quantize_dynamic.register_fake

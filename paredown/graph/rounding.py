@@ -18,23 +18,40 @@ from paredown.graph.scales import LEVELS, SMALLEST_SCALE
 MOMENTUM = 0.01  # share of a batch's range in the moving average
 
 
+def on_grid(
+    x: Tensor, scale: Tensor | float, zero_point: Tensor | int, low: int, high: int
+) -> Tensor:
+    """``scale * (clamp(round(x / scale) + zero_point, low, high) - zero_point)``; shape kept.
+
+    Example:
+        >>> on_grid(torch.tensor([0.04, 0.26, 9.0]), 0.1, 0, 0, 10)
+        tensor([0.0000, 0.3000, 1.0000])
+    """
+    bottom, top = low - zero_point, high - zero_point
+    return _steps(x, scale).clamp_(bottom, top).mul_(scale)  # type: ignore[arg-type]
+
+
 def round_to_grid(
     x: Tensor, scale: Tensor | float, zero_point: Tensor | int, low: int, high: int
 ) -> tuple[Tensor, Tensor]:
-    """``scale * (clamp(round(x / scale) + zero_point, low, high) - zero_point)``, and where nothing
-    was clamped; both of x's shape.
+    """`on_grid`, and where nothing was clamped; both of x's shape.
 
     Example:
         >>> values, inside = round_to_grid(torch.tensor([0.04, 0.26, 9.0]), 0.1, 0, 0, 10)
         >>> values, inside
         (tensor([0.0000, 0.3000, 1.0000]), tensor([ True,  True, False]))
     """
-    one = np.float32(1)
-    inverse = scale.reciprocal() if isinstance(scale, Tensor) else float(one / np.float32(scale))
-    steps = (x * inverse).round_()
+    steps = _steps(x, scale)
     made = steps.clamp(low - zero_point, high - zero_point)  # type: ignore[arg-type]
     inside = steps == made
     return made.mul_(scale), inside
+
+
+def _steps(x: Tensor, scale: Tensor | float) -> Tensor:
+    """``round(x / scale)``, a tensor of its own."""
+    one = np.float32(1)
+    inverse = scale.reciprocal() if isinstance(scale, Tensor) else float(one / np.float32(scale))
+    return (x * inverse).round_()
 
 
 def affine_of(x: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:

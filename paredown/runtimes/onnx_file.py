@@ -58,8 +58,10 @@ def encode(model: Model, standard: bool = False) -> bytes:
     proto = ir.to_proto(exported)
     if proto.ByteSize() > MAX_BYTES:
         raise UserError("model: its ONNX file would be above 2 GB, the most that ONNX can hold.")
-    onnx.checker.check_model(proto)
-    return proto.SerializeToString(deterministic=True)
+    encoded = proto.SerializeToString(deterministic=True)
+    del proto
+    onnx.checker.check_model(encoded)
+    return encoded
 
 
 @functools.cache

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from paredown import lockstep
+from paredown.calibrate import enough
 from paredown.graph.model import Model
 from paredown.graph.quantized import hold_biases, quantized_weights
 from paredown.graph.sites import Site, sites, tensor_of
 from paredown.progress import track
 from paredown.types import Task
 
-EXAMPLES = 256  # of the calibration split, as far as they fit into
-MEMORY = 1 << 28  # bytes of values; a mean over places needs few examples
+BATCHES = 8  # at least, as far as there are so many examples
+MEMORY = 1 << 26  # bytes of values between layers that a batch may hold, of both models
 
 
 def sure_shift(shifts: Tensor) -> Tensor:
@@ -37,42 +39,44 @@ def correct_biases(before: Model, after: Model, task: Task) -> None:
     """Move each bias of a quantized layer by the mean shift of its output, in place.
 
     The shift is that between ``before``, in float, and ``after``, its quantized copy, per channel
-    over calibration data; layers follow one another, so that each also takes back what those
-    before it shift (Nagel 1906.04721, section 4.2). A layer without a bias stays as it is.
+    over calibration data (Nagel 1906.04721, section 4.2). Layers follow one another: each batch
+    takes its own shift back before the next layer, whose shift is then what that layer alone makes
+    of inputs with the right means. So batches run one by one, and few values are in memory. A
+    layer without a bias, or one whose bias others read, stays as it is.
     """
     held = quantized_weights(after.graph)
     layers = {s.node: s for s in sites(after.graph) if s.bias is not None and s.weight in held}
-    uses = Counter(site.bias for site in layers.values())
+    biases = {node: tensor_of(after.graph, str(site.bias)) for node, site in layers.items()}
+    uses = Counter(map(id, biases.values()))
+    corrected = {node: site for node, site in layers.items() if uses[id(biases[node])] == 1}
+    shifts: dict[fx.Node, list[Tensor]] = {}
     with torch.no_grad():
-        given = lockstep.batches([before, after], task, EXAMPLES, MEMORY)
-        exact, lanes = ([lockstep.Lane(m.graph, each) for each in given] for m in (before, after))
-        ahead = iter(before.graph.graph.nodes)
-        for node in track(list(after.graph.graph.nodes), "correct biases"):
-            values = lockstep.run(lanes, node)
-            site = layers.get(node)
-            if site is not None and uses[site.bias] == 1:
-                wanted = lockstep.advance(exact, ahead, node.name)
-                _shift(after, site, lanes, wanted, values)
-            for lane in lanes:
-                lane.forget(node)
+        given = lockstep.batches([before, after], task, enough(before, after), MEMORY, BATCHES)
+        for seed, inputs in enumerate(track(given, "correct biases")):
+            for node, shift in _shifts(before, after, corrected, inputs, seed):
+                shifts.setdefault(node, []).append(shift)
+        for node, found in shifts.items():
+            shift = sure_shift(torch.stack(found)).float()
+            if bool(torch.isfinite(shift).all()):
+                biases[node].add_(shift)
     hold_biases(after.graph)
 
 
-def _shift(
-    after: Model, site: Site, lanes: list[lockstep.Lane], wanted: list[Tensor], got: list[Tensor]
-) -> None:
-    """Correct one bias, and the values that it has made already."""
-    weight = tensor_of(after.graph, site.weight)
-    axis = got[0].dim() - weight.dim() + 1 if site.kind == "conv" else got[0].dim() - 1
-    shifts = [
-        (a - b).double().movedim(axis, 0).flatten(1).mean(1)
-        for a, b in zip(wanted, got, strict=True)
-    ]
-    shift = sure_shift(torch.stack(shifts)).float()
-    bias = tensor_of(after.graph, str(site.bias))
-    if bias.shape != shift.shape or not bool(torch.isfinite(shift).all()):
-        return
-    bias.add_(shift)
-    shape = [-1 if dim == axis else 1 for dim in range(got[0].dim())]
-    for lane, value in zip(lanes, got, strict=True):
-        lane.env[site.node] = value + shift.reshape(shape)
+def _shifts(
+    before: Model, after: Model, layers: dict[fx.Node, Site], inputs: list[Tensor], seed: int
+) -> Iterator[tuple[fx.Node, Tensor]]:
+    """The mean shift (C,) of each layer's output in one batch, taken back for the layers after."""
+    exact, lane = (lockstep.Lane(model.graph, inputs) for model in (before, after))
+    ahead = iter(before.graph.graph.nodes)
+    for node in after.graph.graph.nodes:
+        got, site = lane.step(node, seed), layers.get(node)
+        if site is not None:
+            [wanted] = lockstep.advance([exact], ahead, node.name)
+            rank = tensor_of(after.graph, site.weight).dim()
+            axis = got.dim() - rank + 1 if site.kind == "conv" else got.dim() - 1
+            shift = (wanted - got).movedim(axis, 0).flatten(1).double().mean(1)
+            if len(shift) == len(tensor_of(after.graph, str(site.bias))):
+                shape = [-1 if dim == axis else 1 for dim in range(got.dim())]
+                lane.env[node] = got + shift.float().reshape(shape)
+                yield node, shift
+        lane.forget(node)

@@ -75,7 +75,10 @@ def _channel_axis(reader: Reader) -> int:
 
 
 def _weights(model: Model, reader: Reader) -> tuple[np.ndarray, np.ndarray]:
-    """The labels of a weight's elements, and their sizes beside the layer's largest; both flat."""
-    weight = tensor_of(model.graph, reader.site.weight).detach().abs().double()
-    labels = torch.from_numpy(reader.part.labels).expand(weight.shape)
-    return labels.reshape(-1).numpy(), (weight / weight.max().clamp(min=1e-30)).reshape(-1).numpy()
+    """The labels that a weight's elements have, and the largest of each beside the layer's; both
+    flat."""
+    weight = tensor_of(model.graph, reader.site.weight).detach().abs()
+    labels = reader.part.labels
+    same = [dim for dim, size in enumerate(labels.shape) if size == 1]
+    largest = (weight.amax(same, keepdim=True) if same else weight).double()
+    return labels.reshape(-1), (largest / largest.max().clamp(min=1e-30)).reshape(-1).numpy()

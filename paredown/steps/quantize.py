@@ -9,12 +9,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from paredown.calibrate import Statistics, observe
+import torch
+
+from paredown.calibrate import Statistics, channels_last, observe
 from paredown.graph.edit import fold_batch_norm
 from paredown.graph.low_bits import LOW_BITS
 from paredown.graph.model import Model
 from paredown.graph.quantized import quantizers
-from paredown.graph.regions import INTEGER_KINDS, find_regions, prepare
+from paredown.graph.regions import INTEGER_KINDS, Regions, find_regions, prepare
 from paredown.graph.scales import WEIGHT_GRIDS
 from paredown.graph.shared import regroup
 from paredown.graph.sites import sites
@@ -130,17 +132,18 @@ class Quantize:
         if not regions.sites:
             kinds = "linear layer" if self._dynamic else "convolution or linear layer"
             raise UserError(f"quantize: no {kinds} is left to run on integers.")
-        if self.smooth and not made.shared:
-            equalize(made, task, [site.weight for site in regions.sites], self.smooth)
-        exact = made.copy()
-        if self._dynamic:
-            insert_dynamic(made, regions.sites)
-        else:
-            statistics = observe(made, task, regions.own, histogram=self.ranges != "minmax")
-            found = {name: self._range(each) for name, each in statistics.items()}
-            insert_quantizers(made, regions, found, self._bits(made))
-        if self.correct_bias:
-            correct_biases(exact, made, task)
+        with torch.no_grad(), channels_last(made):
+            if self.smooth and not made.shared:
+                equalize(made, task, [site.weight for site in regions.sites], self.smooth)
+            found = {} if self._dynamic else self._ranges(made, task, regions)
+            # Low-bit weights may change in place as quantizers come in; others keep their values.
+            exact = made.copy() if quantizers(made.graph) else made.frozen()
+            if self._dynamic:
+                insert_dynamic(made, regions.sites)
+            else:
+                insert_quantizers(made, regions, found, self._bits(made))
+            if self.correct_bias:
+                correct_biases(exact, made, task)
         return made
 
     def settle(self, model: Model, task: Task, target: Target) -> Quantize:
@@ -162,6 +165,10 @@ class Quantize:
         floats = mixed.choose(model, task, self.max_drop, quantize)
         say(f"  {len(floats)} layers stay in float" + (f": {', '.join(floats)}" if floats else ""))
         return without(floats)
+
+    def _ranges(self, model: Model, task: Task, regions: Regions) -> dict[str, Range]:
+        statistics = observe(model, task, regions.own, histogram=self.ranges != "minmax")
+        return {name: self._range(each) for name, each in statistics.items()}
 
     def _range(self, statistics: Statistics) -> Range:
         if self.ranges == "percentile":
