@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,12 @@ import torch
 from torch import fx
 
 from paredown.graph.model import Model
-from paredown.graph.quantized import ACTIVATION_QUANTIZERS, PER_GROUP, quantizers
+from paredown.graph.quantized import (
+    ACTIVATION_QUANTIZERS,
+    PER_GROUP,
+    PER_TENSOR,
+    quantizers,
+)
 from paredown.types import UserError
 
 FLOAT_TOLERANCE = 1e-3  # of the output's size
@@ -73,6 +79,30 @@ def _on_cpu(model: Model) -> fx.GraphModule:
     """The graph in evaluation mode on the CPU; the model stays where it is."""
     there = all(tensor.device.type == "cpu" for tensor in model.state_dict().values())
     return model.frozen().graph if there else model.copy().to("cpu").eval().graph
+
+
+def worst_tensor(
+    model: Model, run: Callable[[Model], Sequence[np.ndarray]]
+) -> tuple[float, str] | None:
+    """Agreement in dB and name of the inner tensor that differs most between two quantizers; None
+    where there are none.
+
+    Args:
+        run: makes a file of another model, which returns what passes through each quantizer, and
+            gives the file's outputs for the example inputs.
+    """
+    nodes = [node for node in quantizers(model.graph) if node.target is PER_TENSOR]
+    if not nodes:
+        return None
+    shown = model.copy()
+    names = {node.name for node in nodes}
+    graph = shown.graph.graph
+    for node in graph.nodes:
+        if node.op == "output":
+            node.args = (tuple(each for each in graph.nodes if each.name in names),)
+    shown.graph.recompile()
+    values = run(replace(shown, outputs={"tuple": ["*"] * len(nodes)}))
+    return stretches(model, dict(zip((n.name for n in nodes), values, strict=True)))[0]
 
 
 def stretches(model: Model, values: dict[str, np.ndarray]) -> list[tuple[float, str]]:

@@ -35,6 +35,7 @@ MOVERS = {
     *(aten.upsample_nearest2d.vec, aten.upsample_nearest1d.vec, aten.pixel_shuffle.default),
     *(aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default, aten.alias.default),
     *(aten.channel_shuffle.default, aten.expand.default, aten.detach.default, operator.getitem),
+    *(aten.expand_as.default, aten.reshape_as.default, aten.view_as.default),
 }
 # Activations that ONNX Runtime merges into a matrix product in float.
 MERGED = {

@@ -215,29 +215,21 @@ def lower(model: Model, path: Path | str) -> Path:
     path = Path(path)
     write_atomically(path, executorch_file.encode(model, SIGNATURE))
     try:
-        parity.check(model, path, open(path), _worst_tensor)
+        parity.check(model, path, open(path), lambda model, _: parity.worst_tensor(model, _run))
     except (UserError, ValueError) as error:
         path.unlink()
         raise UserError(str(error)) from error
     return path
 
 
-def _worst_tensor(model: Model, path: Path) -> tuple[float, str] | None:
-    """Agreement in dB and name of the inner tensor that differs most between two quantizers.
-
-    Another file tells: it returns what passes through each quantizer.
-    """
-    from paredown import parity
+def _run(model: Model) -> tuple[np.ndarray, ...]:
+    """What the model's file gives for the example inputs."""
     from paredown.runtimes import executorch_file
 
-    shown, names = executorch_file.tapped(model)
-    if not names:
-        return None
     with tempfile.TemporaryDirectory() as folder:
-        other = Path(folder) / path.name
-        other.write_bytes(executorch_file.encode(shown, SIGNATURE))
-        values = open(other)(*[item.example.numpy() for item in model.inputs])
-    return parity.stretches(model, dict(zip(names, values, strict=True)))[0]
+        made = Path(folder) / f"model{SUFFIX}"
+        made.write_bytes(executorch_file.encode(model, SIGNATURE))
+        return open(made)(*[item.example.numpy() for item in model.inputs])
 
 
 def census(path: Path | str) -> Census:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import sympy
@@ -15,7 +15,6 @@ from torch import Tensor, fx
 from paredown.graph import structure
 from paredown.graph.edit import reexport
 from paredown.graph.model import Model
-from paredown.graph.quantized import PER_TENSOR, quantizers
 from paredown.runtimes.executorch_graph import shape_for_xnnpack
 from paredown.runtimes.quiet import quiet
 from paredown.types import UserError
@@ -43,17 +42,6 @@ def encode(model: Model, method: str) -> bytes:
         raise UserError(f"model: cannot be written for ExecuTorch: {_root_cause(error)}") from error
 
 
-def tapped(model: Model) -> tuple[Model, list[str]]:
-    """The model with what passes through its quantizers for outputs, and these nodes' names."""
-    made = model.copy()
-    nodes = [node for node in quantizers(made.graph) if node.target is PER_TENSOR]
-    for node in made.graph.graph.nodes:
-        if node.op == "output":
-            node.args = (tuple(nodes),)
-    made.graph.recompile()
-    return replace(made, outputs={"tuple": ["*"] * len(nodes)}), [node.name for node in nodes]
-
-
 def _root_cause(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
@@ -62,6 +50,10 @@ def _root_cause(error: BaseException) -> str:
 
 
 def _lower(model: Model, program: Any, method: str) -> bytes:
+    from executorch.backends.xnnpack.partition.config import (
+        ALL_PARTITIONER_CONFIGS,
+        MaxDimConfig,
+    )
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import (
         EdgeCompileConfig,
@@ -72,11 +64,13 @@ def _lower(model: Model, program: Any, method: str) -> bytes:
 
     sizes, most = _symbols(model, program), _largest(model, program)
     _bound(program, most)
+    # The partitioner hands XNNPACK a maximum over any dimension, and XNNPACK takes only images'.
+    taken = [each for each in ALL_PARTITIONER_CONFIGS if each is not MaxDimConfig]
     with _half_convolutions():
         edge = to_edge_transform_and_lower(
             program,
             transform_passes=[_simplify],
-            partitioner=[XnnpackPartitioner()],
+            partitioner=[XnnpackPartitioner(configs=taken)],
             compile_config=EdgeCompileConfig(_check_ir_validity=False),
             constant_methods={method: ""},
         )
@@ -177,9 +171,10 @@ def _bound(program: Any, bounds: Bounds) -> None:
     for value in _inputs(program):
         for size in value.shape:
             if isinstance(size, torch.SymInt):
+                known = size.node.shape_env.var_to_range
                 for symbol, most in bounds.items():
-                    least = program.range_constraints[symbol].lower
-                    size.node.shape_env.var_to_range[symbol] = ValueRanges(least, most)
+                    found = program.range_constraints.get(symbol, known[symbol])
+                    known[symbol] = ValueRanges(found.lower, most)
                 return
 
 

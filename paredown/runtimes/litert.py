@@ -11,6 +11,7 @@ import contextlib
 import json
 import mmap
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -186,11 +187,23 @@ def lower(model: Model, path: Path | str) -> Path:
     path = Path(path)
     write_atomically(path, worker().convert(model))
     try:
-        parity.check(model, path, worker().predictor(path))
+        parity.check(
+            model, path, worker().predictor(path), lambda m, _: parity.worst_tensor(m, _run)
+        )
     except UserError:
         path.unlink()
         raise
     return path
+
+
+def _run(model: Model) -> tuple[np.ndarray, ...]:
+    """What the model's file gives for the example inputs."""
+    from paredown.runtimes.litert_worker import worker
+
+    with tempfile.TemporaryDirectory() as folder:
+        made = Path(folder) / f"model{SUFFIX}"
+        made.write_bytes(worker().convert(model))
+        return worker().predictor(made)(*[item.example.numpy() for item in model.inputs])
 
 
 def census(path: Path | str) -> Census:

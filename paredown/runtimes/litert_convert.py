@@ -29,8 +29,8 @@ from paredown.graph.quantized import (
     rounded,
     stored_bits,
 )
-from paredown.graph.regions import MOVERS
-from paredown.graph.sites import tensor_of
+from paredown.graph.regions import FOLLOWERS, MOVERS
+from paredown.graph.sites import sites, tensor_of
 from paredown.runtimes import litert_file, litert_passes
 from paredown.types import UserError
 
@@ -40,6 +40,7 @@ ADAPTIVE: dict[Any, Any] = {
     aten.adaptive_max_pool2d.default: aten.max_pool2d.default,
     aten.adaptive_max_pool3d.default: aten.max_pool3d.default,
 }
+BROADCASTING = (aten.mul.Tensor, aten.add.Tensor, aten.sub.Tensor, aten.div.Tensor)
 
 
 def encode(model: Model) -> bytes:
@@ -71,17 +72,25 @@ def _rounds_values(model: Model) -> bool:
 
 
 def _prepared(model: Model) -> Model:
-    """A copy in which the converter leaves some quantizers where they are.
+    """A copy in which the converter leaves quantizers where they are.
 
-    Past a concatenation it gets scales wrong.
+    Past a concatenation it gets scales wrong; and what a float op only picks, joins or moves, it
+    would round to the scale of an input that came from integers.
     """
     made = model.copy().eval()
     refresh_values(made)
     for node in list(made.graph.graph.nodes):
         if node.target in ADAPTIVE:
             _pool_by_window(node)
+        elif node.target in (aten.expand.default, aten.expand_as.default):
+            _broadcast_later(node)
+        elif node.target is aten.conv_transpose2d.input:
+            _crop_after(node)
+        elif node.target in (aten.eye.default, aten.eye.m):
+            _hold(made, node)
         elif node.target is PER_GROUP:
             _by_channel(made, node)
+    weighted = {site.node for site in sites(made.graph)}
     for node in quantizers(made.graph):
         if node.target is not PER_TENSOR:
             continue
@@ -90,6 +99,8 @@ def _prepared(model: Model) -> Model:
             _bar(source)
         if source.target is aten.cat.default or not _single_path(source):
             _bar(node)
+        for user in [user for user in node.users if not _runs_on_integers(user, weighted)]:
+            _bar_from(node, user)
     made.graph.recompile()
     return made
 
@@ -139,6 +150,52 @@ def _pool_by_window(node: fx.Node) -> None:
     node.graph.erase_node(node)
 
 
+def _broadcast_later(node: fx.Node) -> None:
+    """An operand that is expanded first is broadcast by the op itself: with channels last, the
+    converter expands it to the wrong shape."""
+    behind = next(iter(node.users), None)
+    held = behind if behind is not None and behind.target is PER_TENSOR else node
+    for user in held.users:
+        others = [each for each in user.all_input_nodes if each is not held]
+        shapes = [each.meta["val"].shape for each in others]
+        if user.target not in BROADCASTING or shapes != [node.meta["val"].shape]:
+            return
+    if held is node or len(node.users) == 1:
+        node.replace_all_uses_with(node.args[0])
+        node.graph.erase_node(node)
+
+
+def _hold(model: Model, node: fx.Node) -> None:
+    """What an op without inputs makes, for which LiteRT has no kernel, is a constant."""
+    name = f"{node.name}_held"
+    set_buffer(model.graph, name, node.target(*node.args, **node.kwargs))  # type: ignore[operator]
+    with node.graph.inserting_before(node):
+        held = node.graph.get_attr(name)
+    keep_meta(held, node)
+    node.replace_all_uses_with(held)
+    node.graph.erase_node(node)
+
+
+def _crop_after(node: fx.Node) -> None:
+    """A transposed convolution with padding, for which LiteRT has no kernel, is one without whose
+    result is cropped; exact."""
+    usual: list[Any] = [None, [1, 1], [0, 0], [0, 0], 1, [1, 1]]
+    arguments: list[Any] = [*node.args, *usual[len(node.args) - 2 :]]
+    x, weight, bias, stride, padding, more, groups, dilation = arguments
+    if not any(padding) or any(a > b for a, b in zip(more, padding, strict=True)):
+        return
+    with node.graph.inserting_before(node):
+        rest = (stride, [0, 0], [0, 0], groups, dilation)
+        made = node.graph.call_function(aten.conv_transpose2d.input, (x, weight, bias, *rest))
+        keep_meta(made, node)
+        for dim, start in zip((2, 3), padding, strict=True):
+            end = start + node.meta["val"].shape[dim]
+            made = node.graph.call_function(aten.slice.Tensor, (made, dim, start, end))
+            keep_meta(made, node)
+    node.replace_all_uses_with(made)
+    node.graph.erase_node(node)
+
+
 def _bar(node: fx.Node) -> None:
     """Put a barrier before an op, at each of the values that it joins or rounds."""
     values: Any = node.args[0]
@@ -149,6 +206,24 @@ def _bar(node: fx.Node) -> None:
         keep_meta(made, value)
         barred.append(made)
     node.update_arg(0, barred if isinstance(values, (list, tuple)) else barred[0])
+
+
+def _runs_on_integers(node: fx.Node, weighted: set[fx.Node]) -> bool:
+    """Whether an op is one of ``weighted``, or what it makes is quantized."""
+    if node in weighted or isinstance(node.meta.get("val"), (list, tuple)):
+        return True
+    return any(
+        user.target is PER_TENSOR or (user.target in FOLLOWERS and _runs_on_integers(user, set()))
+        for user in node.users
+    )
+
+
+def _bar_from(value: fx.Node, user: fx.Node) -> None:
+    """Put a barrier between a value and one of its users."""
+    with user.graph.inserting_before(user):
+        made = user.graph.call_function(aten.mul.Tensor, (value, litert_passes.BARRIER))
+    keep_meta(made, value)
+    user.replace_input_with(value, made)
 
 
 def _single_path(source: fx.Node) -> bool:

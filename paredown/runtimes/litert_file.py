@@ -20,11 +20,12 @@ OPS = {n: name for name, n in vars(schema.BuiltinOperator).items() if isinstance
 
 
 class File:
-    """A .tflite file of one graph, whose lists can be edited.
+    """A .tflite file whose graph can be edited.
 
     Attributes:
         root: the flatbuffer as objects.
-        graph: its only subgraph: ``tensors``, ``operators``, ``inputs`` and ``outputs``.
+        graph: its main subgraph: ``tensors``, ``operators``, ``inputs`` and ``outputs``. Others are
+            bodies of its ops, such as what a window is reduced by, and stay as they are.
     """
 
     def __init__(self, raw: bytes) -> None:
@@ -179,15 +180,17 @@ def _drop_unused(file: File) -> None:
         for entry in [*signature.inputs, *signature.outputs]:
             entry.tensorIndex = place[entry.tensorIndex]
     _drop_buffers(file)
-    codes = sorted({op.opcodeIndex for op in graph.operators})
+    operators = [op for each in root.subgraphs for op in each.operators or []]
+    codes = sorted({op.opcodeIndex for op in operators})
     root.operatorCodes = [root.operatorCodes[old] for old in codes]
-    for op in graph.operators:
+    for op in operators:
         op.opcodeIndex = codes.index(op.opcodeIndex)
 
 
 def _drop_buffers(file: File) -> None:
     kept, index = [schema.BufferT()], {b"": 0}
-    for owner in [*file.graph.tensors, *(file.root.metadata or [])]:
+    tensors = [tensor for each in file.root.subgraphs for tensor in each.tensors]
+    for owner in [*tensors, *(file.root.metadata or [])]:
         data = file.root.buffers[owner.buffer].data
         key = b"" if data is None else data.tobytes()
         if key not in index:

@@ -86,10 +86,12 @@ def move_integers(file: File) -> None:
 
     The converter leaves it in float where something else reads the dequantized value too.
     """
-    for op in list(file.graph.operators):
+    for op in [op for op in file.graph.operators if file.kind(op) in MOVING]:
+        if len(op.outputs) > 1:
+            continue
         source = file.producers().get(int(op.inputs[0]))
         after = file.readers().get(int(op.outputs[0]), [])
-        if file.kind(op) not in MOVING or len(op.outputs) > 1 or source is None:
+        if source is None:
             continue
         if file.kind(source) != "DEQUANTIZE" or {file.kind(u) for u in after} != {"QUANTIZE"}:
             continue
@@ -106,9 +108,9 @@ def move_integers(file: File) -> None:
 def rescale_directly(file: File) -> None:
     """A dequantize and a quantize op in a row become one that goes from integers to integers."""
     made_by = file.producers()
-    for op in list(file.graph.operators):
+    for op in [op for op in file.graph.operators if file.kind(op) == "QUANTIZE"]:
         source = made_by.get(int(op.inputs[0]))
-        if file.kind(op) != "QUANTIZE" or source is None or file.kind(source) != "DEQUANTIZE":
+        if source is None or file.kind(source) != "DEQUANTIZE":
             continue
         old, new = int(source.inputs[0]), int(op.outputs[0])
         op.inputs = np.array([old], np.int32)
@@ -147,10 +149,10 @@ def average_in_one_step(file: File) -> None:
 def fold_rescales(file: File) -> None:
     """An op whose integers are only rescaled gives them at that scale itself: one rounding less."""
     outputs = {int(index) for index in file.graph.outputs}
-    for op in list(file.graph.operators):
+    for op in [op for op in file.graph.operators if file.kind(op) == "QUANTIZE"]:
         old = int(op.inputs[0])
         source = file.producers().get(old)
-        if file.kind(op) != "QUANTIZE" or source is None or file.kind(source) not in RESCALING:
+        if source is None or file.kind(source) not in RESCALING:
             continue
         alone = len(file.readers()[old]) == 1 and old not in outputs
         if alone and TYPES[file.graph.tensors[old].type] == "int8":
@@ -164,9 +166,9 @@ def leave_float(file: File) -> None:
     What LiteRT computes with integer weights and a float result rounds its input by itself, finer
     than a scale fixed beforehand: two roundings would lose more than either.
     """
-    for op in list(file.graph.operators):
+    for op in [op for op in file.graph.operators if file.kind(op) == "QUANTIZE"]:
         source = file.graph.tensors[op.inputs[0]]
-        if file.kind(op) != "QUANTIZE" or TYPES[source.type] != "float32":
+        if TYPES[source.type] != "float32":
             continue
         movers, ends = _readers_behind(file, int(op.outputs[0]))
         if ends is None:

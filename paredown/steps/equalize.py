@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import numpy as np
-import torch
 
 from paredown.calibrate import observe_channels
 from paredown.graph.edit import refresh_values
