@@ -229,7 +229,7 @@ def few_values(task: Task, goals: Goals, seed: int) -> list[Recipe]:
 
 
 def tables_weigh_most(model: Model, baseline: Measurement) -> bool:
-    """Whether more than half of the file is tables that are looked up, which int8 leaves alone."""
+    """Whether more than half of the file is tables that are looked up."""
     tables = {s.weight for s in sites(model.graph) if s.kind == "embedding"}
     return 2 * sum(tensor_of(model.graph, t).nbytes for t in tables) > baseline.size_bytes
 
@@ -239,10 +239,10 @@ def four_bit_weights(task: Task) -> Recipe:
     attempt = Attempt(
         (_make("quantize_weights", bits=4, method=method),),
         "4-bit weights, 8-bit tables",
-        "most of the file is tables that are looked up, whose rows are read as integers",
+        "most of the file is tables that are looked up; activations stay in float",
         "about a quarter of the tables' bytes, and an eighth of the layers'",
     )
-    return Recipe("4-bit weights", "tables weigh most, and int8 leaves them in float", (attempt,))
+    return Recipe("4-bit weights", "tables weigh most: weights alone need be small", (attempt,))
 
 
 def sixteen_bit(baseline: Measurement) -> Recipe:
@@ -270,11 +270,14 @@ def int8(model: Model, baseline: Measurement, integers: tuple[int, int]) -> Atte
 def expected_integer_bytes(
     model: Model, size_bytes: int, integers: tuple[int, int], bits: int = 8
 ) -> float:
-    """The file's size with so many bits for each quantizable weight, and what the integers bring
-    along for each channel and each layer, in bytes."""
-    layers = {s.weight: s for s in sites(model.graph) if s.kind in INTEGER_KINDS}
-    weights = {id(t): t for t in (tensor_of(model.graph, name) for name in layers)}
-    saved = sum(t.numel() * (t.element_size() - bits / 8) for t in weights.values())
+    """The file's size with so many bits for each quantizable weight, 8 for each of a table, and
+    what the integers bring along for each channel and each layer, in bytes."""
+    layers = {s.weight: s for s in sites(model.graph) if s.kind in (*INTEGER_KINDS, "embedding")}
+    weights = {id(tensor_of(model.graph, name)): site for name, site in layers.items()}
+    saved = 0.0
+    for site in weights.values():
+        weight, taken = tensor_of(model.graph, site.weight), 8 if site.kind == "embedding" else bits
+        saved += weight.numel() * (weight.element_size() - taken / 8)
     channels = sum(tensor_of(model.graph, n).shape[s.axis] for n, s in layers.items())
     added = integers[0] * channels + integers[1] * len(layers)
     return float(max(size_bytes - saved, 0) + added)

@@ -290,7 +290,7 @@ FUSED = {
     "mobilenet_v2": {"QLinearConv": 16, "QLinearAdd": 2, POOL: 1, "QGemm": 1},
     "unet": {"QLinearConv": 11, "QLinearConcat": 2},
     "mlp": {"QGemm": 3},
-    "transformer_encoder": {"MatMulIntegerToFloat": 6, "QGemm": 3},
+    "transformer_encoder": {"GatherBlockQuantized": 1, "MatMulIntegerToFloat": 6, "QGemm": 3},
 }
 fused = pytest.mark.parametrize(
     "name",

@@ -20,11 +20,12 @@ from paredown.graph import structure
 from paredown.graph.capture import capture
 from paredown.graph.model import Model
 from paredown.graph.quantized import PER_TENSOR, fake_quantize, quantizers
-from paredown.parity import agreement_db
+from paredown.parity import QUANTIZED_DB, agreement_db
 from paredown.runtimes import executorch, ready
 from paredown.runtimes.executorch_graph import shape_for_xnnpack
 from paredown.steps.cast import Cast
 from paredown.steps.quantize import Quantize
+from paredown.steps.quantize_weights import QuantizeWeights
 from paredown.types import Task, UserError
 from tests.architectures import ARCHITECTURES, make
 
@@ -361,3 +362,46 @@ def test_an_op_without_a_kernel_is_told_in_one_line_and_leaves_no_file(tmp_path)
 
 
 # --- architectures ---------------------------------------------------------------------------
+
+
+# --- weights alone ---------------------------------------------------------------------------
+
+
+class Words(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table, self.conv = nn.Embedding(300, 64), nn.Conv1d(64, 64, 3, padding=1)
+        self.inner, self.head = nn.Linear(64, 64), nn.Parameter(torch.randn(64, 96) / 8)
+
+    def forward(self, ids):
+        x = self.conv(self.table(ids).transpose(1, 2)).relu().transpose(1, 2)
+        return self.inner(x) @ self.head
+
+
+@pytest.fixture(scope="module")
+def words():
+    torch.manual_seed(0)
+    ids = torch.randint(300, (16, 8))
+    task = Task(example=(ids[:1],), score=None, calibration=TensorDataset(ids, torch.zeros(16)))
+    return capture(Words().eval(), (ids[:1],)), task, ids
+
+
+@pytest.mark.parametrize(("bits", "group", "most"), [(8, 0, 0.55), (4, 32, 0.5), (4, 64, 0.5)])
+def test_weights_alone_are_integers_where_a_linear_layer_reads_them(
+    bits, group, most, words, tmp_path
+):
+    model, task, ids = words
+    made = QuantizeWeights(bits, group=group, zero_point=False).apply(model, task)
+    path = executorch.lower(made, tmp_path / "words.pte")
+    whole = executorch.lower(model, tmp_path / "float.pte").stat().st_size
+    assert path.stat().st_size < most * whole  # the convolution's weights stay in float
+    [got] = executorch.open(path)(ids.numpy())
+    assert agreement_db(made(ids).detach().numpy(), got) > QUANTIZED_DB
+
+
+def test_weights_that_xnnpack_lacks_are_told(words, tmp_path):
+    model, task, _ = words
+    made = QuantizeWeights(4, group=16, zero_point=False).apply(model, task)
+    with pytest.raises(UserError, match=r"4 bits in groups of 16\. XNNPACK takes .* group=32"):
+        executorch.lower(made, tmp_path / "words.pte")
+    assert not list(tmp_path.iterdir())

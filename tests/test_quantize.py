@@ -18,10 +18,12 @@ from paredown.graph.edit import fold_batch_norm
 from paredown.graph.model import Model
 from paredown.graph.quantized import (
     PER_CHANNEL,
+    PER_GROUP,
     PER_TENSOR,
     fake_quantize,
     fake_quantize_channel,
     quantizers,
+    rounded,
 )
 from paredown.graph.scales import affine, channel_scales
 from paredown.runtimes import onnxruntime
@@ -715,6 +717,59 @@ def test_weights_behind_one_input_are_rounded_to_their_own_grid(net, images):
         assert torch.equal(state[name], folded.state_dict()[name])  # float, to be trained on
         scales = state[f"{name}_scale"]
         assert torch.allclose(scales, channel_scales(state[name], 0))
+
+
+class Tagger(nn.Module):
+    """Looks words and places up; its output layer may be the table of words."""
+
+    def __init__(self, tied: bool):
+        super().__init__()
+        self.words, self.places = nn.Embedding(200, 32), nn.Embedding(12, 32)
+        self.inner, self.head = nn.Linear(32, 32), nn.Linear(32, 200)
+        if tied:
+            self.head.weight = self.words.weight
+
+    def forward(self, ids):
+        x = self.words(ids) + self.places(torch.arange(ids.shape[1]))
+        return self.head(self.inner(x).relu())
+
+
+@pytest.fixture(params=[False, True], ids=["apart", "tied"])
+def tagger(request):
+    torch.manual_seed(0)
+    ids = torch.randint(200, (16, 8))
+    return capture(Tagger(request.param).eval(), (ids[:1],)), ids
+
+
+@pytest.mark.parametrize(("bits", "least_db"), [(8, 30), (4, 18)])
+def test_tables_are_integers_and_tied_ones_stay_one(bits, least_db, tagger, tmp_path):
+    model, ids = tagger
+    made = Quantize(embedding_bits=bits).apply(model, calibrated(ids))
+    table = made.state_dict()["words.weight"]
+    [lookup] = [n for n in made.graph.graph.nodes if n.args[:1] and n.name == "embedding"]
+    assert lookup.args[0].target is PER_GROUP
+    read = rounded(made.graph, lookup.args[0])
+    assert snr_db(table, read) > least_db and snr_db(model(ids), made(ids)) > least_db - 3
+    if bits == 8:  # a row's scale is that of a linear layer's channel
+        assert torch.equal(
+            read, fake_quantize_channel(table, channel_scales(table, 0), 0, -127, 127)
+        )
+    small = onnxruntime.lower(made, tmp_path / "small.onnx")
+    float_tables = Quantize(embedding_bits=0).apply(model, calibrated(ids))
+    large = onnxruntime.lower(float_tables, tmp_path / "large.onnx")
+    saved = 200 * 32 * (4 - bits / 8)
+    assert large.stat().st_size - small.stat().st_size > 0.8 * saved
+    assert onnxruntime.census(small).integer_ops["GatherBlockQuantized"] >= 1
+
+
+def test_tables_stay_float_where_asked(tagger):
+    model, ids = tagger
+    for step in (Quantize(embedding_bits=0), Quantize(exclude=("*s.weight", "head.weight"))):
+        made = step.apply(model, calibrated(ids))
+        [lookup] = [n for n in made.graph.graph.nodes if n.args[:1] and n.name == "embedding"]
+        assert lookup.args[0].op == "get_attr"
+    with pytest.raises(UserError, match="embedding_bits must be 8, 4, or 0 for float, got 2"):
+        Quantize(embedding_bits=2)
 
 
 def test_a_quantized_model_trains(net, images):

@@ -706,7 +706,7 @@ def test_what_int8_left_in_float_can_follow():
     ids = torch.randint(100, (16, 6))
     net = nn.Sequential(nn.Embedding(100, 32), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 8))
     model, task = capture(net.eval(), (ids[:1],)), calibrated(ids)
-    int8 = Quantize("int8").apply(model, task)
+    int8 = Quantize("int8", embedding_bits=0).apply(model, task)
     made = QuantizeWeights(8, method="rtn").apply(int8, task)
     assert set(quantized_weights(made.graph)) == {"0.weight", "1.weight", "3.weight"}
     assert noise_db(int8, made, ids) > 30

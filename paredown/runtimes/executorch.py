@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 
 SUFFIX, COMPANIONS = ".pte", ()
 PACKAGES = ("executorch",)
-FORMS = frozenset({"int8", "int8-dynamic", "fp16"})  # besides float32; see paredown.types.Step
+FORMS = frozenset(
+    {"int8", "int8-dynamic", "int8-weights", "int4-weights", "fp16"}
+)  # besides float32; see paredown.types.Step
 INT8_BYTES = (8, 700)  # of scales for each channel, of keys and padding for each layer
 SIGNATURE = "paredown"  # a method of the file that returns names and shapes, as JSON
 

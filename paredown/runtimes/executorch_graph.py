@@ -14,16 +14,20 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from paredown.graph import grouped
 from paredown.graph.decomposed import DEQUANTIZE, DEQUANTIZE_CHANNEL, QUANTIZE, decompose
 from paredown.graph.edit import fold_batch_norm, remove_state, set_buffer
+from paredown.graph.grouped import PER_GROUP
 from paredown.graph.model import Model
 from paredown.graph.regions import FOLLOWERS, MOVERS, prepare
 from paredown.graph.sites import CONVOLUTIONS, tensor_of
+from paredown.types import UserError
 
 aten = torch.ops.aten
 ops = torch.ops.quantized_decomposed
 HIDDEN = torch.finfo(torch.float32).min / 2  # added to a score that attention must not see
 UNBOUNDED = torch.finfo(torch.float32).max
+DEQUANTIZE_GROUP = ops.dequantize_per_channel_group.default
 PRODUCTS = (aten.mm.default, aten.addmm.default, aten.matmul.default)
 MOST_RESCALED = 256.0  # input scale times weight scale over output scale, in XNNPACK's kernels
 # The least that input scale over output scale may be; of a product, both input scales multiplied.
@@ -195,6 +199,36 @@ def _is_computed(value: Any) -> bool:
 # --- integer ops -----------------------------------------------------------------------------
 
 
+def _look_up_integers(graph: fx.GraphModule, node: fx.Node) -> None:
+    """A lookup picks integers, and then multiplies the picked rows alone by their scales."""
+    source, places = _args(node)[:2]
+    if source.target is not PER_GROUP:
+        return
+    held, scale, zero, axis, group, low, high = _args(source)
+    name = str(held.target)
+    weight, scales = (tensor_of(graph, str(each.target)).detach() for each in (held, scale))
+    zeros = None if zero is None else tensor_of(graph, str(zero.target))
+    grid = (axis, group, low, high)
+
+    def picked(part: str, values: Tensor) -> fx.Node:
+        table = _buffer(graph, node, f"{name}_{part}", values)
+        return _add(node, aten.embedding.default, table, places)
+
+    rows = picked("table", grouped.integers(weight, scales, zeros, *grid).to(torch.int8))
+    made = _add(node, aten.to.dtype, rows, torch.float32)
+    if group:  # (..., F) -> (..., G, B)
+        made = _add(node, aten.unflatten.int, made, -1, [scales.shape[1], group])
+    for op, values in ((aten.sub.Tensor, zeros), (aten.mul.Tensor, scales)):
+        if values is not None:
+            part = picked("zeros" if values is zeros else "scales", values.float())
+            part = _add(node, aten.unsqueeze.default, part, -1) if group else part
+            made = _add(node, op, made, part)
+    _replace(node, _add(node, aten.flatten.using_ints, made, -2, -1) if group else made)
+    if not source.users:
+        graph.graph.erase_node(source)
+        remove_state(graph, name)
+
+
 def _drop_clamp(graph: fx.GraphModule, node: fx.Node) -> None:
     """A ReLU goes where the quantize op behind it clips at the same levels; else it fuses."""
     users = list(node.users)
@@ -220,29 +254,71 @@ def _bounds(node: fx.Node) -> tuple[float, float]:
 def _turn_product(graph: fx.GraphModule, node: fx.Node) -> None:
     """A product with an integer weight (in, out) becomes a linear layer with one of (out, in)."""
     bias, x, weight = node.args if len(node.args) == 3 else (None, *_args(node))
-    if not isinstance(weight, fx.Node) or weight.target is not DEQUANTIZE_CHANNEL or node.kwargs:
+    if not isinstance(weight, fx.Node) or node.kwargs:
+        return
+    if weight.target not in (DEQUANTIZE_CHANNEL, PER_GROUP) or weight.args[3] != 1:
         return
     source, scale, zeros, axis, *rest = _args(weight)
     turned = tensor_of(graph, str(source.target)).t().contiguous()  # (out, in)
     held = _buffer(graph, node, f"{source.target}_turned", turned)
-    made = _add(node, DEQUANTIZE_CHANNEL, held, scale, zeros, 1 - axis, *rest)
+    made = _add(node, weight.target, held, scale, zeros, 1 - axis, *rest)
     _replace(node, _add(node, aten.linear.default, x, made, bias))
-    graph.graph.erase_node(weight)
-    remove_state(graph, str(source.target))
+    if not weight.users:
+        graph.graph.erase_node(weight)
+        remove_state(graph, str(source.target))
+
+
+def _hold_integers(graph: fx.GraphModule, node: fx.Node) -> None:
+    """Weights that are rounded alone: as integers where a linear layer reads them, whose kernel
+    rounds each row of the input; rounded floats for other layers, which have no such kernel."""
+    source, scale, zero, axis, group, low, high = _args(node)
+    name = str(source.target)
+    weight, scales = (tensor_of(graph, str(each.target)).detach() for each in (source, scale))
+    zeros = None if zero is None else tensor_of(graph, str(zero.target))
+    linear = axis == 0 and all(
+        user.target is aten.linear.default and user.args[1] is node for user in node.users
+    )
+    bits = (high - low).bit_length()
+    odd = group and (bits != 4 or group % 32 or weight.shape[1] % group)
+    if linear and (zeros is not None or odd):
+        raise UserError(
+            f"model: {name!r} has weights of {bits} bits in groups of {group or weight.shape[1]}"
+            f"{'' if zeros is None else ' with zero points'}. XNNPACK takes 8 bits with a scale "
+            "for each channel, and 4 bits in groups of a multiple of 32 that divide a row, both "
+            "without zero points: QuantizeWeights(4, group=32, zero_point=False)."
+        )
+    grid = (axis, group, low, high)
+    if not linear:
+        made = _buffer(graph, node, f"{name}_rounded", PER_GROUP(weight, scales, zeros, *grid))
+    else:
+        integers = grouped.integers(weight, scales, zeros, *grid).to(torch.int8)
+        held = _buffer(graph, node, f"{name}_quantized", integers)
+        none = torch.zeros(scales.shape if group else scales.shape[:1], dtype=torch.int64)
+        empty = _buffer(graph, node, f"{name}_zero", none)
+        if group:
+            rest = (low, high, torch.int8, group, torch.float32)
+            made = _add(node, DEQUANTIZE_GROUP, held, scale, empty, *rest)
+        else:
+            flat = _buffer(graph, node, f"{name}_channel_scale", scales[:, 0].contiguous())
+            made = _add(node, DEQUANTIZE_CHANNEL, held, flat, empty, 0, low, high, torch.int8)
+    _replace(node, made)
+    remove_state(graph, name)
 
 
 def _quantize_dynamically(graph: fx.GraphModule, node: fx.Node) -> None:
     """A linear layer whose result stays in float: its kernel rounds each row of the input."""
     x, weight = node.args[:2]
-    if not isinstance(weight, fx.Node) or weight.target is not DEQUANTIZE_CHANNEL:
+    if not isinstance(weight, fx.Node) or weight.target not in (
+        DEQUANTIZE_CHANNEL,
+        DEQUANTIZE_GROUP,
+    ):
         return
-    low, high = _args(weight)[-3:-1]
-    if (
-        low >= -8 and high <= 7
-    ):  # only the kernel that rounds rows takes them two to a byte, and on this grid
-        weight.args = (*weight.args[:-3], -8, 7, weight.args[-1])
-    elif _rescales_within(graph, node):
-        return
+    if weight.target is DEQUANTIZE_CHANNEL:
+        low, high = _args(weight)[-3:-1]
+        if low >= -8 and high <= 7:  # only the kernel that rounds rows takes them two to a byte,
+            weight.args = (*weight.args[:-3], -8, 7, weight.args[-1])  # and on this grid
+        elif _rescales_within(graph, node):
+            return
     chosen = _add(node, ops.choose_qparams_per_token_asymmetric.default, x, torch.int8)
     scale, zero = (_add(node, operator.getitem, chosen, n) for n in (0, 1))
     grid = (scale, zero, -128, 127, torch.int8)
@@ -318,8 +394,10 @@ REWRITES: list[tuple[tuple[Any, ...], Rewrite]] = [
     ((aten.scaled_dot_product_attention.default,), _spell_attention),
     ((aten.adaptive_avg_pool2d.default,), _pool_by_mean),
     ((aten.batch_norm.default,), _spell_batch_norm),
+    ((aten.embedding.default,), _look_up_integers),
     (tuple(FOLLOWERS), _drop_clamp),
     (PRODUCTS, _turn_product),
+    ((PER_GROUP,), _hold_integers),
     ((aten.linear.default,), _quantize_dynamically),
     (CONVOLUTIONS, _restore_weight),
     ((aten.cat.default, *MOVERS), _share_scale),

@@ -113,7 +113,8 @@ def _by_channel(model: Model, node: fx.Node) -> None:
     if group or high - low < 16:
         raise UserError(
             f"model: {name!r} has {stored_bits(node)}-bit weights in groups of {group}; LiteRT "
-            "takes weights alone at 8 bits, with a scale for each channel: QuantizeWeights(8)."
+            "takes weights alone and tables at 8 bits, with a scale for each channel: "
+            "QuantizeWeights(8), Quantize(embedding_bits=8)."
         )
     weight, scales = tensor_of(model.graph, name), tensor_of(model.graph, str(scale.target))
     weight.data = rounded(model.graph, node)
@@ -153,6 +154,7 @@ def _pool_by_window(node: fx.Node) -> None:
 def _broadcast_later(node: fx.Node) -> None:
     """An operand that is expanded first is broadcast by the op itself: with channels last, the
     converter expands it to the wrong shape."""
+    source: Any = node.args[0]
     behind = next(iter(node.users), None)
     held = behind if behind is not None and behind.target is PER_TENSOR else node
     for user in held.users:
@@ -161,7 +163,7 @@ def _broadcast_later(node: fx.Node) -> None:
         if user.target not in BROADCASTING or shapes != [node.meta["val"].shape]:
             return
     if held is node or len(node.users) == 1:
-        node.replace_all_uses_with(node.args[0])
+        node.replace_all_uses_with(source)
         node.graph.erase_node(node)
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from torch import Tensor, fx
 
 from paredown.graph.edit import insert_after, keep_meta, set_buffer
+from paredown.graph.group_scales import Grid
 from paredown.graph.model import Model
 from paredown.graph.quantized import (
     DYNAMIC,
@@ -18,7 +19,9 @@ from paredown.graph.quantized import (
 from paredown.graph.regions import Regions
 from paredown.graph.scales import LEVELS, WEIGHT_GRIDS, affine, channel_scales, closest_scales
 from paredown.graph.sites import Site, tensor_of
+from paredown.steps import weight_layers
 from paredown.steps.ranges import Range
+from paredown.steps.weight_layers import Rounding
 
 
 def insert_quantizers(
@@ -43,6 +46,22 @@ def insert_dynamic(model: Model, layers: Sequence[Site]) -> None:
         inputs.setdefault(site.input, set()).add(site.node)
     for node, readers in inputs.items():
         insert_after(node, DYNAMIC, (0, LEVELS), readers)
+    model.graph.graph.lint()
+    model.graph.recompile()
+
+
+def insert_tables(model: Model, bits: int, skip: Collection[str]) -> None:
+    """Let lookups read tables of 8 or 4 bits, in place; ``skip`` names tables that stay in float.
+
+    At 8 bits each row has a scale, by which its largest value is the largest integer: that of the
+    row of a linear layer which reads the same table. At 4 bits groups of 32 have one.
+    """
+    for layer in weight_layers.tables(model, Rounding(bits, 0 if bits == 8 else 32), skip):
+        if bits == 8:
+            grid: Grid = (channel_scales(layer.weight.detach(), layer.axis)[:, None], None)
+        else:
+            grid = weight_layers.nearest(layer)
+        weight_layers.insert(model, layer, grid, [site.node for site in layer.uses])
     model.graph.graph.lint()
     model.graph.recompile()
 

@@ -24,7 +24,7 @@ from paredown.progress import say
 from paredown.steps import mixed
 from paredown.steps.correct import correct_biases
 from paredown.steps.equalize import equalize
-from paredown.steps.insert import insert_dynamic, insert_quantizers
+from paredown.steps.insert import insert_dynamic, insert_quantizers, insert_tables
 from paredown.steps.ranges import RANGES, Range, percentile_range
 from paredown.types import Target, Task, UserError, parse_drop
 
@@ -38,8 +38,8 @@ class Quantize:
     Good for convolutional networks and the linear layers of transformers: the file shrinks to
     about a quarter, and kernels with int8 dot products run about twice as fast. It does not pay
     in latency on tiny layers, where moving bytes costs as much as computing on them, nor on CPUs
-    without int8 dot products; models of mostly embeddings or recurrent layers shrink little,
-    since those stay in float.
+    without int8 dot products; models of mostly recurrent layers shrink little, since those stay in
+    float. Tables that are looked up are kept as integers and read as floats.
 
     ``"int8-dynamic"`` finds the range of a layer's input anew at each inference, and quantizes
     linear layers alone: for transformers and models of linear layers whose ranges differ from
@@ -54,6 +54,7 @@ class Quantize:
         percentile: for ``ranges="percentile"``, the share of values kept, in per cent.
         first, last: whether the first and the last layer are quantized too.
         edge_bits: for ``scheme="int4"``, bits of the first and the last layer's weights: 8 or 4.
+        embedding_bits: of tables that are looked up: 8, 4, or 0 for float.
         exclude: names of weights, or patterns such as ``"head.*"``, that stay in float.
         smooth: how much of the difference in size between channels moves from values into the
             weights that read them, 0 to 1, wherever that changes nothing in float; 0 is off. Of a
@@ -86,6 +87,7 @@ class Quantize:
     first: bool = True
     last: bool = True
     edge_bits: int = 8
+    embedding_bits: int = 8
     exclude: tuple[str, ...] = ()
     smooth: float = 0.5
     correct_bias: bool = True
@@ -101,6 +103,11 @@ class Quantize:
             raise UserError(f"quantize: percentile must be in (50, 100], got {self.percentile}.")
         if self.edge_bits not in WEIGHT_GRIDS:
             raise UserError(f"quantize: edge_bits must be 8 or 4, got {self.edge_bits!r}.")
+        if self.embedding_bits not in (*WEIGHT_GRIDS, 0):
+            raise UserError(
+                f"quantize: embedding_bits must be 8, 4, or 0 for float, got "
+                f"{self.embedding_bits!r}."
+            )
         if not 0 <= self.smooth <= 1:
             raise UserError(f"quantize: smooth must be in [0, 1], got {self.smooth!r}.")
         object.__setattr__(self, "exclude", tuple(self.exclude))
@@ -128,7 +135,8 @@ class Quantize:
         prepare(made)
         fold_batch_norm(made.graph)
         regroup(made)
-        regions = find_regions(made, self._skipped(made))
+        skipped = self._skipped(made)
+        regions = find_regions(made, skipped)
         if not regions.sites:
             kinds = "linear layer" if self._dynamic else "convolution or linear layer"
             raise UserError(f"quantize: no {kinds} is left to run on integers.")
@@ -142,6 +150,8 @@ class Quantize:
                 insert_dynamic(made, regions.sites)
             else:
                 insert_quantizers(made, regions, found, self._bits(made))
+            if self.embedding_bits:
+                insert_tables(made, self.embedding_bits, {*skipped, *made.shared})
             if self.correct_bias:
                 correct_biases(exact, made, task)
         return made

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -124,6 +124,16 @@ def weight_layers(
     return found
 
 
+def tables(model: Model, rounding: Rounding, skip: Collection[str]) -> list[WeightLayer]:
+    """The float32 tables that are looked up and are smaller once rounded, but for those named."""
+    uses: dict[int, list[Site]] = {}
+    for site in sites(model.graph):
+        if site.kind == "embedding":
+            uses.setdefault(id(tensor_of(model.graph, site.weight)), []).append(site)
+    wanted = [each for each in uses.values() if not {s.weight for s in each} & set(skip)]
+    return [layer for layer in (_layer(model, each, rounding) for each in wanted) if _pays(layer)]
+
+
 def _ends(model: Model, ends: set[str]) -> set[int]:
     computing = [site for site in sites(model.graph) if site.kind != "embedding"]
     first, last = computing[:1] * ("first" in ends), computing[-1:] * ("last" in ends)
@@ -156,8 +166,11 @@ def nearest(layer: WeightLayer) -> Grid:
     return choose_grid(flat, layer.group, how.low, how.high, zero_point=how.zero_point)
 
 
-def insert(model: Model, layer: WeightLayer, grid: Grid) -> None:
-    """Let all that reads the weight read it through a fake quantizer, in place.
+def insert(
+    model: Model, layer: WeightLayer, grid: Grid, readers: Collection[fx.Node] | None = None
+) -> None:
+    """Let all that reads the weight, or ``readers`` alone, read it through a fake quantizer, in
+    place.
 
     The quantizer stands right before the first reader, so that one rounded weight is in memory at
     a time.
@@ -165,16 +178,20 @@ def insert(model: Model, layer: WeightLayer, grid: Grid) -> None:
     graph = model.graph.graph
     place = {node: number for number, node in enumerate(graph.nodes)}
     rest = (layer.axis, layer.group, layer.rounding.low, layer.rounding.high)
+    part = "" if readers is None else "table_"
     for node in layer.nodes:
-        first = min(node.users, key=lambda user: place.get(user, -1))
+        users = [user for user in node.users if readers is None or user in readers]
+        if not users:
+            continue
+        first = min(users, key=lambda user: place.get(user, -1))
         held: list[fx.Node | None] = []
         with graph.inserting_before(first):
             for suffix, values in zip(("scale", "zero_point"), grid, strict=True):
-                name = f"{node.target}_{suffix}"
+                name = f"{node.target}_{part}{suffix}"
                 if values is not None:
                     set_buffer(model.graph, name, values)
                 held.append(None if values is None else graph.get_attr(name))
             made = graph.call_function(PER_GROUP, (node, *held, *rest))
         keep_meta(made, node)
-        for user in [user for user in node.users if user is not made]:
+        for user in users:
             user.replace_input_with(node, made)
