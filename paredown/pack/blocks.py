@@ -23,6 +23,7 @@ RAW, ZSTD, XZ, XZ_TEXT, SYMBOLS, PALETTE, ZEROS, PLANES = range(8)
 NAMES = ("stored", "zstd", "xz", "xz", "symbols", "few values", "zeros apart", "byte planes")
 LEVEL = 19  # of zstandard, where it is used
 QUICK_LEVEL = 1  # to see whether repeats pay
+XZ_SAMPLE = 1 << 14  # bytes by which one of its settings is chosen
 MAX_VALUES = 2048  # distinct ones that are worth a palette
 GROUP = 4  # neighbours whose zeros are coded together: finds 2:4 and coarser patterns
 WORTH = 0.985  # a coding is taken above its simpler rival from this share of its bits down
@@ -59,7 +60,7 @@ def encode(data: np.ndarray, layout: Layout) -> bytes:
         return _repeats(data)
     elements = data.view(f"<u{layout.width}") if layout.width > 1 else data
     coded = _coded(elements, layout)
-    if len(_zstd(data, QUICK_LEVEL)) < len(coded):
+    if len(_zstd(data, QUICK_LEVEL)) < WORTH * len(coded):
         coded = min(coded, _repeats(data), key=len)
     return coded if len(coded) <= len(data) else _tagged(RAW, data.tobytes())
 
@@ -108,8 +109,9 @@ def _planned(symbols: np.ndarray, columns: int, alphabet: int) -> tuple[Plan, bo
 
 def _palette(elements: np.ndarray) -> np.ndarray | None:
     """The distinct values, sorted; None where there are clearly too many."""
-    if elements.dtype.itemsize == 1:
-        return np.flatnonzero(np.bincount(elements, minlength=256)).astype(np.uint8)
+    if elements.dtype.itemsize <= 2:
+        found = np.flatnonzero(np.bincount(elements)).astype(elements.dtype)
+        return found if len(found) <= MAX_VALUES else None
     values = np.unique(elements[:: max(1, len(elements) // 8192)])
     while len(values) <= MAX_VALUES:
         at = np.searchsorted(values, elements)
@@ -123,9 +125,9 @@ def _palette(elements: np.ndarray) -> np.ndarray | None:
 def _numbers(values: np.ndarray, elements: np.ndarray) -> np.ndarray:
     """The place of each element among the sorted distinct values."""
     kind = np.uint8 if len(values) <= 256 else np.uint16
-    if elements.dtype.itemsize > 1:
+    if elements.dtype.itemsize > 2:
         return np.searchsorted(values, elements).astype(kind)
-    table = np.zeros(256, kind)
+    table = np.zeros(int(values[-1]) + 1, kind)
     table[values] = np.arange(len(values))
     return table[elements]
 
@@ -198,10 +200,16 @@ def _repeats(data: np.ndarray) -> bytes:
     raw = data.tobytes()
     packed = [_tagged(RAW, raw), _tagged(ZSTD, _zstd(data, LEVEL))]
     if len(raw) < 1 << 22:  # above, it is slow
-        for tag in (XZ, XZ_TEXT):
-            filters = _filters(tag, len(raw))
-            packed.append(_tagged(tag, lzma.compress(raw, lzma.FORMAT_RAW, filters=filters)))
+        tags = [XZ, XZ_TEXT]
+        if len(raw) > 2 * XZ_SAMPLE:  # a part tells which
+            part = raw[len(raw) // 2 :][:XZ_SAMPLE]
+            tags = [min(tags, key=lambda tag: len(_xz(part, tag)))]
+        packed += [_xz(raw, tag) for tag in tags]
     return min(packed, key=len)
+
+
+def _xz(raw: bytes, tag: int) -> bytes:
+    return _tagged(tag, lzma.compress(raw, lzma.FORMAT_RAW, filters=_filters(tag, len(raw))))
 
 
 def _filters(tag: int, size: int) -> list[dict[str, Any]]:
