@@ -159,8 +159,9 @@ def _broadcast_later(node: fx.Node) -> None:
     held = behind if behind is not None and behind.target is PER_TENSOR else node
     for user in held.users:
         others = [each for each in user.all_input_nodes if each is not held]
-        shapes = [each.meta["val"].shape for each in others]
-        if user.target not in BROADCASTING or shapes != [node.meta["val"].shape]:
+        if user.target not in BROADCASTING or len(others) != 1:
+            return
+        if getattr(others[0].meta["val"], "shape", None) != node.meta["val"].shape:
             return
     if held is node or len(node.users) == 1:
         node.replace_all_uses_with(source)
@@ -211,11 +212,12 @@ def _bar(node: fx.Node) -> None:
 
 
 def _runs_on_integers(node: fx.Node, weighted: set[fx.Node]) -> bool:
-    """Whether an op is one of ``weighted``, or what it makes is quantized."""
+    """Whether an op is one of ``weighted``, or what it makes is quantized, perhaps once moved."""
     if node in weighted or isinstance(node.meta.get("val"), (list, tuple)):
         return True
     return any(
-        user.target is PER_TENSOR or (user.target in FOLLOWERS and _runs_on_integers(user, set()))
+        user.target is PER_TENSOR
+        or (user.target in FOLLOWERS | MOVERS and _runs_on_integers(user, set()))
         for user in node.users
     )
 
