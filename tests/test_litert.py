@@ -87,8 +87,8 @@ FUSED = {
     "mobilenet_v2": {
         **{"CONV_2D": 11, "DEPTHWISE_CONV_2D": 5, "ADD": 2, "MEAN": 1, "FULLY_CONNECTED": 1},
     },
-    "transformer_encoder": {"FULLY_CONNECTED": 9},
-    "resnet_basic": {"CONV_2D": 20, "ADD": 8, "MEAN": 1, "FULLY_CONNECTED": 1},
+    "transformer_encoder": {"EMBEDDING_LOOKUP": 1, "FULLY_CONNECTED": 9},
+    "resnet_basic": {"CONV_2D": 20, "ADD": 8, "MAX_POOL_2D": 1, "MEAN": 1, "FULLY_CONNECTED": 1},
     "unet": {"CONV_2D": 11, "MAX_POOL_2D": 2, "CONCATENATION": 2},
 }
 
