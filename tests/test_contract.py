@@ -88,7 +88,7 @@ ILLEGAL: dict[tuple[str, ...], str] = {
     ("binarize", "prune_channels"): "PruneChannels: the model is quantized; cut channels before",
     ("binarize", "prune_layers"): "PruneLayers: the model is quantized, with scales for",
     ("cast", "binarize"): "is float16, in which training does not converge; binarize and train",
-    ("quantize", "quantize_weights", "cnn"): "QuantizeWeights: the model is quantized already; no",
+    ("quantize", "quantize_weights"): "QuantizeWeights: the model is quantized already; no",
     ("prune_channels", "quantize_weights", "cnn"): "QuantizeWeights: no float32 weight is left",
     ("quantize_weights", "quantize_weights"): "QuantizeWeights: the model is quantized already; no",
     ("quantize_weights", "quantize"): "quantize: the model is quantized already",

@@ -28,7 +28,9 @@ def quantized(name: str) -> Model:
     module, example = make(name)
     model = capture(module, example, entry.dynamic)
     try:
-        return Quantize("int8").apply(model, page.calibration_task(entry, example))
+        return Quantize("int8", embedding_bits=0).apply(
+            model, page.calibration_task(entry, example)
+        )
     except UserError as error:
         assert page.NO_INTEGERS in str(error)
         pytest.skip("nothing to quantize")
