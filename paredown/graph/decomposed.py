@@ -31,8 +31,8 @@ def decompose(model: Model, fold_weights: bool = True) -> Model:
     Activations become int8: an unsigned byte and its zero point are both shifted by 128, which
     changes no value. Each op that reads a quantized value has a dequantize op of its own, so that
     the two can go to one kernel. Biases stay float, and so do values whose scale is found at each
-    inference, which a runtime rounds by itself. Weights and tables that are rounded alone, by groups
-    or rows, stay behind their quantizers: each runtime has a form of its own for them.
+    inference, which a runtime rounds by itself. Weights and tables that are rounded alone stay
+    behind their quantizers: each runtime has a form of its own for them.
 
     Args:
         fold_weights: keep weights as int8 buffers ``NAME_quantized`` in place of the parameters,
