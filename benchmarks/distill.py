@@ -58,6 +58,7 @@ class Case:
     epochs: float
     lr: float
     alpha: float
+    temperature: float
     held: int
 
 
@@ -85,6 +86,7 @@ def _digits(few: bool, quick: bool) -> Case:
         epochs=12 if quick else 24,
         lr=3e-3,
         alpha=0.0 if few else 0.1,
+        temperature=4.0,
         held=400,
     )
 
@@ -102,7 +104,7 @@ def _code(quick: bool) -> Case:
 
     train: Any = task.train
     epochs = 5 if quick else 4
-    return Case("code model", task, teacher, student, train, epochs, 2e-3, 0.1, 500)
+    return Case("code model", task, teacher, student, train, epochs, 2e-3, 0.5, 1.0, 500)
 
 
 def _table(case: Case, taught: tuple[str, ...]) -> tables.Result:
@@ -134,7 +136,7 @@ def _steps(case: Case, teacher: Path) -> dict[str, tuple[Step, Task]]:
     alone = FineTune(epochs=case.epochs * share, lr=case.lr)
     made: dict[str, tuple[Step, Task]] = {ALONE: (alone, replace(case.task, train=case.labelled))}
     for name, settings in TAUGHT.items():
-        how = {"alpha": case.alpha, "cache": True, **settings}
+        how = {"alpha": case.alpha, "temperature": case.temperature, "cache": True, **settings}
         step = Distill(teacher=str(teacher), epochs=case.epochs, lr=case.lr, **how)
         made[name] = step, case.task
     return made

@@ -115,7 +115,7 @@ def _constant(value: Any) -> float | None:
         return _constant(value.args[1])
     if value.target in (aten.zeros.default, aten.ones.default):
         return float(value.target is aten.ones.default)
-    if value.target is aten.clone.default:
+    if value.target in (aten.clone.default, QUANTIZE, DEQUANTIZE):  # the grid holds its one value
         return _constant(value.args[0])
     if value.target in _SCALAR_OPS and len(value.args) == 2:
         a, b = (_constant(arg) for arg in value.args)
