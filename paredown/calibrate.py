@@ -170,8 +170,7 @@ def inputs(model: Model, task: Task, examples: int | None = None) -> Iterator[li
     """
     split = data.split(task, "calibration")
     size = data.size(split)
-    fitting = max(1, int(MEMORY / lockstep.example_bytes([model])))
-    batch = model.fixed_batch or min(task.batch_size, fitting)
+    batch = model.fixed_batch or _batch(model, task)
     total = size // batch if model.fixed_batch else -(-size // batch)
     if total == 0:
         raise UserError(f"calibration: {size} examples do not fill the model's batch of {batch}.")
@@ -180,6 +179,10 @@ def inputs(model: Model, task: Task, examples: int | None = None) -> Iterator[li
     for values, _ in progress.track(batches, "calibrate", total):
         args, kwargs = data.arguments(values)
         yield model.bind(args, kwargs)
+
+
+def _batch(model: Model, task: Task) -> int:
+    return max(1, min(task.batch_size, int(MEMORY / lockstep.example_bytes([model]))))
 
 
 def enough(*models: Model) -> int:
@@ -194,12 +197,14 @@ def channels_last(model: Model) -> Iterator[fx.GraphModule]:
 
     A graph with views of its values' memory keeps the usual layout: a view would fail.
     """
-    graph, usual = model.eval().graph, torch.contiguous_format
-    turned = [p for p in graph.parameters() if p.dim() == 4 and p.is_contiguous()]
+    graph, usual, last = model.eval().graph, torch.contiguous_format, torch.channels_last
+    images = [p for p in graph.parameters() if p.dim() == 4]
+    turned = [p for p in images if not p.is_contiguous(memory_format=last)]  # none within another
     try:
-        _lay_out(turned, torch.channels_last)
+        _lay_out(turned, last)
         try:
-            graph(*[item.example.clone() for item in model.inputs])
+            if turned:
+                graph(*[item.example.clone() for item in model.inputs])
         except RuntimeError:
             _lay_out(turned, usual)
         yield graph

@@ -150,7 +150,8 @@ def _fold(
     shift = (old - mean) * scale + (0.0 if beta is None else beta)  # (C,)
     shape = [-1 if dim == axis else 1 for dim in range(w.dim())]
     with torch.no_grad():
-        w.mul_(scale.reshape(shape).to(w.dtype))
+        exact = torch.promote_types(w.dtype, torch.float32)
+        w.copy_(w * scale.reshape(shape).to(exact))
     name = bias or _free_name(graph, weight)
     set_parameter(graph, name, shift.to(w.dtype))
     _set_bias(graph, node, name)

@@ -75,7 +75,7 @@ def _shifts(
             rank = tensor_of(after.graph, site.weight).dim()
             axis = got.dim() - rank + 1 if site.kind == "conv" else got.dim() - 1
             shift = (wanted - got).movedim(axis, 0).flatten(1).double().mean(1)
-            if len(shift) == len(tensor_of(after.graph, str(site.bias))):
+            if shift.shape == tensor_of(after.graph, str(site.bias)).shape:
                 shape = [-1 if dim == axis else 1 for dim in range(got.dim())]
                 lane.env[node] = got + shift.float().reshape(shape)
                 yield node, shift
