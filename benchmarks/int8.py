@@ -62,13 +62,9 @@ class Rival:
     made: list[dict[str, float]]  # seconds and bytes, one each time it was made
 
 
-def run(quick: bool, runtime_name: str) -> list[Result]:
-    """One result for each shape."""
+def run(quick: bool, runtime_name: str, name: str) -> list[Result]:
+    """The files of one runtime, of the net called ``name`` in ``shapes.SHAPES``."""
     effort = QUICK if quick else Effort()
-    return [_compare(runtime_name, name, effort) for name in shapes.SHAPES]
-
-
-def _compare(runtime_name: str, name: str, effort: Effort) -> Result:
     torch.set_num_threads(tables.cores())
     with tempfile.TemporaryDirectory(prefix="bench-") as made:
         folder = Path(made)
@@ -103,7 +99,7 @@ def _compare(runtime_name: str, name: str, effort: Effort) -> Result:
         _bars(rivals),
     )
     tables.show(result, COLUMNS)
-    return result
+    return [result]
 
 
 def _prepared(name: str) -> nn.Module:
@@ -180,7 +176,7 @@ def _snr(
     module: nn.Module, file: Path, runtime_name: str, examples: torch.Tensor
 ) -> tuple[float, np.ndarray]:
     """Decibels of the float model's output over the difference to it: over all, per example."""
-    predict = runtime(runtime_name).open(file, THREADS)
+    predict = peers.opened(runtime_name, file, THREADS)
     with torch.no_grad():
         expected = torch.cat([module(part) for part in examples.split(8)]).numpy()
     expected = expected.astype(np.float64)

@@ -319,6 +319,36 @@ def litert_pt2e_int8(
     return path
 
 
+def _scaled(file: Path, predict: Callable[..., Any]) -> Callable[..., Any]:
+    """A .tflite file whose inputs or outputs are integers, called with and giving real numbers."""
+    from ai_edge_litert.interpreter import Interpreter
+
+    interpreter = Interpreter(str(file))
+    inputs, outputs = interpreter.get_input_details(), interpreter.get_output_details()
+
+    def run(*arrays: np.ndarray) -> tuple[np.ndarray, ...]:
+        given = []
+        for item, array in zip(inputs, arrays, strict=True):
+            scale, zero_point = item["quantization"]
+            if scale and array.dtype == np.float32:
+                steps = np.round(array / scale) + zero_point
+                array = steps.clip(*_limits(item["dtype"])).astype(item["dtype"])
+            given.append(array)
+        made = predict(*given)
+        return tuple(
+            (value.astype(np.float32) - zero_point) * scale if scale else value
+            for value, item in zip(made, outputs, strict=True)
+            for scale, zero_point in [item["quantization"]]
+        )
+
+    return run
+
+
+def _limits(kind: Any) -> tuple[int, int]:
+    limits = np.iinfo(kind)
+    return limits.min, limits.max
+
+
 def _signature(file: Path) -> tuple[str, str]:
     """The key of a file's only signature, and the name of its only input."""
     from ai_edge_litert.interpreter import Interpreter
@@ -359,6 +389,12 @@ TOOLS: dict[str, dict[str, Tool]] = {
         "litert-torch": litert_pt2e_int8,
     },
 }
+
+
+def opened(runtime_name: str, file: Path, threads: int) -> Callable[..., Any]:
+    """A predictor of real numbers."""
+    predict = runtime(runtime_name).open(file, threads)
+    return _scaled(file, predict) if runtime_name == "litert" else predict  # type: ignore[no-any-return]
 
 
 @contextlib.contextmanager

@@ -1,4 +1,7 @@
-"""The benchmarks: python benchmarks/run.py [NAME] [--quick], NAME being one of BENCHMARKS."""
+"""The benchmarks: python benchmarks/run.py [NAME] [--quick] [--shapes SHAPE ...].
+
+NAME is one of BENCHMARKS; the shapes are those of shapes.SHAPES, for the int8 benchmarks.
+"""
 
 from __future__ import annotations
 
@@ -33,19 +36,33 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Compare paredown with its peers, side by side.")
     parser.add_argument("benchmark", nargs="?", choices=[*BENCHMARKS, "all"], default="all")
     parser.add_argument("--quick", action="store_true", help="few rounds and examples: a rough run")
+    parser.add_argument(
+        "--shapes", nargs="+", default=[], help="of the int8 benchmarks: these alone"
+    )
     chosen = parser.parse_args()
     missing = [name for name in PEERS if importlib.util.find_spec(name) is None]
     if missing:
         sys.exit(f"{', '.join(missing)}: not installed; pip install -e '.[bench]'")
+    import shapes
     import tables
 
+    unknown = sorted(set(chosen.shapes) - set(shapes.SHAPES))
+    if unknown:
+        sys.exit(f"{', '.join(unknown)}: no such shape; there are {', '.join(shapes.SHAPES)}")
+    if chosen.shapes and not chosen.benchmark.startswith("int8"):
+        sys.exit("--shapes goes with the int8 benchmarks")
     load, cores = os.getloadavg()[0], tables.cores()
     if load > 0.5 * cores:
         print(f"note: {load:.1f} other processes want these {cores} cores; the numbers are rough")
     for name in BENCHMARKS if chosen.benchmark == "all" else [chosen.benchmark]:
         module, *given = BENCHMARKS[name]
-        results = importlib.import_module(module).run(chosen.quick, *given)
-        print(f"kept in {tables.save(name, results, chosen.quick).relative_to(tables.ROOT)}\n")
+        run = importlib.import_module(module).run
+        # a file for each shape, so that what is measured stays when a long run is stopped
+        parts = chosen.shapes or list(shapes.SHAPES) if module == "int8" else []
+        for part in parts or [None]:
+            results = run(chosen.quick, *given, *([part] if part else []))
+            kept = tables.save(f"{name}-{part}" if part else name, results, chosen.quick)
+            print(f"kept in {kept.relative_to(tables.ROOT)}\n", flush=True)
 
 
 if __name__ == "__main__":
