@@ -387,8 +387,17 @@ def _run(
 
 
 def _borrowed(module: nn.Module) -> nn.Module:
-    """A copy with the module's own parameters; buffers, which a run may change, are copied too."""
-    return copy.deepcopy(module, {id(each): each for each in module.parameters()})
+    """A copy with the module's own parameters; buffers, which a run may change, are copied too.
+
+    Tensors that a run leaves in the module, such as the weight that ``torch.nn.utils.weight_norm``
+    makes, cannot be copied with their gradient.
+    """
+    memo: dict[int, Any] = {id(each): each for each in module.parameters()}
+    for owner in module.modules():
+        for value in vars(owner).values():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach()
+    return copy.deepcopy(module, memo)
 
 
 def _set_module_mode(module: nn.Module, training: bool) -> None:

@@ -83,6 +83,11 @@ def _sites_of(node: fx.Node, graph: fx.GraphModule) -> Iterator[Site]:
                 yield Site(node, "recurrent", name, None, 0)
 
 
+def weight_places(node: fx.Node) -> list[int]:
+    """Where an op that can be a `Site` has its weight among its arguments, computed or not."""
+    return [_OPS[node.target][2]] if node.op == "call_function" and node.target in _OPS else []
+
+
 def _parameter(node: fx.Node, position: int) -> str | None:
     """The name of the parameter at this place of the op's arguments."""
     return _parameter_of(node.args[position]) if position < len(node.args) else None

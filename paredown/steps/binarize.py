@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
+from paredown.graph.computed import fold_computed_weights
 from paredown.graph.edit import getattr_or_none, keep_meta
 from paredown.graph.low_bits import BINARY, TERNARY
 from paredown.graph.model import Model
@@ -75,6 +76,7 @@ class Binarize:
         if quantizers(model.graph):
             raise UserError("Binarize: the model is quantized already; binarize before.")
         made = model.copy()
+        fold_computed_weights(made)
         chosen = self._chosen(made)
         names = [site.weight for site in chosen]
         refuse_shared(made, names, "Binarize: {}, which signs do not keep; exclude them.")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from paredown import progress
+from paredown.graph.computed import fold_computed_weights
 from paredown.graph.model import Model
 from paredown.graph.shared import MASK, Sharing, hold
 from paredown.steps.tensors import keep_zeros, shareable
@@ -65,6 +66,7 @@ class HashWeights:
     def apply(self, model: Model, task: Task) -> Model:
         """A copy whose weights are those of the buckets, with ``shared`` saying which."""
         made = model.copy().eval()
+        fold_computed_weights(made)
         for each in shareable(made, self.exclude, "HashWeights"):
             buckets = max(1, round(self.ratio * each.weight.numel()))
             if (each.weight.numel() - buckets) * each.weight.element_size() > NOTE_BYTES:

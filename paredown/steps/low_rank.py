@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from paredown import progress
+from paredown.graph.computed import fold_computed_weights
 from paredown.graph.coupling import Costs, analyze
 from paredown.graph.cut import give_values
 from paredown.graph.factored import factor
@@ -225,6 +226,7 @@ class Ground:
                 "factor before Quantize."
             )
         source = model.copy().eval()
+        fold_computed_weights(source)
         lookups = step.amount in ("parameters", "energy")  # which have no multiply-adds to save
         joined = rejoin(source, step.include, step.exclude, lookups)
         names = {site.weight for each in (model, source) for site in sites(each.graph)}

@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from paredown.graph.computed import fold_computed_weights
 from paredown.graph.low_bits import BINARY
 from paredown.graph.model import Model
 from paredown.graph.names import check_exclude, fits, with_layer
@@ -157,6 +158,7 @@ class PruneWeights:
     def apply(self, model: Model, task: Task) -> Model:
         """A copy with the weights at zero and their masks in ``masks``."""
         pruned = model.copy()
+        fold_computed_weights(pruned)
         found = _prunable(pruned, self.exclude)
         _refuse_binary(pruned, found)
         kept = [_kept(pruned, uses) for uses in found]

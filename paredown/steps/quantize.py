@@ -12,6 +12,7 @@ from typing import ClassVar
 import torch
 
 from paredown.calibrate import Statistics, channels_last, observe
+from paredown.graph.computed import fold_computed_weights
 from paredown.graph.edit import fold_batch_norm
 from paredown.graph.low_bits import LOW_BITS
 from paredown.graph.model import Model
@@ -132,6 +133,7 @@ class Quantize:
         if self.max_drop is not None:
             return self.settle(model, task, Target()).apply(model, task)
         made = model.copy().eval()
+        fold_computed_weights(made)
         prepare(made)
         fold_batch_norm(made.graph)
         regroup(made)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from paredown import progress
+from paredown.graph.computed import fold_computed_weights
 from paredown.graph.model import Model
 from paredown.graph.shared import refuse_shared
+from paredown.runtimes import runtime
 from paredown.steps.gptq_layers import round_in_order, solvable
 from paredown.steps.weight_layers import Rounding, WeightLayer, insert, nearest, weight_layers
-from paredown.types import Task, UserError
+from paredown.types import Target, Task, UserError
 
 GROUPS = {8: 0, 4: 32}  # bits -> weights to a scale, 0 being a whole channel
 METHODS = ("gptq", "rtn")
@@ -86,6 +88,7 @@ class QuantizeWeights:
 
     def apply(self, model: Model, task: Task) -> Model:
         made = model.copy().eval()
+        fold_computed_weights(made)
         rounding = self._rounding(self.bits, self.group)
         tables = self._rounding(self.embedding_bits, None) if self.embedding_bits else None
         ends = {name for name in ("first", "last") if not getattr(self, name)}
@@ -102,6 +105,13 @@ class QuantizeWeights:
         made.graph.recompile()
         progress.say(self._told(chosen, len(solved)))
         return made
+
+    def settle(self, model: Model, task: Task, target: Target) -> QuantizeWeights:
+        """The same step without zero points, where the runtime's kernels take none."""
+        symmetric = getattr(runtime(target.runtime), "SYMMETRIC", ())
+        if self.zero_point is None and self.bits in symmetric:
+            return replace(self, zero_point=False)
+        return self
 
     def _rounding(self, bits: int, group: int | None) -> Rounding:
         size = GROUPS[bits] if group is None else group

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from paredown import calibrate, progress
+from paredown.graph.computed import fold_computed_weights
 from paredown.graph.grouped import from_rows, rows
 from paredown.graph.model import Model
 from paredown.graph.regions import INTEGER_KINDS
@@ -88,6 +89,7 @@ class ShareWeights:
     def apply(self, model: Model, task: Task) -> Model:
         """A copy whose weights are those of the codebooks, with ``shared`` saying which."""
         made = model.copy().eval()
+        fold_computed_weights(made)
         found = shareable(made, self.exclude, "ShareWeights")
         self._check_distinct(found)
         counts = importances(made, task, found) if self.weighted else {}
