@@ -402,6 +402,77 @@ def test_weights_alone_are_integers_where_a_linear_layer_reads_them(
 def test_weights_that_xnnpack_lacks_are_told(words, tmp_path):
     model, task, _ = words
     made = QuantizeWeights(4, group=16, zero_point=False).apply(model, task)
-    with pytest.raises(UserError, match=r"4 bits in groups of 16\. XNNPACK takes .* group=32"):
+    with pytest.raises(
+        UserError, match=r"4 bits in groups of 16, 64 to a row\. XNNPACK takes .* group=32"
+    ):
         executorch.lower(made, tmp_path / "words.pte")
     assert not list(tmp_path.iterdir())
+
+
+# --- what ExecuTorch lacks -------------------------------------------------------------------
+
+
+class Blocks(nn.Module):
+    """Pooling over blocks, over windows of one size, and a maximum over all places."""
+
+    def forward(self, x):  # (N, 2, 4, 6, 6)
+        mean = nn.functional.avg_pool3d(x, 2).flatten(1)
+        most = nn.functional.max_pool3d(x, (2, 3, 3), stride=2, padding=1).flatten(1)
+        image = x.flatten(1, 2)  # (N, 8, 6, 6)
+        windows = nn.functional.adaptive_avg_pool2d(image, 3).flatten(1)
+        return mean, most, windows, nn.functional.adaptive_max_pool2d(image, 1).flatten(1)
+
+
+def test_pooling_that_executorch_lacks_is_spelled_out(tmp_path):
+    model = capture(Blocks(), (torch.randn(2, 2, 4, 6, 6),))
+    predict = executorch.open(executorch.lower(model, tmp_path / "blocks.pte"))
+    x = torch.randn(5, 2, 4, 6, 6)
+    for ours, theirs in zip(run(model, [x]), predict(x.numpy()), strict=True):
+        np.testing.assert_allclose(theirs, ours.numpy(), rtol=1e-5, atol=1e-6)
+
+
+class Sound(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv1d(4, 8, 5, stride=2, padding=2)
+        self.wide = nn.Conv1d(8, 8, 3, dilation=2, padding="same", groups=2)
+        self.up = nn.ConvTranspose1d(8, 4, 4, stride=2, padding=1)
+
+    def forward(self, x):
+        return self.up(self.wide(self.stem(x).relu()).relu())
+
+
+@pytest.mark.parametrize("form", ["float", "int8"])
+def test_a_batch_and_a_length_may_vary_at_once(form, tmp_path):
+    torch.manual_seed(0)
+    dynamic = ({0: "batch", 2: "length"},)
+    sound = Sound().eval()
+    model = capture(sound, (torch.randn(2, 4, 32),), dynamic)
+    assert len(model.inputs[0].dynamic) == 2
+    if form == "int8":
+        data = TensorDataset(torch.randn(16, 4, 32), torch.zeros(16))
+        task = Task(example=(torch.randn(2, 4, 32),), score=None, calibration=data)
+        model = Quantize("int8").apply(model, task)
+    path = executorch.lower(model, tmp_path / "sound.pte")
+    if form == "int8":
+        assert executorch.census(path).integer_ops["Conv2d"] == 2  # and transposed ones in float
+    for batch, length in ((2, 32), (1, 8), (3, 50)):
+        x = torch.randn(batch, 4, length)
+        [ours], [theirs] = run(model, [x]), executorch.open(path)(x.numpy())
+        assert agreement_db(ours.numpy(), theirs) > (QUANTIZED_DB if form == "int8" else 80)
+
+
+class Volume(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv3d(2, 4, 3)
+
+    def forward(self, x):
+        return self.conv(x)
+
+
+def test_a_kernel_that_refuses_is_told_in_one_line(tmp_path):
+    model = capture(Volume(), (torch.randn(1, 2, 4, 4, 4),))
+    with pytest.raises(UserError, match=r"cannot run it: Check failed.*3-D or 4-D") as caught:
+        executorch.lower(model, tmp_path / "volume.pte")
+    assert "\n" not in str(caught.value) and list(tmp_path.iterdir()) == []

@@ -131,10 +131,43 @@ def test_every_architecture_computes_what_its_model_does(name, lowered):
         assert census.unfused == () and bool(census.integer_ops) == (form == "int8")
 
 
+class Words(nn.Module):
+    """A table, a convolution, a linear layer and a product."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.conv = nn.Embedding(300, 128), nn.Conv1d(128, 128, 3, padding=1)
+        self.inner, self.head = nn.Linear(128, 128), nn.Parameter(torch.randn(128, 96) / 8)
+
+    def forward(self, ids):
+        x = self.conv(self.table(ids).transpose(1, 2)).relu().transpose(1, 2)
+        return self.inner(x) @ self.head
+
+
+@pytest.mark.parametrize(("group", "tables", "most"), [(32, 8, 0.56), (0, 8, 0.56), (64, 4, 0.52)])
+def test_weights_of_4_bits_are_stored_and_multiplied_so(group, tables, most, tmp_path):
+    torch.manual_seed(0)
+    ids = torch.randint(300, (16, 8))
+    task = Task(example=(ids[:1],), score=None, calibration=TensorDataset(ids, torch.zeros(16)))
+    model = paredown.capture(Words().eval(), (ids[:1],))
+    step = QuantizeWeights(4, group=group, embedding_bits=tables)
+    settled = step.settle(model, task, paredown.Target("litert"))
+    assert settled.zero_point is False and step.settle(model, task, paredown.Target()) is step
+    made = settled.apply(model, task)
+    path = litert.lower(made, tmp_path / "words.tflite")
+    whole = litert.lower(model, tmp_path / "float.tflite").stat().st_size
+    assert path.stat().st_size < most * whole  # the convolution's weights stay in float
+    counted = litert.census(path)
+    assert counted.integer_ops == {"EMBEDDING_LOOKUP": 1, "FULLY_CONNECTED": 2}
+    assert counted.bytes_by_dtype["int4"] == (128 + 96 + 300 * (tables == 4)) * 128 // 2
+    [got] = litert.open(path)(ids.numpy())
+    assert parity.agreement_db(made(ids).detach().numpy(), got) > 35
+
+
 def test_weights_in_groups_are_refused_in_a_line(tmp_path):
     model = paredown.capture(nn.Linear(64, 32), (torch.zeros(1, 64),))
     grouped = QuantizeWeights(8, group=32, method="rtn").apply(model, None)
-    with pytest.raises(UserError, match=r"8-bit weights in groups of 32; LiteRT takes .*\(8\), "):
+    with pytest.raises(UserError, match=r"8 bits in groups of 32, 64 to a row\. XNNPACK takes"):
         litert.lower(grouped, tmp_path / "model.tflite")
     assert list(tmp_path.iterdir()) == []
 

@@ -29,6 +29,7 @@ PACKAGES = ("executorch",)
 FORMS = frozenset(
     {"int8", "int8-dynamic", "int8-weights", "int4-weights", "fp16"}
 )  # besides float32; see paredown.types.Step
+SYMMETRIC = frozenset({4, 8})  # bits of weights alone that may have no zero points
 INT8_BYTES = (8, 700)  # of scales for each channel, of keys and padding for each layer
 SIGNATURE = "paredown"  # a method of the file that returns names and shapes, as JSON
 
@@ -158,8 +159,9 @@ def _use_threads(binding: Any, threads: int) -> None:
 
 def _reason(lines: list[str], error: Exception) -> str:
     """The line of what the runtime printed that says most, without the place in its source."""
-    missing = [line for line in lines if "Missing operator" in line]
-    return re.sub(r"^\[\S+:\d+\] ", "", (missing or lines or [str(error)])[-1]).strip()
+    missing = [line for line in lines if "Missing operator" in line][-1:]
+    failed = [line for line in lines if "Check failed" in line][:1]
+    return re.sub(r"^\[\S+:\d+\] ", "", (missing or failed or lines or [str(error)])[-1]).strip()
 
 
 @contextlib.contextmanager
@@ -217,7 +219,13 @@ def lower(model: Model, path: Path | str) -> Path:
     path = Path(path)
     write_atomically(path, executorch_file.encode(model, SIGNATURE))
     try:
-        parity.check(model, path, open(path), lambda model, _: parity.worst_tensor(model, _run))
+        with _muted() as said:
+            try:
+                predictor = open(path)
+                parity.check(model, path, predictor, lambda m, _: parity.worst_tensor(m, _run))
+            except RuntimeError as error:
+                reason = _reason(said(), error)
+                raise UserError(f"{path.name}: ExecuTorch cannot run it: {reason}") from error
     except (UserError, ValueError) as error:
         path.unlink()
         raise UserError(str(error)) from error

@@ -16,6 +16,7 @@ from paredown.graph import structure
 from paredown.graph.edit import reexport
 from paredown.graph.model import Model
 from paredown.runtimes.executorch_graph import shape_for_xnnpack
+from paredown.runtimes.executorch_lengths import widen_convolutions
 from paredown.runtimes.quiet import quiet
 from paredown.types import UserError
 
@@ -34,7 +35,9 @@ def encode(model: Model, method: str) -> bytes:
     Raises:
         UserError: neither XNNPACK nor ExecuTorch's own kernels have one of the ops.
     """
-    program = reexport(shape_for_xnnpack(model))
+    made = shape_for_xnnpack(model)
+    widen_convolutions(made)
+    program = reexport(made)
     try:
         with quiet(), torch.no_grad():
             return _lower(model, program, method)

@@ -12,16 +12,26 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
-from paredown.graph import grouped
+from paredown.graph.computed import fold_computed_weights
 from paredown.graph.decomposed import DEQUANTIZE, DEQUANTIZE_CHANNEL, QUANTIZE, decompose
-from paredown.graph.edit import fold_batch_norm, remove_state, set_buffer
+from paredown.graph.edit import fold_batch_norm, remove_state
 from paredown.graph.grouped import PER_GROUP
 from paredown.graph.model import Model
 from paredown.graph.regions import FOLLOWERS, MOVERS, prepare
 from paredown.graph.sites import CONVOLUTIONS, tensor_of
-from paredown.types import UserError
+from paredown.runtimes.rowwise import (
+    Rounded,
+    add_before,
+    args_of,
+    hold_before,
+    look_up_integers,
+    read,
+    refuse_unfit,
+    replace_by,
+    shape_of,
+)
 
 aten = torch.ops.aten
 ops = torch.ops.quantized_decomposed
@@ -35,12 +45,22 @@ LEAST_RATIO: dict[Any, float] = {
     **{aten.add.Tensor: 2.0**-10, aten.sub.Tensor: 2.0**-10},
     **{aten.mul.Tensor: 2.0**-16, aten.mean.dim: 2.0**-8},
 }
+ADAPTIVE: dict[Any, int] = {  # adaptive maximum -> dimensions that it pools
+    aten.adaptive_max_pool1d.default: 1,
+    aten.adaptive_max_pool2d.default: 2,
+    aten.adaptive_max_pool3d.default: 3,
+}
+POOLS_OF_BLOCKS: dict[Any, Any] = {
+    aten.avg_pool3d.default: aten.avg_pool2d.default,
+    aten.max_pool3d.default: aten.max_pool2d.default,
+}
 Rewrite = Callable[[fx.GraphModule, fx.Node], None]
 
 
 def shape_for_xnnpack(model: Model) -> Model:
     """A copy of the model, decomposed and in evaluation mode, that XNNPACK takes more of."""
     made = decompose(model)
+    fold_computed_weights(made)
     prepare(made)
     fold_batch_norm(made.graph)
     for targets, rewrite in REWRITES:
@@ -52,35 +72,8 @@ def shape_for_xnnpack(model: Model) -> Model:
     return made
 
 
-def _add(before: fx.Node, op: Any, *args: Any) -> fx.Node:
-    with before.graph.inserting_before(before):
-        return before.graph.call_function(op, args)
-
-
-def _replace(node: fx.Node, made: fx.Node) -> None:
-    node.replace_all_uses_with(made)
-    made.meta.setdefault("val", node.meta.get("val"))
-    node.graph.erase_node(node)
-
-
 def _argument(node: fx.Node, position: int, name: str, default: Any) -> Any:
     return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
-
-
-def _args(node: fx.Node) -> Any:
-    """A node's arguments, whose types its op fixes."""
-    return node.args
-
-
-def _shape(node: Any) -> Any:
-    """The shape that a node has on the example inputs."""
-    return node.meta["val"].shape
-
-
-def _buffer(graph: fx.GraphModule, before: fx.Node, name: str, value: Tensor) -> fx.Node:
-    set_buffer(graph, name, value)
-    with before.graph.inserting_before(before):
-        return before.graph.get_attr(name)
 
 
 # --- float ops -------------------------------------------------------------------------------
@@ -91,8 +84,8 @@ def _drop_unit_factor(graph: fx.GraphModule, node: fx.Node) -> None:
     x, factor = node.args[:2]
     for kept, other in ((x, factor), (factor, x)):
         if isinstance(kept, fx.Node) and isinstance(other, fx.Node) and _constant(other) == 1.0:
-            if _shape(kept) == _shape(node):
-                _replace(node, kept)
+            if shape_of(kept) == shape_of(node):
+                replace_by(node, kept)
                 return _erase_unread(other)
 
 
@@ -137,17 +130,21 @@ def _spell_attention(graph: fx.GraphModule, node: fx.Node) -> None:
     mask = _argument(node, 3, "attn_mask", None)
     if node.kwargs.get("enable_gqa", False):
         return
-    scale = node.kwargs.get("scale") or 1 / math.sqrt(_shape(query)[-1])
-    scaled = _add(node, aten.mul.Tensor, query, scale)
-    scores = _add(node, aten.matmul.default, scaled, _add(node, aten.transpose.int, key, -2, -1))
+    scale = node.kwargs.get("scale") or 1 / math.sqrt(shape_of(query)[-1])
+    scaled = add_before(node, aten.mul.Tensor, query, scale)
+    scores = add_before(
+        node, aten.matmul.default, scaled, add_before(node, aten.transpose.int, key, -2, -1)
+    )
     if _argument(node, 5, "is_causal", False):
-        lengths = [_add(node, aten.sym_size.int, each, -2) for each in (query, key)]
-        hidden = _add(node, aten.full.default, lengths, HIDDEN)
-        scores = _add(node, aten.add.Tensor, scores, _add(node, aten.triu.default, hidden, 1))
+        lengths = [add_before(node, aten.sym_size.int, each, -2) for each in (query, key)]
+        hidden = add_before(node, aten.full.default, lengths, HIDDEN)
+        scores = add_before(
+            node, aten.add.Tensor, scores, add_before(node, aten.triu.default, hidden, 1)
+        )
     elif isinstance(mask, fx.Node):
-        scores = _add(node, aten.add.Tensor, scores, _addend(graph, node, mask))
-    weights = _add(node, aten.softmax.int, scores, -1)
-    _replace(node, _add(node, aten.matmul.default, weights, value))
+        scores = add_before(node, aten.add.Tensor, scores, _addend(graph, node, mask))
+    weights = add_before(node, aten.softmax.int, scores, -1)
+    replace_by(node, add_before(node, aten.matmul.default, weights, value))
 
 
 def _addend(graph: fx.GraphModule, node: fx.Node, mask: fx.Node) -> fx.Node:
@@ -156,14 +153,60 @@ def _addend(graph: fx.GraphModule, node: fx.Node, mask: fx.Node) -> fx.Node:
         return mask
     if mask.op == "get_attr":
         hidden = tensor_of(graph, str(mask.target)).logical_not().float() * HIDDEN
-        return _buffer(graph, node, f"{mask.target}_addend", hidden)
-    seen = _add(node, aten.to.dtype, mask, torch.float32)
-    return _add(node, aten.mul.Tensor, _add(node, aten.sub.Tensor, seen, 1.0), -HIDDEN)
+        return hold_before(graph, node, f"{mask.target}_addend", hidden)
+    seen = add_before(node, aten.to.dtype, mask, torch.float32)
+    return add_before(node, aten.mul.Tensor, add_before(node, aten.sub.Tensor, seen, 1.0), -HIDDEN)
 
 
 def _pool_by_mean(graph: fx.GraphModule, node: fx.Node) -> None:
-    if node.args[1] in ([1, 1], 1) and len(_shape(node)) == 4:
-        _replace(node, _add(node, aten.mean.dim, node.args[0], [2, 3], True))
+    """An adaptive mean over all places, or over windows of one size."""
+    source, sizes = args_of(node)
+    count = 3 if node.target is aten.adaptive_avg_pool3d.default else 2
+    sizes = sizes if len(sizes) == count else [*sizes] * count
+    places = shape_of(source)[-count:]
+    if all(size == 1 for size in sizes):
+        dims = [2, 3] if len(shape_of(node)) == 4 and count == 2 else list(range(-count, 0))
+        replace_by(node, add_before(node, aten.mean.dim, source, dims, True))
+    elif count == 2 and not any(n % size for n, size in zip(places, sizes, strict=True)):
+        window = [n // size for n, size in zip(places, sizes, strict=True)]
+        replace_by(node, add_before(node, aten.avg_pool2d.default, source, window, window))
+
+
+def _pool_in_two(graph: fx.GraphModule, node: fx.Node) -> None:
+    """A mean or maximum over blocks, which ExecuTorch lacks: over images, and then over depth."""
+    x, kernel = args_of(node)[:2]
+    op = POOLS_OF_BLOCKS[node.target]
+    stride = _argument(node, 2, "stride", None) or kernel
+    padding = _argument(node, 3, "padding", [0, 0, 0])
+    sizes, made = shape_of(x), shape_of(node)
+    if op is aten.avg_pool2d.default:
+        odd = any(padding) or any(args_of(node)[4:5]) or any(args_of(node)[6:7])
+    else:
+        odd = any(size != 1 for size in _argument(node, 4, "dilation", [1])) or args_of(node)[5:6]
+    if odd or not len(sizes) == 5 == len(padding) + 2:
+        return
+    if len(kernel) != 3 or not all(isinstance(size, int) for size in (*sizes[1:], *made[1:])):
+        return
+    channels, depth = sizes[1:3]
+    flat = add_before(node, aten.reshape.default, x, [-1, channels * depth, *sizes[3:]])
+    flat = add_before(node, op, flat, list(kernel[1:]), list(stride[1:]), list(padding[1:]))
+    flat = add_before(node, aten.reshape.default, flat, [-1, channels, depth, made[3] * made[4]])
+    flat = add_before(node, op, flat, [kernel[0], 1], [stride[0], 1], [padding[0], 0])
+    replace_by(node, add_before(node, aten.reshape.default, flat, [-1, *made[1:]]))
+
+
+def _pool_by_maximum(graph: fx.GraphModule, node: fx.Node) -> None:
+    """An adaptive maximum over all places, which ExecuTorch lacks; where it lies, nobody asks."""
+    source, sizes = args_of(node)
+    picks = list(node.users)
+    asked = any(args_of(pick)[1] == 1 and pick.users for pick in picks)
+    if asked or any(size != 1 for size in (sizes if isinstance(sizes, list) else [sizes])):
+        return
+    places = list(range(-ADAPTIVE[node.target], 0))
+    made = add_before(node, aten.amax.default, source, places, True)
+    for pick in picks:
+        replace_by(pick, made)
+    graph.graph.erase_node(node)
 
 
 def _spell_batch_norm(graph: fx.GraphModule, node: fx.Node) -> None:
@@ -173,23 +216,23 @@ def _spell_batch_norm(graph: fx.GraphModule, node: fx.Node) -> None:
     """
     tensors, batch_statistics = node.args[1:5], node.args[5]
     unknown = batch_statistics or None in tensors[2:] or any(map(_is_computed, tensors))
-    if len(_shape(node)) > 3 or unknown:
+    if len(shape_of(node)) > 3 or unknown:
         return
     weight, bias, mean, variance = (
         None if each is None else tensor_of(graph, str(each.target)).detach()
-        for each in _args(node)[1:5]
+        for each in args_of(node)[1:5]
     )
-    factor = (variance + _args(node)[7]).rsqrt() * (1.0 if weight is None else weight)  # (C,)
+    factor = (variance + args_of(node)[7]).rsqrt() * (1.0 if weight is None else weight)  # (C,)
     addend = (0.0 if bias is None else bias) - mean * factor  # (C,)
-    name = f"{_args(node)[3].target}_folded"
-    shape = (-1, *[1] * (len(_shape(node)) - 2))
+    name = f"{args_of(node)[3].target}_folded"
+    shape = (-1, *[1] * (len(shape_of(node)) - 2))
     held = [
-        _buffer(graph, node, f"{name}_{part}", value.view(shape))
+        hold_before(graph, node, f"{name}_{part}", value.view(shape))
         for part, value in (("factor", factor), ("addend", addend))
     ]
-    scaled = _add(node, aten.mul.Tensor, node.args[0], held[0])
+    scaled = add_before(node, aten.mul.Tensor, node.args[0], held[0])
     scaled.meta["val"] = node.meta["val"]
-    _replace(node, _add(node, aten.add.Tensor, scaled, held[1]))
+    replace_by(node, add_before(node, aten.add.Tensor, scaled, held[1]))
 
 
 def _is_computed(value: Any) -> bool:
@@ -199,47 +242,17 @@ def _is_computed(value: Any) -> bool:
 # --- integer ops -----------------------------------------------------------------------------
 
 
-def _look_up_integers(graph: fx.GraphModule, node: fx.Node) -> None:
-    """A lookup picks integers, and then multiplies the picked rows alone by their scales."""
-    source, places = _args(node)[:2]
-    if source.target is not PER_GROUP:
-        return
-    held, scale, zero, axis, group, low, high = _args(source)
-    name = str(held.target)
-    weight, scales = (tensor_of(graph, str(each.target)).detach() for each in (held, scale))
-    zeros = None if zero is None else tensor_of(graph, str(zero.target))
-    grid = (axis, group, low, high)
-
-    def picked(part: str, values: Tensor) -> fx.Node:
-        table = _buffer(graph, node, f"{name}_{part}", values)
-        return _add(node, aten.embedding.default, table, places)
-
-    rows = picked("table", grouped.integers(weight, scales, zeros, *grid).to(torch.int8))
-    made = _add(node, aten.to.dtype, rows, torch.float32)
-    if group:  # (..., F) -> (..., G, B)
-        made = _add(node, aten.unflatten.int, made, -1, [scales.shape[1], group])
-    for op, values in ((aten.sub.Tensor, zeros), (aten.mul.Tensor, scales)):
-        if values is not None:
-            part = picked("zeros" if values is zeros else "scales", values.float())
-            part = _add(node, aten.unsqueeze.default, part, -1) if group else part
-            made = _add(node, op, made, part)
-    _replace(node, _add(node, aten.flatten.using_ints, made, -2, -1) if group else made)
-    if not source.users:
-        graph.graph.erase_node(source)
-        remove_state(graph, name)
-
-
 def _drop_clamp(graph: fx.GraphModule, node: fx.Node) -> None:
     """A ReLU goes where the quantize op behind it clips at the same levels; else it fuses."""
     users = list(node.users)
     if len(users) != 1 or users[0].target is not QUANTIZE:
         return
-    scale, zero, low, high = _args(users[0])[1:5]
+    scale, zero, low, high = args_of(users[0])[1:5]
     bottom, top = _bounds(node)
     if round(bottom / scale) + zero <= low and round(top / scale) + zero >= high:
-        _replace(node, _args(node)[0])
+        replace_by(node, args_of(node)[0])
     elif node.target is aten.clamp.default:
-        _replace(node, _add(node, aten.hardtanh.default, node.args[0], bottom, top))
+        replace_by(node, add_before(node, aten.hardtanh.default, node.args[0], bottom, top))
 
 
 def _bounds(node: fx.Node) -> tuple[float, float]:
@@ -253,16 +266,16 @@ def _bounds(node: fx.Node) -> tuple[float, float]:
 
 def _turn_product(graph: fx.GraphModule, node: fx.Node) -> None:
     """A product with an integer weight (in, out) becomes a linear layer with one of (out, in)."""
-    bias, x, weight = node.args if len(node.args) == 3 else (None, *_args(node))
+    bias, x, weight = node.args if len(node.args) == 3 else (None, *args_of(node))
     if not isinstance(weight, fx.Node) or node.kwargs:
         return
     if weight.target not in (DEQUANTIZE_CHANNEL, PER_GROUP) or weight.args[3] != 1:
         return
-    source, scale, zeros, axis, *rest = _args(weight)
+    source, scale, zeros, axis, *rest = args_of(weight)
     turned = tensor_of(graph, str(source.target)).t().contiguous()  # (out, in)
-    held = _buffer(graph, node, f"{source.target}_turned", turned)
-    made = _add(node, weight.target, held, scale, zeros, 1 - axis, *rest)
-    _replace(node, _add(node, aten.linear.default, x, made, bias))
+    held = hold_before(graph, node, f"{source.target}_turned", turned)
+    made = add_before(node, weight.target, held, scale, zeros, 1 - axis, *rest)
+    replace_by(node, add_before(node, aten.linear.default, x, made, bias))
     if not weight.users:
         graph.graph.erase_node(weight)
         remove_state(graph, str(source.target))
@@ -271,38 +284,29 @@ def _turn_product(graph: fx.GraphModule, node: fx.Node) -> None:
 def _hold_integers(graph: fx.GraphModule, node: fx.Node) -> None:
     """Weights that are rounded alone: as integers where a linear layer reads them, whose kernel
     rounds each row of the input; rounded floats for other layers, which have no such kernel."""
-    source, scale, zero, axis, group, low, high = _args(node)
-    name = str(source.target)
-    weight, scales = (tensor_of(graph, str(each.target)).detach() for each in (source, scale))
-    zeros = None if zero is None else tensor_of(graph, str(zero.target))
-    linear = axis == 0 and all(
+    weight = read(graph, node)
+    linear = weight.axis == 0 and all(
         user.target is aten.linear.default and user.args[1] is node for user in node.users
     )
-    bits = (high - low).bit_length()
-    odd = group and (bits != 4 or group % 32 or weight.shape[1] % group)
-    if linear and (zeros is not None or odd):
-        raise UserError(
-            f"model: {name!r} has weights of {bits} bits in groups of {group or weight.shape[1]}"
-            f"{'' if zeros is None else ' with zero points'}. XNNPACK takes 8 bits with a scale "
-            "for each channel, and 4 bits in groups of a multiple of 32 that divide a row, both "
-            "without zero points: QuantizeWeights(4, group=32, zero_point=False)."
-        )
-    grid = (axis, group, low, high)
     if not linear:
-        made = _buffer(graph, node, f"{name}_rounded", PER_GROUP(weight, scales, zeros, *grid))
+        made = hold_before(graph, node, f"{weight.name}_rounded", weight.values)
     else:
-        integers = grouped.integers(weight, scales, zeros, *grid).to(torch.int8)
-        held = _buffer(graph, node, f"{name}_quantized", integers)
-        none = torch.zeros(scales.shape if group else scales.shape[:1], dtype=torch.int64)
-        empty = _buffer(graph, node, f"{name}_zero", none)
-        if group:
-            rest = (low, high, torch.int8, group, torch.float32)
-            made = _add(node, DEQUANTIZE_GROUP, held, scale, empty, *rest)
-        else:
-            flat = _buffer(graph, node, f"{name}_channel_scale", scales[:, 0].contiguous())
-            made = _add(node, DEQUANTIZE_CHANNEL, held, flat, empty, 0, low, high, torch.int8)
-    _replace(node, made)
-    remove_state(graph, name)
+        refuse_unfit(weight)
+        made = _integer_weight(graph, node, weight)
+    replace_by(node, made)
+    remove_state(graph, weight.name)
+
+
+def _integer_weight(graph: fx.GraphModule, node: fx.Node, weight: Rounded) -> fx.Node:
+    held = hold_before(graph, node, f"{weight.name}_quantized", weight.integers)
+    scales, low, high = weight.scales, weight.low, weight.high
+    none = torch.zeros(scales.shape if weight.group else scales.shape[:1], dtype=torch.int64)
+    empty = hold_before(graph, node, f"{weight.name}_zero", none)
+    if weight.group:
+        rest = (low, high, torch.int8, weight.group, torch.float32)
+        return add_before(node, DEQUANTIZE_GROUP, held, args_of(node)[1], empty, *rest)
+    flat = hold_before(graph, node, f"{weight.name}_channel_scale", scales[:, 0].contiguous())
+    return add_before(node, DEQUANTIZE_CHANNEL, held, flat, empty, 0, low, high, torch.int8)
 
 
 def _quantize_dynamically(graph: fx.GraphModule, node: fx.Node) -> None:
@@ -314,16 +318,16 @@ def _quantize_dynamically(graph: fx.GraphModule, node: fx.Node) -> None:
     ):
         return
     if weight.target is DEQUANTIZE_CHANNEL:
-        low, high = _args(weight)[-3:-1]
+        low, high = args_of(weight)[-3:-1]
         if low >= -8 and high <= 7:  # only the kernel that rounds rows takes them two to a byte,
             weight.args = (*weight.args[:-3], -8, 7, weight.args[-1])  # and on this grid
         elif _rescales_within(graph, node):
             return
-    chosen = _add(node, ops.choose_qparams_per_token_asymmetric.default, x, torch.int8)
-    scale, zero = (_add(node, operator.getitem, chosen, n) for n in (0, 1))
+    chosen = add_before(node, ops.choose_qparams_per_token_asymmetric.default, x, torch.int8)
+    scale, zero = (add_before(node, operator.getitem, chosen, n) for n in (0, 1))
     grid = (scale, zero, -128, 127, torch.int8)
-    integers = _add(node, ops.quantize_per_token.default, x, *grid)
-    floats = _add(node, ops.dequantize_per_token.default, integers, *grid, torch.float32)
+    integers = add_before(node, ops.quantize_per_token.default, x, *grid)
+    floats = add_before(node, ops.dequantize_per_token.default, integers, *grid, torch.float32)
     node.update_arg(0, floats)
 
 
@@ -332,10 +336,10 @@ def _restore_weight(graph: fx.GraphModule, node: fx.Node) -> None:
     weight = node.args[1]
     if not isinstance(weight, fx.Node) or weight.target is not DEQUANTIZE_CHANNEL:
         return
-    if len(_shape(node)) > 4 or not _rescales_within(graph, node):
-        integers, scale, zeros, *rest = _args(weight)
+    if len(shape_of(node)) > 4 or not _rescales_within(graph, node):
+        integers, scale, zeros, *rest = args_of(weight)
         tensors = [tensor_of(graph, str(each.target)) for each in (integers, scale, zeros)]
-        made = _buffer(
+        made = hold_before(
             graph, node, f"{integers.target}_restored", DEQUANTIZE_CHANNEL(*tensors, *rest)
         )
         node.replace_input_with(weight, made)
@@ -344,15 +348,15 @@ def _restore_weight(graph: fx.GraphModule, node: fx.Node) -> None:
 
 def _rescales_within(graph: fx.GraphModule, node: fx.Node) -> bool:
     """Whether input and result are integers, and the product of scales is one XNNPACK takes."""
-    x, weight = _args(node)[:2]
-    result = _quantized_result(node)
+    x, weight = args_of(node)[:2]
+    result = quantized_result(node)
     if not isinstance(x, fx.Node) or x.target is not DEQUANTIZE or result is None:
         return False
-    scales = tensor_of(graph, str(_args(weight)[1].target))  # (C,)
-    return bool(_args(x)[1] * float(scales.max()) < MOST_RESCALED * _args(result)[1])
+    scales = tensor_of(graph, str(args_of(weight)[1].target))  # (C,)
+    return bool(args_of(x)[1] * float(scales.max()) < MOST_RESCALED * args_of(result)[1])
 
 
-def _quantized_result(node: fx.Node) -> fx.Node | None:
+def quantized_result(node: fx.Node) -> fx.Node | None:
     """The quantize op behind an op, perhaps behind its activation; None where others read it."""
     users = list(node.users)
     if len(users) == 1 and users[0].target in FOLLOWERS:
@@ -372,29 +376,31 @@ def _share_scale(graph: fx.GraphModule, node: fx.Node) -> None:
             return part
         if part.target is not DEQUANTIZE and node.target is not aten.cat.default:
             return part
-        return _add(node, DEQUANTIZE, _add(node, QUANTIZE, part, *grid), *grid)
+        return add_before(node, DEQUANTIZE, add_before(node, QUANTIZE, part, *grid), *grid)
 
-    moved = _args(node)[0]
+    moved = args_of(node)[0]
     node.update_arg(0, shared(moved) if isinstance(moved, fx.Node) else [*map(shared, moved)])
 
 
 def _leave_integers(graph: fx.GraphModule, node: fx.Node) -> None:
     """An op whose scales lie too far apart for XNNPACK runs in float, behind a product with 1."""
-    inputs, result = node.all_input_nodes, _quantized_result(node)
+    inputs, result = node.all_input_nodes, quantized_result(node)
     if result is None or any(each.target is not DEQUANTIZE for each in inputs):
         return
-    scales, scale = [_args(each)[1] for each in inputs], _args(result)[1]
+    scales, scale = [args_of(each)[1] for each in inputs], args_of(result)[1]
     scales = [math.prod(scales)] if node.target is aten.mul.Tensor else scales
     if not all(LEAST_RATIO[node.target] <= each / scale < MOST_RESCALED for each in scales):
-        node.replace_input_with(inputs[0], _add(node, aten.mul.Tensor, inputs[0], 1.0))
+        node.replace_input_with(inputs[0], add_before(node, aten.mul.Tensor, inputs[0], 1.0))
 
 
 REWRITES: list[tuple[tuple[Any, ...], Rewrite]] = [
     ((aten.mul.Tensor,), _drop_unit_factor),
     ((aten.scaled_dot_product_attention.default,), _spell_attention),
-    ((aten.adaptive_avg_pool2d.default,), _pool_by_mean),
+    ((aten.adaptive_avg_pool2d.default, aten.adaptive_avg_pool3d.default), _pool_by_mean),
+    (tuple(POOLS_OF_BLOCKS), _pool_in_two),
+    (tuple(ADAPTIVE), _pool_by_maximum),
     ((aten.batch_norm.default,), _spell_batch_norm),
-    ((aten.embedding.default,), _look_up_integers),
+    ((aten.embedding.default,), look_up_integers),
     (tuple(FOLLOWERS), _drop_clamp),
     (PRODUCTS, _turn_product),
     ((PER_GROUP,), _hold_integers),

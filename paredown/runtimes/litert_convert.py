@@ -17,6 +17,7 @@ from paredown.graph.edit import (
     fold_batch_norm,
     keep_meta,
     refresh_values,
+    remove_state,
     set_buffer,
 )
 from paredown.graph.grouped import PER_GROUP
@@ -31,7 +32,8 @@ from paredown.graph.quantized import (
 )
 from paredown.graph.regions import FOLLOWERS, MOVERS
 from paredown.graph.sites import sites, tensor_of
-from paredown.runtimes import litert_file, litert_passes
+from paredown.runtimes import litert_file, litert_passes, rowwise
+from paredown.runtimes.rowwise import Rounded
 from paredown.types import UserError
 
 aten = torch.ops.aten
@@ -50,12 +52,14 @@ def encode(model: Model) -> bytes:
         UserError: LiteRT's converter has no form of an op.
     """
     half = any(p.dtype is torch.float16 for p in model.parameters())
-    made = decompose(_prepared(model), fold_weights=False)
+    prepared, grouped = _prepared(model)
+    made = decompose(prepared, fold_weights=False)
     erase_counters(made.graph)
     if half:
         _widen(made)
     file = litert_file.File(_convert(made))
     litert_passes.finish(file, _rounds_values(model))
+    litert_passes.hold_groups(file, grouped)
     if 4 in {stored_bits(node) for node in quantized_weights(model.graph).values()}:
         litert_passes.pack_four_bits(file)
     if half:
@@ -71,13 +75,14 @@ def _rounds_values(model: Model) -> bool:
     return any(node.target in ACTIVATION_QUANTIZERS for node in quantizers(model.graph))
 
 
-def _prepared(model: Model) -> Model:
-    """A copy in which the converter leaves quantizers where they are.
+def _prepared(model: Model) -> tuple[Model, list[Rounded]]:
+    """A copy in which the converter leaves quantizers where they are, and the weights that stand in
+    it as floats though they were rounded in groups.
 
     Past a concatenation it gets scales wrong; and what a float op only picks, joins or moves, it
     would round to the scale of an input that came from integers.
     """
-    made = model.copy().eval()
+    made, grouped = model.copy().eval(), list[Rounded]()
     refresh_values(made)
     for node in list(made.graph.graph.nodes):
         if node.target in ADAPTIVE:
@@ -88,8 +93,10 @@ def _prepared(model: Model) -> Model:
             _crop_after(node)
         elif node.target in (aten.eye.default, aten.eye.m):
             _hold(made, node)
-        elif node.target is PER_GROUP:
+        elif node.target is PER_GROUP and stored_bits(node) == 8 and not node.args[4]:
             _by_channel(made, node)
+        elif node.target is PER_GROUP:
+            grouped += _as_floats(made, node)
     weighted = {site.node for site in sites(made.graph)}
     for node in quantizers(made.graph):
         if node.target is not PER_TENSOR:
@@ -102,20 +109,26 @@ def _prepared(model: Model) -> Model:
         for user in [user for user in node.users if not _runs_on_integers(user, weighted)]:
             _bar_from(node, user)
     made.graph.recompile()
-    return made
+    return made, grouped
+
+
+def _as_floats(model: Model, node: fx.Node) -> list[Rounded]:
+    """A weight that was rounded in groups, as floats, which the converter takes."""
+    weight = rowwise.read(model.graph, node)
+    linear = [site for site in sites(model.graph) if site.weight == weight.name]
+    if any(site.kind in ("linear", "matmul") for site in linear):
+        rowwise.refuse_unfit(weight)
+    held = rowwise.hold_before(model.graph, node, f"{weight.name}_rounded", weight.values)
+    rowwise.replace_by(node, held)
+    remove_state(model.graph, weight.name)
+    return [weight]
 
 
 def _by_channel(model: Model, node: fx.Node) -> None:
     """A weight with a scale, and perhaps a zero point, for each channel, in PyTorch's own ops."""
     arguments: Any = node.args
-    source, scale, zero_point, axis, group, low, high = arguments
+    source, scale, zero_point, axis, _, low, high = arguments
     name = str(source.target)
-    if group or high - low < 16:
-        raise UserError(
-            f"model: {name!r} has {stored_bits(node)}-bit weights in groups of {group}; LiteRT "
-            "takes weights alone and tables at 8 bits, with a scale for each channel: "
-            "QuantizeWeights(8), Quantize(embedding_bits=8)."
-        )
     weight, scales = tensor_of(model.graph, name), tensor_of(model.graph, str(scale.target))
     weight.data = rounded(model.graph, node)
     zeros = torch.zeros(scales.numel(), dtype=torch.int64)

@@ -167,7 +167,12 @@ def _drop_unused(file: File) -> None:
     used = dict.fromkeys(int(i) for i in [*graph.inputs, *graph.outputs] if i >= 0)
     for op in graph.operators:
         used |= dict.fromkeys(int(i) for i in [*op.inputs, *op.outputs] if i >= 0)
+    blocks = [graph.tensors[old].quantization for old in used]
+    scales = [grid.details for grid in blocks if grid is not None and grid.details is not None]
+    used |= dict.fromkeys(int(each.scales) for each in scales)
     place = {old: new for new, old in enumerate(sorted(used))}
+    for each in scales:
+        each.scales = place[int(each.scales)]
     graph.tensors = [graph.tensors[old] for old in sorted(used)]
 
     def moved(indices: Any) -> np.ndarray:

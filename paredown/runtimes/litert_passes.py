@@ -10,11 +10,14 @@ from typing import Any
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
+from paredown.graph.grouped import rows
 from paredown.runtimes.litert_file import TYPES, File
+from paredown.runtimes.rowwise import Rounded, fits
 
 BARRIER = float(np.nextafter(np.float32(1), np.float32(2)))  # a factor that nothing else has
 LEAST_HALF_BYTES = 64  # of a constant: below, the op that widens it takes more than is saved
 WEIGHTED = ("FULLY_CONNECTED", "CONV_2D", "DEPTHWISE_CONV_2D")
+READING_GROUPS = {"FULLY_CONNECTED": 9, "EMBEDDING_LOOKUP": 4}  # op -> the version that does
 # Integer ops that round to whatever scale their result has.
 RESCALING = (*WEIGHTED, "ADD", "SUB", "MUL", "MEAN", "QUANTIZE")
 # Ops that give on the values of their first input.
@@ -233,6 +236,46 @@ def drop_dead_ops(file: File) -> None:
     file.graph.operators = kept[::-1]
 
 
+def hold_groups(file: File, weights: list[Rounded]) -> None:
+    """Let linear layers and lookups read weights that were rounded in groups as 4-bit integers with
+    their scales; they are found by their values. LiteRT rounds a layer's input row by row."""
+    known = {
+        rows(each.values, each.axis).contiguous().numpy().tobytes(): each
+        for each in weights
+        if fits(each)
+    }
+    held: dict[str, int] = {}
+    for op in [op for op in file.graph.operators if file.kind(op) in READING_GROUPS]:
+        data = file.constant(file.graph.tensors[op.inputs[1]])
+        weight = None if data is None else known.get(data.tobytes())
+        if weight is None:
+            continue
+        if weight.name not in held:
+            held[weight.name] = _grouped(file, weight)
+        op.inputs = np.array([op.inputs[0], held[weight.name], *op.inputs[2:]], np.int32)
+        if file.kind(op) == "FULLY_CONNECTED":
+            op.builtinOptions.asymmetricQuantizeInputs = True
+        op.opcodeIndex = file.op_code(file.kind(op), READING_GROUPS[file.kind(op)])
+
+
+def _grouped(file: File, weight: Rounded) -> int:
+    """The index of a new tensor (O, I) of 4-bit integers with a scale for each row or group."""
+    integers, scales = weight.integers.numpy(), weight.scales.numpy()
+    index = file.add_constant(integers)
+    tensor = file.graph.tensors[index]
+    file.replace_constant(tensor, _nibbles(integers.reshape(-1)), "int4")
+    tensor.quantization = grid = schema.QuantizationParametersT()
+    if weight.group:
+        grid.detailsType = schema.QuantizationDetails.BlockwiseQuantization
+        grid.details = schema.BlockwiseQuantizationT()
+        grid.details.scales = file.add_constant(scales.astype(np.float16))
+        grid.details.zeroPoints, grid.details.blockSize = -1, weight.group
+    else:
+        grid.scale, grid.quantizedDimension = scales[:, 0], 0
+        grid.zeroPoint = np.zeros(len(scales), np.int64)
+    return index
+
+
 def pack_four_bits(file: File) -> None:
     """Store two 4-bit weights in a byte, where a kernel reads them so.
 
@@ -246,8 +289,14 @@ def pack_four_bits(file: File) -> None:
             continue
         values = data.view(np.int8)
         if values.min() >= -8 and values.max() <= 7:
-            halves = np.append(values, np.zeros(len(values) % 2, np.int8)).astype(np.uint8) & 15
-            file.replace_constant(tensor, halves[0::2] | halves[1::2] << 4, "int4")
+            file.replace_constant(tensor, _nibbles(values), "int4")
+
+
+def _nibbles(values: np.ndarray) -> np.ndarray:
+    """Two integers to a byte, the first in the lower half."""
+    halves = np.append(values, np.zeros(len(values) % 2, np.int8)).astype(np.uint8) & 15
+    packed: np.ndarray = halves[0::2] | halves[1::2] << 4
+    return packed
 
 
 def store_half(file: File) -> None:
