@@ -153,7 +153,7 @@ def lower(model: Model, path: Path | str) -> Path:
     from paredown.runtimes import openvino_file
     from paredown.types import UserError
 
-    path = Path(path)
+    path, model = Path(path), openvino_file.without_inner_roundings(model)
     try:
         graph, weights = openvino_file.encode(model)
     except RuntimeError as error:

@@ -9,10 +9,16 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import torch
+from torch import fx
+
 from paredown import parity
+from paredown.graph.edit import keep_meta
 from paredown.graph.model import Model
+from paredown.graph.quantized import PER_TENSOR
 from paredown.runtimes import onnx_file, onnx_values, openvino_graph
 
+aten = torch.ops.aten
 KEPT_NAMES = (
     "Parameter",
     "Result",
@@ -35,6 +41,41 @@ def encode(model: Model) -> tuple[bytes, bytes]:
         graph, weights = Path(folder) / "model.xml", Path(folder) / "model.bin"
         _serialize(_converted(model), graph, weights)
         return _squeezed(graph.read_bytes()), weights.read_bytes()
+
+
+def without_inner_roundings(model: Model) -> Model:
+    """A copy whose ``x * sigmoid(x)`` is rounded at its end alone: OpenVINO's kernels end with it.
+
+    With the roundings of ``x`` and of the sigmoid it would read and write the values three times
+    more, and take half as long again for EfficientNet-B0.
+    """
+    made = model.frozen()
+    graph = made.graph.graph
+    for node in [node for node in graph.nodes if node.target is aten.mul.Tensor]:
+        value, gate = _swish(node)
+        if value is None:
+            continue
+        with graph.inserting_before(node):
+            swish = graph.call_function(aten.silu.default, (value.args[0],))
+        keep_meta(swish, node)
+        node.replace_all_uses_with(swish)
+        for gone in (node, gate, gate.args[0], value):
+            graph.erase_node(gone)
+    made.graph.recompile()
+    return made
+
+
+def _swish(node: fx.Node) -> tuple[Any, Any]:
+    """The rounded value and its rounded sigmoid that a product reads, where nothing else does."""
+    factors: Any = node.args
+    for value, gate in (factors, factors[::-1]):
+        if not all(isinstance(each, fx.Node) and each.target is PER_TENSOR for each in factors):
+            break
+        sigmoid: Any = gate.args[0]
+        if sigmoid.target is aten.sigmoid.default and sigmoid.args[0] is value:
+            if set(value.users) == {node, sigmoid} and len(gate.users) == len(sigmoid.users) == 1:
+                return value, gate
+    return None, None
 
 
 def _converted(model: Model) -> Any:
