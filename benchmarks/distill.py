@@ -37,6 +37,11 @@ TAUGHT: dict[str, dict[str, Any]] = {
     "softened + similarity": {"loss": "softened", "internal": ("similarity",)},
 }
 BASE = "outputs, softened"
+TAUGHT_CODE = {
+    BASE: TAUGHT[BASE],
+    "softened + hints": TAUGHT["softened + hints"],
+    "softened + attention_maps": {"loss": "softened", "internal": ("attention_maps",)},
+}
 COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "student": lambda row: row["student"],
     "score": lambda row: row["score"],
@@ -60,14 +65,14 @@ class Case:
     alpha: float
     temperature: float
     held: int
+    taught: dict[str, dict[str, Any]]
+    cache: bool  # of a language model, what the teacher says would take gigabytes
 
 
 def run(quick: bool, data: str) -> list[tables.Result]:
     if data == "code_lm":
-        return [_table(_code(quick), (BASE,) if quick else tuple(TAUGHT))]
-    return [
-        _table(_digits(few, quick), tuple(TAUGHT)) for few in ((True,) if quick else (True, False))
-    ]
+        return [_table(_code(quick))]
+    return [_table(_digits(few, quick)) for few in ((True,) if quick else (True, False))]
 
 
 def _digits(few: bool, quick: bool) -> Case:
@@ -88,6 +93,8 @@ def _digits(few: bool, quick: bool) -> Case:
         alpha=0.0 if few else 0.1,
         temperature=4.0,
         held=400,
+        taught=TAUGHT,
+        cache=True,
     )
 
 
@@ -104,16 +111,20 @@ def _code(quick: bool) -> Case:
 
     train: Any = task.train
     epochs = 5 if quick else 4
-    return Case("code model", task, teacher, student, train, epochs, 2e-3, 0.5, 1.0, 500)
+    taught = {BASE: TAUGHT[BASE]} if quick else TAUGHT_CODE
+    return Case(
+        *("code model", task, teacher, student, train, epochs),
+        *(2e-3, 0.5, 1.0, 500, taught, False),
+    )
 
 
-def _table(case: Case, taught: tuple[str, ...]) -> tables.Result:
+def _table(case: Case) -> tables.Result:
     sizes = [sum(p.numel() for p in m.parameters()) for m in (case.teacher, case.student())]
     with tempfile.TemporaryDirectory() as folder:
         case.teacher.save(Path(folder) / "teacher.safetensors")
         found = {}
         steps = _steps(case, Path(folder) / "teacher.safetensors")
-        for name in (ALONE, *taught):
+        for name in (ALONE, *case.taught):
             step, task = steps[name]
             found[name] = [_scores(case, step, task, seed, Path(folder)) for seed in range(SEEDS)]
             print(case.name, name, [f"{each.mean():.4f}" for each in found[name]], flush=True)
@@ -135,8 +146,9 @@ def _steps(case: Case, teacher: Path) -> dict[str, tuple[Step, Task]]:
     share = len(case.task.train) / len(case.labelled)  # type: ignore[arg-type]
     alone = FineTune(epochs=case.epochs * share, lr=case.lr)
     made: dict[str, tuple[Step, Task]] = {ALONE: (alone, replace(case.task, train=case.labelled))}
-    for name, settings in TAUGHT.items():
-        how = {"alpha": case.alpha, "temperature": case.temperature, "cache": True, **settings}
+    for name, settings in case.taught.items():
+        how = {"alpha": case.alpha, "temperature": case.temperature, "cache": case.cache}
+        how |= settings
         step = Distill(teacher=str(teacher), epochs=case.epochs, lr=case.lr, **how)
         made[name] = step, case.task
     return made
