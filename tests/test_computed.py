@@ -48,6 +48,18 @@ class Crossed(nn.Module):
         return functional.linear(functional.linear(x, first), second)
 
 
+class Windowed(nn.Module):
+    """A fixed transform, made of buffers."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("basis", torch.randn(8, 8))
+        self.register_buffer("window", torch.rand(8))
+
+    def forward(self, x):
+        return functional.linear(x, self.basis * self.window)
+
+
 class Tied(nn.Module):
     """A table that is looked up, and read again through a factor."""
 
@@ -78,6 +90,7 @@ FOLDED = {
     ),
     "plain": (lambda: nn.Linear(8, 8), []),
     "halves of one": (Crossed, []),
+    "a fixed transform": (Windowed, []),
 }
 
 

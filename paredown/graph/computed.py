@@ -38,7 +38,7 @@ def fold_computed_weights(model: Model) -> list[str]:
     """Replace, in place, each weight that follows from parameters alone by its value.
 
     Weights stay as they are where something else reads what they are made of, and where that is
-    masked or shared. The function of the model stays as it was. Returns the weights' names.
+    masked, shared or not learnt. The model's function stays as it was. Returns the weights' names.
 
     Example:
         >>> import paredown
@@ -73,7 +73,10 @@ def _fold(model: Model, weight: fx.Node) -> str | None:
         value = _value(graph, found, weight)
     if value.dim() < 2 or not value.is_floating_point():
         return None
-    source = max(leaves, key=lambda name: tensor_of(graph, name).numel())
+    learnt = [name for name in leaves if isinstance(tensor_of(graph, name), torch.nn.Parameter)]
+    if not learnt:  # a fixed transform is no weight
+        return None
+    source = max(learnt, key=lambda name: tensor_of(graph, name).numel())
     with graph.graph.inserting_before(weight):
         name = _name(graph, source)
         held = graph.graph.create_node("get_attr", name, name=f"{weight.name}_folded")
