@@ -1,6 +1,5 @@
 """Group lasso: the proximal map, units that die exactly, and a useful one that stays."""
 
-import time
 from dataclasses import replace
 
 import pytest
@@ -270,22 +269,3 @@ def test_nothing_to_shrink_is_told(model, kind, message):
         model = Quantize().apply(model, TASK)
     with pytest.raises(UserError, match=f"group_lasso: {message}"):
         FineTune(epochs=1, group_lasso=0.1, device="cpu").apply(model, TASK)
-
-
-def test_it_costs_little_of_a_step(model):
-    """A loose bound for a shared machine."""
-    layers = [nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 32, 3), nn.Flatten()]
-    model = capture(nn.Sequential(*layers, nn.Linear(512, 2)), TASK.example)
-    lasso = units_of(model, 0.1)
-    x, y = (torch.cat([t, t]) for t in TASK.train[:32])
-
-    def timed(work) -> float:
-        start = time.perf_counter()
-        work()
-        return time.perf_counter() - start
-
-    rows = [
-        (timed(lambda: cross_entropy(model(x), y).backward()), timed(lambda: lasso.shrink(1e-4)))
-        for _ in range(8)
-    ]
-    assert min(ours for _, ours in rows) < 0.2 * min(step for step, _ in rows), rows

@@ -213,7 +213,7 @@ class Adaptive(nn.Module):
 @pytest.mark.parametrize(("size", "left"), [(1, False), (4, False), (5, True)])
 def test_an_adaptive_maximum_becomes_windows_where_they_are_of_one_size(size, left):
     model = paredown.capture(Adaptive(size).eval(), (torch.randn(2, 3, 16),))
-    made = litert_convert._prepared(model)
+    made, _ = litert_convert._prepared(model)
     inputs = torch.randn(3, 3, 16)
     assert torch.equal(made(inputs), model(inputs))
     assert any("adaptive" in str(node.target) for node in made.graph.graph.nodes) == left
