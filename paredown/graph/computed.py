@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from paredown.graph.edit import remove_state, set_parameter
+from paredown.graph.edit import getattr_or_none, remove_state, set_parameter
 from paredown.graph.model import Model
 from paredown.graph.sites import tensor_of, weight_places
 
@@ -94,7 +94,6 @@ def _fold(model: Model, weight: fx.Node) -> str | None:
 def _ingredients(weight: fx.Node) -> list[fx.Node] | None:
     """The nodes that a value follows from, itself last; None where one of them is an input, draws
     at random, changes what it reads, or is one of our own."""
-    order = {node: n for n, node in enumerate(weight.graph.nodes)}
     found: set[fx.Node] = set()
     left = [weight]
     while left:
@@ -105,7 +104,7 @@ def _ingredients(weight: fx.Node) -> list[fx.Node] | None:
         if node.op != "get_attr" and not _is_pure(node):
             return None
         left += node.all_input_nodes
-    return sorted(found, key=order.__getitem__)
+    return [node for node in weight.graph.nodes if node in found]
 
 
 def _is_pure(node: fx.Node) -> bool:
@@ -125,18 +124,12 @@ def _alone(graph: fx.GraphModule, leaves: dict[str, fx.Node], found: list[fx.Nod
     if any(not {*node.users} <= inside for node in found[:-1]):
         return False
     held = {id(tensor_of(graph, name)) for name in leaves}
-    for node in graph.graph.nodes:
-        if node.op == "get_attr" and isinstance(_attribute(graph, node), Tensor):
-            if id(_attribute(graph, node)) in held and not {*node.users} <= inside:
-                return False
-    return True
-
-
-def _attribute(graph: fx.GraphModule, node: fx.Node) -> Any:
-    found: Any = graph
-    for part in str(node.target).split("."):
-        found = getattr(found, part)
-    return found
+    return not any(
+        node.op == "get_attr"
+        and id(getattr_or_none(graph, str(node.target))) in held
+        and not {*node.users} <= inside
+        for node in graph.graph.nodes
+    )
 
 
 def _value(graph: fx.GraphModule, found: list[fx.Node], weight: fx.Node) -> Tensor:
@@ -157,5 +150,4 @@ def _name(graph: fx.GraphModule, source: str) -> str:
     if matched is None:
         return source
     name = f"{source[: matched.start()]}{matched['name']}"
-    taken = any(node.op == "get_attr" and node.target == name for node in graph.graph.nodes)
-    return source if taken else name
+    return source if getattr_or_none(graph, name) is not None else name

@@ -47,7 +47,7 @@ def without_inner_roundings(model: Model) -> Model:
     """A copy whose ``x * sigmoid(x)`` is rounded at its end alone: OpenVINO's kernels end with it.
 
     With the roundings of ``x`` and of the sigmoid it would read and write the values three times
-    more, and take half as long again for EfficientNet-B0.
+    more, and take a fifth longer for EfficientNet-B0.
     """
     made = model.frozen()
     graph = made.graph.graph
