@@ -21,8 +21,8 @@ from paredown import check as checks
 from paredown import compress, recipe, runtimes, timing
 from paredown.graph import store
 from paredown.graph.capture import capture
-from paredown.graph.edit import reexport
 from paredown.graph.model import Model
+from paredown.graph.program import reexport
 from paredown.runtimes import RUNTIMES, onnxruntime, runtime
 from paredown.scores import accuracy
 from paredown.steps import STEPS, step_class

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from docs import make_architectures as page
 from paredown.graph.capture import capture
 from paredown.graph.decomposed import DEQUANTIZE_CHANNEL, QUANTIZE, decompose
-from paredown.graph.edit import reexport
 from paredown.graph.model import Model
+from paredown.graph.program import reexport
 from paredown.graph.quantized import fake_quantize, quantized_weights, quantizers
 from paredown.steps.quantize import Quantize
 from paredown.types import UserError

@@ -1,40 +1,20 @@
-"""Edits of a captured graph, each in place: fold batch norms, insert and replace ops, re-export."""
+"""Edits of a captured graph, each in place: fold batch norms, insert and replace ops."""
 
 from __future__ import annotations
 
+import operator
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.export import Dim, ExportedProgram
 
 from paredown.graph.mode import is_counter
 from paredown.graph.model import Model, owner_of
 from paredown.graph.sites import sees_through, sites, tensor_of
-from paredown.types import UserError
 
 aten = torch.ops.aten
-
-
-def reexport(model: Model) -> ExportedProgram:
-    """The model as a fresh exported program in evaluation mode, its dynamic dimensions kept.
-
-    Raises:
-        UserError: the edited graph does not export any more.
-    """
-    copied = model.frozen()
-    erase_counters(copied.graph)
-    leaves = tuple(wide(item.example, 0 in item.dynamic) for item in copied.inputs)
-    shapes = tuple(dict.fromkeys(item.dynamic, Dim.AUTO) for item in copied.inputs)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return torch.export.export(copied.graph, leaves, dynamic_shapes=shapes, strict=False)
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"model: the edited graph cannot be exported: {reason}") from error
 
 
 def wide(example: Tensor, dynamic: bool) -> Tensor:
@@ -74,6 +54,39 @@ def keep_meta(made: fx.Node, source: fx.Node) -> None:
     for key in ("nn_module_stack", "stack_trace", "val"):
         if key in source.meta:
             made.meta[key] = source.meta[key]
+
+
+def is_unpacked(node: fx.Node) -> bool:
+    """Whether what a node returns is read value by value alone."""
+    return all(user.target is operator.getitem for user in node.users)
+
+
+def copy_ops(graph: fx.Graph, inner: fx.Graph, arguments: Sequence[Any]) -> Any:
+    """Copy another graph's ops to where this one is written; what it returns, in this one."""
+    rest = iter(arguments)
+    copied: dict[fx.Node, Any] = {}
+    for node in inner.nodes:
+        if node.op == "placeholder":
+            copied[node] = next(rest)
+        elif node.op == "output":
+            return fx.map_arg(node.args[0], copied.__getitem__)
+        else:
+            copied[node] = graph.node_copy(node, copied.__getitem__)
+    raise AssertionError("a graph without an output")
+
+
+def hand_over(node: fx.Node, made: Any) -> dict[fx.Node, fx.Node]:
+    """Put a value, or several, in the place of a node that goes; which stands for which."""
+    if isinstance(made, fx.Node):
+        placed = {node: made}
+    else:
+        placed = {user: made[user.args[1]] for user in node.users}
+    for old, new in placed.items():
+        old.replace_all_uses_with(new)
+        old.graph.erase_node(old)
+    if node not in placed:
+        node.graph.erase_node(node)
+    return placed
 
 
 def fold_batch_norm(graph: fx.GraphModule) -> list[str]:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, fx
 
 from paredown.graph import structure
-from paredown.graph.edit import reexport
 from paredown.graph.model import Model
+from paredown.graph.program import reexport
 from paredown.runtimes.executorch_graph import shape_for_xnnpack
 from paredown.runtimes.executorch_lengths import widen_convolutions
 from paredown.runtimes.quiet import quiet

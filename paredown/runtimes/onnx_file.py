@@ -18,8 +18,8 @@ from onnx.defs import OpSchema
 from onnxscript import values as onnxscript_values
 
 from paredown.graph import structure
-from paredown.graph.edit import reexport
 from paredown.graph.model import Model
+from paredown.graph.program import reexport
 from paredown.graph.quantized import (
     PER_CHANNEL,
     PER_GROUP,

@@ -32,7 +32,7 @@ def open_inside(
     ]
     integers = {
         node: f"{name}_quantized"
-        for node, name in _numbered(model.graph).items()
+        for node, name in _named(model.graph, made).items()
         if node.name in names and f"{name}_quantized" in made
     }
     floats = {
@@ -101,18 +101,21 @@ def worst_tensor(model: Model, path: Path) -> tuple[float, str] | None:
 
 def shown_values(graph: fx.GraphModule, made: set[str]) -> dict[str, str]:
     """Graph node -> the file's tensor to compare: at the quantizers, else at every op."""
-    numbered = _numbered(graph)
-    if not numbered:
+    named = _named(graph, made)
+    if not named:
         nodes = [node for node in graph.graph.nodes if node.op != "output"]
         return {node.name: node.name for node in nodes if node.name in made}
-    pairs = {node.name: f"{name}_dequantized" for node, name in numbered.items()}
+    pairs = {node.name: f"{name}_dequantized" for node, name in named.items()}
     return {node: name for node, name in pairs.items() if name in made}
 
 
-def _numbered(graph: fx.GraphModule) -> dict[fx.Node, str]:
+def _named(graph: fx.GraphModule, made: set[str]) -> dict[fx.Node, str]:
     """Quantizer of an activation -> its name in the file.
 
-    The exporter numbers the quantizers anew, in the order they run.
+    It has its own there, unless the graph was traced anew: then they are numbered in the order
+    they run.
     """
     found = [node for node in quantizers(graph) if node.target is PER_TENSOR]
+    if any(f"{node.name}_dequantized" in made for node in found):
+        return {node: node.name for node in found}
     return {node: f"fake_quantize{f'_{n}' if n else ''}" for n, node in enumerate(found)}
