@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from paredown.graph.capture import capture
 from paredown.graph.functional import Untraceable, make_functional
 from paredown.graph.model import Model
-from paredown.graph.program import Program, reexport
+from paredown.graph.program import Program, lowered, reexport
 from paredown.runtimes import onnxruntime
 from paredown.steps.prune_channels import PruneChannels
 from paredown.types import Task
@@ -138,3 +138,19 @@ def test_a_changed_input_is_not_made_functional():
     model = capture(ChangesItsInput(), (torch.randn(2, 4),)).eval()
     with pytest.raises(Untraceable):
         make_functional(model.copy().graph)
+
+
+def test_where_lowering_fails_it_is_given_a_traced_program():
+    model, _ = captured("resnet8")
+    seen = []
+
+    def lower(program):
+        seen.append(type(program))
+        if type(program) is Program:
+            raise RuntimeError("an op that I do not know")
+        return "file"
+
+    assert lowered(model, lower) == "file"
+    assert seen[0] is Program and len(seen) == 2
+    with pytest.raises(ZeroDivisionError):
+        lowered(model, lambda program: 1 / 0)

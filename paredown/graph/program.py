@@ -12,7 +12,7 @@ import functools
 import operator
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -45,6 +45,7 @@ from paredown.graph.sites import tensor_of
 from paredown.types import UserError
 
 aten = torch.ops.aten
+T = TypeVar("T")
 Table = dict[Any, Callable[..., Any]]
 
 
@@ -59,6 +60,17 @@ def reexport(model: Model) -> ExportedProgram:
             return _lifted(_still(model))
     except Untraceable:
         return _traced(_still(model))
+
+
+def lowered(model: Model, lower: Callable[[ExportedProgram], T]) -> T:
+    """What ``lower`` makes of the model's program: where it fails, of one that is traced anew."""
+    program = reexport(model)
+    try:
+        return lower(program)
+    except Exception:
+        if not isinstance(program, Program):
+            raise
+    return lower(_traced(_still(model)))
 
 
 def _still(model: Model) -> Model:

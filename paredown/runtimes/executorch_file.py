@@ -14,7 +14,7 @@ from torch import Tensor, fx
 
 from paredown.graph import structure
 from paredown.graph.model import Model
-from paredown.graph.program import reexport
+from paredown.graph.program import lowered
 from paredown.runtimes.executorch_graph import shape_for_xnnpack
 from paredown.runtimes.executorch_lengths import widen_convolutions
 from paredown.runtimes.quiet import quiet
@@ -37,10 +37,11 @@ def encode(model: Model, method: str) -> bytes:
     """
     made = shape_for_xnnpack(model)
     widen_convolutions(made)
-    program = reexport(made)
     try:
         with quiet(), torch.no_grad():
-            return _lower(model, program, method)
+            return lowered(made, lambda program: _lower(model, program, method))
+    except UserError:
+        raise
     except Exception as error:
         raise UserError(f"model: cannot be written for ExecuTorch: {_root_cause(error)}") from error
 

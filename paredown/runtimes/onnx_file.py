@@ -16,10 +16,11 @@ import onnx_ir as ir
 import torch
 from onnx.defs import OpSchema
 from onnxscript import values as onnxscript_values
+from torch.export import ExportedProgram
 
 from paredown.graph import structure
 from paredown.graph.model import Model
-from paredown.graph.program import reexport
+from paredown.graph.program import lowered
 from paredown.graph.quantized import (
     PER_CHANNEL,
     PER_GROUP,
@@ -107,15 +108,15 @@ def _fake_quantize_channel(x: Any, scale: Any, axis: int, low: int, high: int) -
 
 
 def _export(model: Model) -> ir.Model:
-    program = reexport(model)
     outputs = [name.replace(".", "_") or "output" for name in structure.names(model.outputs)]
     inputs = [item.name for item in model.inputs]
     clash = set(inputs) & set(outputs)
     outputs = [f"{name}_out" if name in clash else name for name in outputs]
-    try:
+
+    def write(program: ExportedProgram) -> Any:
         # Attention with a trainable bias decomposes to another layout where gradients are on.
         with _quiet(), torch.no_grad():
-            exported = torch.onnx.export(
+            return torch.onnx.export(
                 program,
                 dynamo=True,
                 opset_version=_opset(model),
@@ -132,10 +133,13 @@ def _export(model: Model) -> ir.Model:
                     **onnx_shared.TRANSLATIONS,
                 },
             )
+
+    try:
+        return lowered(model, write).model  # type: ignore[no-any-return]
+    except UserError:
+        raise
     except Exception as error:
         raise UserError(f"model: cannot be written as ONNX: {_root_cause(error)}") from error
-    assert exported is not None
-    return exported.model
 
 
 def _opset(model: Model) -> int | None:
