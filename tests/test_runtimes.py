@@ -58,7 +58,6 @@ FAIL_IN_INT8 = {
     ("openvino", "group_norm"): "output 'output' differs from the model's",
     ("executorch", "focalnet"): "Weight and Input should both be quantized",
     ("executorch", "multihead_attention"): "Missing out variants",
-    ("executorch", "mobilevit"): "output 'logits' differs from the model's",
     ("executorch", "mobilevit_v2"): "Init failed for backend XnnpackBackend",
     # Its residual stream gathers what rounding every layer's input anew costs.
     ("litert", "levit"): "output 'distillation_logits' differs from the model's",
