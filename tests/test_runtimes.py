@@ -64,6 +64,7 @@ FAIL_IN_INT8 = {
 }
 FIXED_BATCH = {("litert", "clip")}  # whose outputs compare the examples of a batch
 PARTLY_IN_FLOAT = {  # as the census tells
+    ("executorch", "mobilevit"),
     ("openvino", "deberta"),
     ("openvino", "squeezebert"),
     ("litert", "hrnet"),
