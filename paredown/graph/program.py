@@ -219,18 +219,27 @@ def _propagate(graph: fx.Graph, fake: FakeTensorMode) -> None:
 @contextlib.contextmanager
 def _shapes_alone(fake: FakeTensorMode) -> Iterator[None]:
     """Compute no numbers, take no size as fixed, and ask no backend which sizes it likes."""
-    mkldnn = torch.backends.mkldnn.flags(enabled=False)  # type: ignore[no-untyped-call]
     nnpack = torch.backends.nnpack.flags(enabled=False)
-    with fake, enable_python_dispatcher(), torch.no_grad(), mkldnn, nnpack:
+    with fake, enable_python_dispatcher(), torch.no_grad(), _onednn(False), nnpack:
         yield
+
+
+@contextlib.contextmanager
+def _onednn(enabled: bool) -> Iterator[None]:
+    """Switch oneDNN and nothing else, which PyTorch's own context manager would reset too."""
+    switch: Any = torch.backends.mkldnn.set_flags
+    before, *_ = switch(enabled, _fp32_precision=None)
+    try:
+        yield
+    finally:
+        switch(before, _fp32_precision=None)
 
 
 def _evaluate(node: fx.Node) -> None:
     args, kwargs = fx.map_arg((node.args, node.kwargs), _value)
     # An LSTM on oneDNN is one op at any length; else it would be unrolled over this one's.
-    one_op = torch.backends.mkldnn.flags(enabled=node.target is aten.lstm.input)  # type: ignore[no-untyped-call]
     try:
-        with one_op:
+        with _onednn(node.target is aten.lstm.input):
             node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
     except Exception as error:
         raise Untraceable from error
