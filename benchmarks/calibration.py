@@ -23,9 +23,9 @@ from torch import Tensor, fx, nn
 from torch.utils.data import Dataset
 
 import paredown
-from paredown import stats
-from paredown.devices.probe import peak_bytes, reset_peak
 from paredown.graph.model import Model
+from paredown.measure import speedups
+from paredown.targets.devices.probe import peak_bytes, reset_peak
 
 SIZE = 224  # px
 FEW, MANY = 100, 300  # images
@@ -162,7 +162,7 @@ def _bars(found: dict[tuple[str, int], list[dict[str, float]]], module: nn.Modul
     return [
         tables.at_most(
             f"wall time with {MANY} images at most nncf's",
-            stats.median_ratio(rounds(OURS), rounds(NNCF)),
+            speedups.median_ratio(rounds(OURS), rounds(NNCF)),
             1.0,
         ),
         Bar(

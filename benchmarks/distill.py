@@ -20,10 +20,12 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 import paredown
-from paredown import Distill, FineTune, stats
+from paredown import Distill, FineTune
+from paredown.core.task import Task
 from paredown.graph.model import Model
-from paredown.runtimes import onnxruntime
-from paredown.types import Step, Task
+from paredown.measure import stats
+from paredown.steps.step import Step
+from paredown.targets.runtimes import onnxruntime
 
 sys.path.insert(0, str(tables.ROOT / "examples"))
 SEEDS = 3

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import paredown
-from paredown import stats
+from paredown.measure import speedups
 
 THREADS = 1
 BATCH = 16
@@ -38,7 +38,7 @@ def _compare(name: str, quick: bool) -> Result:
     for number in range(rounds):
         for key, milliseconds in _in_child(name, number % 2 == 1, turn_s).items():
             found[key].append(np.array(milliseconds))
-    ratio = stats.median_ratio(found[CAPTURED], found[PLAIN])
+    ratio = speedups.median_ratio(found[CAPTURED], found[PLAIN])
     result = Result(
         f"finetune: {name}, batch {BATCH}, forward + loss + backward + AdamW",
         f"torch {tables.versions()['torch']}, {THREADS} thread; median (lowest-highest median of "

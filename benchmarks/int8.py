@@ -24,12 +24,12 @@ from tables import Bar, Result
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from paredown import stats
-from paredown.devices import local
-from paredown.devices.probe import peak_bytes, reset_peak
-from paredown.measure import size_bytes
-from paredown.runtimes import runtime
-from paredown.types import Census
+from paredown.core.measurement import Census
+from paredown.measure import speedups, stats
+from paredown.targets.artifact import size_bytes
+from paredown.targets.devices import device, local
+from paredown.targets.devices.probe import peak_bytes, reset_peak
+from paredown.targets.runtimes import runtime
 
 SETTLING = 64  # images
 THREADS = 1
@@ -203,7 +203,7 @@ def _latencies(
     found: dict[str, list[np.ndarray]] = {name: [] for name in files}
     with tempfile.TemporaryDirectory(prefix="bench-") as made:
         inputs = Path(made) / "inputs.npz"
-        local.write_batches(inputs, [[each[None]] for each in examples])
+        device.write_batches(inputs, [[each[None]] for each in examples])
         for number in range(effort.rounds):
             order = list(files)[number % len(files) :] + list(files)[: number % len(files)]
             with ExitStack() as stack:
@@ -243,7 +243,7 @@ def _row(rival: Rival, rivals: list[Rival]) -> dict[str, Any]:
         "name": rival.name,
         "rounds_ms": [np.median(each) for each in rival.rounds],
         "latency": tables.spread(rival.rounds),
-        "speedup_of_ours": asdict(stats.median_ratio(rival.rounds, ours.rounds)),
+        "speedup_of_ours": asdict(speedups.median_ratio(rival.rounds, ours.rounds)),
         "snr_db": rival.snr_db,
         "snr_db_ours_minus_this": asdict(
             stats.paired_difference(rival.snr_db_per_example, ours.snr_db_per_example)
@@ -272,7 +272,7 @@ def _bars(rivals: list[Rival]) -> list[Bar]:
     return [
         tables.at_most(
             f"latency at most 1.0 x the fastest peer's ({fastest.name})",
-            stats.median_ratio(ours.rounds, fastest.rounds),
+            speedups.median_ratio(ours.rounds, fastest.rounds),
             1.0,
         ),
         tables.at_least(

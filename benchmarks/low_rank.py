@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from torch.utils.data import Subset
 
 import paredown
-from paredown import data, stats, timing
+from paredown.data import splits
 from paredown.graph.model import Model
+from paredown.measure import stats, timing
 
 OURS, SVD, TUCKER = "paredown", "plain SVD", "tensorly's Tucker"
 PLAIN = "paredown, without data"
@@ -62,7 +63,7 @@ def _table(name: str, effort: Effort) -> Result:
     example = importlib.import_module(name)
     task, net = example.task(), example.model().eval()
     whole = paredown.capture(net, task.example, task.dynamic)
-    test = Subset(task.test, range(min(effort.examples[name], data.size(task.test))))
+    test = Subset(task.test, range(min(effort.examples[name], splits.size(task.test))))
     seen = replace(task, test=test)
     before = _scores(whole, seen)
     rows = [_row("whole", 1.0, whole, whole, seen, before, None)]
@@ -127,7 +128,7 @@ def _row(
 
 
 def _scores(model: Model, task: paredown.Task) -> np.ndarray:
-    batches = data.batches(task.test, task.batch_size)
+    batches = splits.batches(task.test, task.batch_size)
     with torch.no_grad():
         return torch.cat([task.score(model(x), y) for x, y in batches]).double().numpy()
 

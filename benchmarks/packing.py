@@ -19,8 +19,8 @@ from tables import Bar, Result
 from torch.utils.data import TensorDataset
 
 import paredown
-from paredown.pack import pack, unpack
-from paredown.runtimes import onnxruntime
+from paredown.ship.pack.container import pack, unpack
+from paredown.targets.runtimes import onnxruntime
 
 SLOWEST_MB_S, AIM_MB_S = 25, 100
 

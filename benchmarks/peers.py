@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 import paredown
-from paredown.runtimes import runtime
+from paredown.targets.runtimes import runtime
 
 os.environ.setdefault("TELEMETRY_OPT_OUT", "1")  # openvino and nncf
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # litert's converter

@@ -31,11 +31,11 @@ from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 import paredown
-from paredown import stats
 from paredown.graph import structure
-from paredown.graph.coupling import analyze
-from paredown.graph.cut import cut
+from paredown.graph.coupling.coupling import analyze
+from paredown.graph.coupling.cut import cut
 from paredown.graph.model import Model
+from paredown.measure import speedups, stats
 
 OURS, THEIRS = "paredown", "torch-pruning"
 LONG_S = 900.0  # the time limit where an end is known
@@ -392,8 +392,8 @@ def _timed(name: str, rounds: int) -> list[dict[str, Any]]:
             found[tool].append(_needed(limited(LONG_S, seconds, tool, name)))
     took = {tool: [np.array([a["seconds"]]) for a in found[tool]] for tool in found}
     alone = [np.array([a["seconds"] - a["capture_s"]]) for a in found[OURS]]
-    ratio = stats.median_ratio(took[OURS], took[THEIRS])
-    bare = stats.median_ratio(alone, took[THEIRS])
+    ratio = speedups.median_ratio(took[OURS], took[THEIRS])
+    bare = speedups.median_ratio(alone, took[THEIRS])
     return [
         {
             "name": name,

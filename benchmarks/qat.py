@@ -20,10 +20,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
 import paredown
-from paredown import qat
+from paredown.core.task import Task
 from paredown.graph.model import Model
-from paredown.runtimes import onnxruntime
-from paredown.types import Task
+from paredown.targets.runtimes import onnxruntime
+from paredown.train import qat
 
 sys.path.insert(0, str(tables.ROOT / "examples"))
 SEEDS = 3

@@ -14,11 +14,14 @@ import torch
 from tables import Bar, Result
 
 import paredown
-from paredown import FineTune, HashWeights, ShareWeights, recipe, stats
+from paredown import FineTune, HashWeights, ShareWeights
+from paredown.core.task import Task
 from paredown.graph.model import Model
-from paredown.pack import packed_bytes
-from paredown.runtimes import onnxruntime
-from paredown.types import Step, Task
+from paredown.measure import stats
+from paredown.ship.pack.container import packed_bytes
+from paredown.steps import recipe
+from paredown.steps.step import Step
+from paredown.targets.runtimes import onnxruntime
 
 sys.path.insert(0, str(tables.ROOT / "examples"))
 SMALLER = 50  # times, than float32 on disk: what the two recipes are for

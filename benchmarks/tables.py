@@ -15,8 +15,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from paredown.devices.probe import cpu_model
-from paredown.stats import Interval
+from paredown.measure.stats import Interval
+from paredown.targets.devices.probe import cpu_model
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader
 
 import paredown
 from paredown.graph.model import Model
-from paredown.runtimes import onnxruntime
-from paredown.stats import Interval, paired_difference
+from paredown.measure.stats import Interval, paired_difference
+from paredown.targets.runtimes import onnxruntime
 
 sys.path.insert(0, str(tables.ROOT / "examples"))
 FORMS = ((8, 0), (4, 32), (4, 64), (4, 128), (4, 0))  # bits, and weights to a scale

@@ -16,10 +16,11 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from paredown import capture, stats, timing
-from paredown.runtimes import onnxruntime
-from paredown.steps.quantize import Quantize
-from paredown.types import Target, Task
+from paredown import capture
+from paredown.core.task import Target, Task
+from paredown.measure import speedups, timing
+from paredown.steps.quantization.quantize import Quantize
+from paredown.targets.runtimes import onnxruntime
 
 WIDTHS = (32, 36, 40, 44, 48, 56, 60, 61, 62, 63, 64, 65, 66, 68, 72)
 QUICK = (40, 44, 48, 60, 62, 63, 64, 65, 68, 72)
@@ -79,7 +80,7 @@ def _files(width: int, folder: Path) -> dict[str, Path]:
 def _row(width: int, rounds: dict[str, list[np.ndarray]]) -> dict[str, Any]:
     row: dict[str, Any] = {"width": width}
     for kind, each in rounds.items():
-        row[kind] = stats.quantiles(np.concatenate(each)).p50
+        row[kind] = speedups.quantiles(np.concatenate(each)).p50
         row[f"{kind} shown"] = tables.spread(each, 3)
     return row
 

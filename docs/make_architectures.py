@@ -18,11 +18,13 @@ from torch import Tensor
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from paredown.graph.capture import ONLY_EVALUATION, capture  # noqa: E402
+from paredown.core.errors import UserError  # noqa: E402
+from paredown.core.task import Task  # noqa: E402
+from paredown.graph.capture import capture  # noqa: E402
+from paredown.graph.doors.module import ONLY_EVALUATION  # noqa: E402
 from paredown.graph.model import Model  # noqa: E402
-from paredown.runtimes import onnxruntime  # noqa: E402
-from paredown.steps.quantize import Quantize  # noqa: E402
-from paredown.types import Task, UserError  # noqa: E402
+from paredown.steps.quantization.quantize import Quantize  # noqa: E402
+from paredown.targets.runtimes import onnxruntime  # noqa: E402
 from tests.architectures import (  # noqa: E402
     ARCHITECTURES,
     FAILING,

@@ -18,9 +18,10 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import paredown  # noqa: E402
-from paredown.measure import size_bytes  # noqa: E402
-from paredown.runtimes import RUNTIMES, ready  # noqa: E402
-from paredown.types import FORMS, Step, Task  # noqa: E402
+from paredown.core.task import Task  # noqa: E402
+from paredown.steps.step import FORMS, Step  # noqa: E402
+from paredown.targets.artifact import size_bytes  # noqa: E402
+from paredown.targets.runtimes import RUNTIMES, ready  # noqa: E402
 
 PAGE = Path(__file__).parent / "runtimes.md"
 BEGIN, END = "<!-- table of forms: begin -->\n", "<!-- table of forms: end -->\n"

@@ -21,9 +21,9 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from paredown.graph.capture import capture  # noqa: E402
-from paredown.graph.coupling import Coupling, analyze  # noqa: E402
-from paredown.graph.edit import refresh_values  # noqa: E402
+from paredown.graph.coupling.coupling import Coupling, analyze  # noqa: E402
 from paredown.graph.model import Input, Model  # noqa: E402
+from paredown.graph.values import refresh_values  # noqa: E402
 from paredown.report.charts import Scale, frame, line, text  # noqa: E402
 
 HERE = Path(__file__).parent

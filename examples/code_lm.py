@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 import paredown
-from paredown import progress
+from paredown.core import progress
 
 WEIGHTS = Path(__file__).with_name("code_lm.safetensors")  # trained once, then kept
 SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}

@@ -4,37 +4,44 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import shlex
 import sys
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from paredown import check as checks
-from paredown import progress, recipe
-from paredown.compress import compress, replay, versions
-from paredown.details import load_run
-from paredown.devices.local import DEVICES
-from paredown.explain.run import explain
+from paredown.core import progress
+from paredown.core.console import output, print_json
+from paredown.core.errors import UserError
+from paredown.core.goals import Goals
+from paredown.core.task import Target, Task
+from paredown.core.terminal import WIDEST
+from paredown.explain.inspect import inspect_model, shown
 from paredown.explain.words import shown as shown_explanation
 from paredown.graph.capture import capture
-from paredown.graph.coupling import analyze
+from paredown.graph.coupling.coupling import analyze
+from paredown.graph.doors import python_file
 from paredown.graph.model import Model
-from paredown.inspect import inspect_model, shown
-from paredown.offers import Recipe
-from paredown.pack import Contents, contents, pack, unpack
-from paredown.plan import plan
-from paredown.report import comparison, report
-from paredown.runtimes import RUNTIMES, parts
-from paredown.terminal import WIDEST
-from paredown.types import Goals, Measurement, Run, Target, Task, UserError, human
+from paredown.report.page import report
+from paredown.run import check as checks
+from paredown.run.compress import compress
+from paredown.run.explain import explain
+from paredown.run.folder import load_run
+from paredown.run.replay import replay
+from paredown.run.words import file_of, measurement_rows, print_run, why
+from paredown.search.plan import plan
+from paredown.search.words import print_plan
+from paredown.ship.pack.container import pack, unpack
+from paredown.ship.pack.words import print_contents
+from paredown.steps import recipe
+from paredown.targets.devices.device import DEVICES
+from paredown.targets.runtimes import RUNTIMES
 
 FAILED, MISSED, DIFFERS, INTERRUPTED = 1, 3, 4, 130
 
@@ -109,25 +116,17 @@ def _fail(text: str, code: int) -> NoReturn:
     sys.exit(code)
 
 
-def _console(as_json: bool, quiet: bool = False) -> Console:
-    return Console(stderr=as_json, quiet=quiet, soft_wrap=not sys.stdout.isatty())
-
-
 @contextlib.contextmanager
 def _working(as_json: bool, quiet: bool = False) -> Iterator[None]:
     """Show progress; what the user's own code prints stays out of the JSON."""
     aside = contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
-    with aside, progress.shown(_console(as_json, quiet)):
+    with aside, progress.shown(output(as_json, quiet)):
         yield
 
 
 def _captured(file: Path) -> tuple[Model, Task]:
-    module, task = checks.load(file)
+    module, task = python_file.load(file)
     return capture(module, task.example, task.dynamic), task
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=1, allow_nan=False))
 
 
 @app.command()
@@ -143,9 +142,9 @@ def check(
     with _working(as_json):
         found = checks.check_file(file, Target(runtime=runtime), recipe_file)
     if as_json:
-        _print_json(dataclasses.asdict(found))
+        print_json(dataclasses.asdict(found))
     else:
-        console = _console(False)
+        console = output(False)
         for note in found.notes:
             console.print(f"note: {escape(note)}", highlight=False)
         for problem in found.problems:
@@ -169,31 +168,14 @@ def baseline(
         model, task = _captured(file)
         measurement = checks.baseline(model, task, Target(runtime, device, threads))
     if as_json:
-        _print_json(dataclasses.asdict(measurement))
+        print_json(dataclasses.asdict(measurement))
         return
     table = Table(title=f"{file.name} as it is", title_justify="left")
     table.add_column("quantity")
     table.add_column("value", justify="right")
-    for row in _measurement_rows(measurement):
+    for row in measurement_rows(measurement):
         table.add_row(*row)
-    _console(False).print(table)
-
-
-def _measurement_rows(m: Measurement) -> list[tuple[str, str]]:
-    score = f"{m.score:.2%}" if m.score_in_points else f"{m.score:.5g}"
-    rows = [
-        ("size on disk", human("size", m.size_bytes)),
-        (f"score on {m.split} ({m.examples})", score),
-    ]
-    for name, value in (("latency p50", m.latency_ms_p50), ("latency p90", m.latency_ms_p90)):
-        if value is not None:
-            rows.append((name, human("latency", value)))
-    for name in ("throughput", "memory"):
-        value = m.quantity(name)
-        if value is not None:
-            rows.append(("peak memory" if name == "memory" else name, human(name, value)))
-    rows.append(("where", ", ".join(f"{k} {v}" for k, v in m.where.items())))
-    return rows
+    output(False).print(table)
 
 
 @app.command("inspect")
@@ -219,13 +201,13 @@ def inspect_verb(
     if parameter is not None:
         dims = coupling.explain(parameter)
         if as_json:
-            _print_json({"parameter": parameter, "dimensions": dims})
+            print_json({"parameter": parameter, "dimensions": dims})
         else:
             print("\n".join(dims))
         return
     found = inspect_model(model, coupling)
     if as_json:
-        _print_json(found.to_json())
+        print_json(found.to_json())
     else:
         console = Console(width=None if sys.stdout.isatty() else WIDEST)
         for part in shown(found, console.width):
@@ -267,20 +249,9 @@ def plan_verb(
             {"title": r.title, "reason": r.reason, "recipe": recipe.to_toml(r.steps)}
             for r in recipes
         ]
-        _print_json({"baseline": dataclasses.asdict(measurement), "recipes": rows})
+        print_json({"baseline": dataclasses.asdict(measurement), "recipes": rows})
     else:
-        _print_plan(recipes)
-
-
-def _print_plan(recipes: list[Recipe]) -> None:
-    console = _console(False)
-    for number, item in enumerate(recipes, 1):
-        console.print(f"[bold]{number}. {item.title}[/]: {item.reason}", highlight=False)
-        for attempt in item.attempts:
-            steps = ", ".join(recipe.line(step) for step in attempt.steps)
-            console.print(f"   - {attempt.title}: {escape(steps)}", highlight=False)
-            console.print(f"     why: {attempt.reason}", highlight=False)
-            console.print(f"     expected: {attempt.expected}", highlight=False)
+        print_plan(recipes)
 
 
 @app.command()
@@ -314,43 +285,19 @@ def run(
     steps = recipe.load(recipe_file) if recipe_file else None
     target = Target(runtime, device, threads)
     with _working(as_json, quiet):
-        module, task = checks.load(file)
+        module, task = python_file.load(file)
         finished = compress(module, task, goals, target, steps, out, seed, _command())
         report(finished, Path(finished.details["folder"]) / "report.html")
     if as_json:
         print(finished.to_json())
     else:
-        _print_run(finished)
+        print_run(finished)
     if not finished.met:
         raise typer.Exit(MISSED)
 
 
 def _command() -> str:
     return shlex.join(["paredown", *sys.argv[1:]])
-
-
-def _print_run(finished: Run) -> None:
-    console = _console(False)
-    table = Table(
-        title="The exported file beside the original, on the test split", title_justify="left"
-    )
-    for name in ("", "original", "compressed", "ratio", "goal", "met?"):
-        table.add_column(name, justify="left" if not name else "right")
-    for row in comparison(finished):
-        met = {True: "[green]yes[/]", False: "[red]no[/]", None: ""}[row["met"]]
-        table.add_row(row["name"], *row["figures"], row["change"], row["goal"], met)
-    console.print(table)
-    if finished.comparison is not None:
-        console.print(f"Score: {finished.comparison.verdict}", highlight=False)
-        console.print(f"Speed: {finished.comparison.speed}", highlight=False)
-    colour = "green" if finished.met else "red"
-    console.print(f"[bold {colour}]{escape(finished.verdict)}[/]", highlight=False)
-    if finished.artifact is not None:
-        folder = Path(finished.details["folder"])
-        shipped = [str(path) for path in parts(folder / finished.artifact.path)]
-        for name, paths in (("Artifact", shipped), ("Report", [str(folder / "report.html")])):
-            line = f"{name + ':':9} {escape(' and '.join(paths))}"
-            console.print(line, highlight=False, soft_wrap=True)
 
 
 @app.command("report")
@@ -360,9 +307,9 @@ def report_verb(
     """Write the report page of a run again."""
     path = report(load_run(folder), folder / "report.html")
     if as_json:
-        _print_json({"report": str(path)})
+        print_json({"report": str(path)})
     else:
-        _console(False).print(f"Report: {escape(str(path))}", highlight=False)
+        output(False).print(f"Report: {escape(str(path))}", highlight=False)
 
 
 @app.command("explain")
@@ -380,10 +327,10 @@ def explain_verb(
     """
     run = load_run(folder)
     with _working(as_json):
-        found = explain(folder, checks.load_task(file or _file_of(run, "explain")))
+        found = explain(folder, python_file.load_task(file or file_of(run, "explain")))
         report(load_run(folder), folder / "report.html")
     if as_json:
-        _print_json(found.to_json())
+        print_json(found.to_json())
         return
     console = Console(width=None if sys.stdout.isatty() else WIDEST)
     for part in shown_explanation(found, console.width, top, run.baseline.score_in_points):
@@ -401,14 +348,14 @@ def replay_verb(
     """Make a run's artifact again from its recipe, and compare the two files' SHA-256."""
     run = load_run(folder)
     with _working(as_json):
-        artifact, digest = replay(folder, *checks.load(file or _file_of(run, "replay")))
+        artifact, digest = replay(folder, *python_file.load(file or file_of(run, "replay")))
     same = digest == artifact.sha256
     if as_json:
-        _print_json({"kept": artifact.sha256, "replayed": digest, "same": same})
+        print_json({"kept": artifact.sha256, "replayed": digest, "same": same})
     else:
-        console = _console(False)
+        console = output(False)
         console.print(f"kept      {artifact.sha256}\nreplayed  {digest}", highlight=False)
-        console.print("[green]the same file[/]" if same else f"[red]another file[/]: {_why(run)}")
+        console.print("[green]the same file[/]" if same else f"[red]another file[/]: {why(run)}")
     if not same:
         raise typer.Exit(DIFFERS)
 
@@ -422,7 +369,7 @@ def pack_verb(
     """Pack an artifact for delivery: lossless, each tensor by what compression left in it."""
     with _working(as_json):
         path = pack(file, out)
-    _print_contents(path, as_json)
+    print_contents(path, as_json)
 
 
 @app.command("unpack")
@@ -436,66 +383,11 @@ def unpack_verb(
 ) -> None:
     """Unpack a container, bit for bit, checked by SHA-256."""
     if only_list:
-        _print_contents(file, as_json)
+        print_contents(file, as_json)
         return
     with _working(as_json):
         path = unpack(file, out)
     if as_json:
-        _print_json({"file": str(path)})
+        print_json({"file": str(path)})
     else:
-        _console(False).print(f"Unpacked: {escape(str(path))}", highlight=False, soft_wrap=True)
-
-
-def _print_contents(path: Path, as_json: bool) -> None:
-    found = contents(path)
-    if as_json:
-        files = [{"name": f.name, "bytes": f.size, "sha256": f.sha256.hex()} for f in found.files]
-        parts = [dataclasses.asdict(part) for part in found.parts]
-        _print_json({"packed_bytes": found.packed_bytes, "files": files, "parts": parts})
-        return
-    table = Table(title=f"{escape(str(path))}", title_justify="left")
-    for name in ("coding", "elements", "before", "packed", "ratio"):
-        table.add_column(name, justify="left" if name in ("coding", "elements") else "right")
-    for (coding, element), (before, after) in _summed(found).items():
-        ratio = f"{before / max(1, after):.2f}x"
-        table.add_row(coding, element, human("size", before), human("size", after), ratio)
-    console = _console(False)
-    console.print(table)
-    names = ", ".join(file.name for file in found.files)
-    console.print(
-        f"{escape(names)}: {human('size', found.size_bytes)} packed into "
-        f"{human('size', found.packed_bytes)}, "
-        f"{found.size_bytes / found.packed_bytes:.2f}x smaller",
-        highlight=False,
-        soft_wrap=True,
-    )
-
-
-def _summed(found: Contents) -> dict[tuple[str, str], tuple[int, int]]:
-    """Bytes before and after by coding and element, the largest first."""
-    sums: dict[tuple[str, str], tuple[int, int]] = {}
-    for part in found.parts:
-        key = (part.coding, part.element)
-        before, after = sums.get(key, (0, 0))
-        sums[key] = (before + part.size_bytes, after + part.packed_bytes)
-    return dict(sorted(sums.items(), key=lambda item: -item[1][0]))
-
-
-def _file_of(run: Run, verb: str) -> Path:
-    """The Python file that the run's command named."""
-    found = next((word for word in shlex.split(run.command) if word.endswith(".py")), None)
-    if found is None:
-        raise UserError(f"{verb}: the run was not started from a file; name it with --file.")
-    if not Path(found).is_file():
-        raise UserError(f"{verb}: {found}: no such file here; name it with --file.")
-    return Path(found)
-
-
-def _why(run: Run) -> str:
-    """What differs between the run and this replay."""
-    now = versions(run.target["runtime"])
-    changed = [f"{n} was {v}, is {now.get(n)}" for n, v in run.versions.items() if now.get(n) != v]
-    return "; ".join(changed) or (
-        "made with the same versions, so on another kind of processor, or with another number of "
-        "threads (OMP_NUM_THREADS), which changes how sums are rounded"
-    )
+        output(False).print(f"Unpacked: {escape(str(path))}", highlight=False, soft_wrap=True)

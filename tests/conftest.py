@@ -4,8 +4,8 @@ import pytest
 import torch
 from hypothesis import settings
 
-from paredown.runtimes import RUNTIMES, ready
-from paredown.types import UserError
+from paredown.core.errors import UserError
+from paredown.targets.runtimes import RUNTIMES, ready
 
 torch.set_num_threads(1)
 settings.register_profile("steady", deadline=None, derandomize=True)

@@ -11,16 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from docs import make_architectures as page
+from paredown.core.errors import UserError
 from paredown.graph import store, structure
-from paredown.graph.capture import ONLY_EVALUATION, capture
-from paredown.graph.coupling import analyze
-from paredown.graph.cut import cut
+from paredown.graph.capture import capture
+from paredown.graph.coupling.coupling import analyze
+from paredown.graph.coupling.cut import cut
+from paredown.graph.coupling.verify import verify
+from paredown.graph.doors.module import ONLY_EVALUATION
 from paredown.graph.model import Model
-from paredown.runtimes import onnxruntime
-from paredown.steps.prune_weights import PruneWeights
-from paredown.steps.quantize import Quantize
-from paredown.types import UserError
-from paredown.verify import verify
+from paredown.steps.pruning.prune_weights import PruneWeights
+from paredown.steps.quantization.quantize import Quantize
+from paredown.targets.runtimes import onnxruntime
 from tests.architectures import (
     ARCHITECTURES,
     FAILING,

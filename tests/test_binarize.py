@@ -11,21 +11,28 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from docs import make_architectures as page
-from paredown import recipe
+from paredown.core.errors import UserError
+from paredown.core.task import Target, Task
+from paredown.data.scores import accuracy
 from paredown.graph.capture import capture
-from paredown.graph.low_bits import BINARY, LOW_BITS, TERNARY, binary_gradient, binary_scales
 from paredown.graph.model import Model
-from paredown.graph.packed import pack, unpack
-from paredown.graph.quantized import quantized_weights, rounded
-from paredown.graph.sites import tensor_of
-from paredown.runtimes import onnxruntime, pytorch
-from paredown.scores import accuracy
-from paredown.steps.binarize import Binarize
-from paredown.steps.cast import Cast
-from paredown.steps.fine_tune import FineTune
-from paredown.steps.prune_weights import PruneWeights
-from paredown.steps.quantize import Quantize
-from paredown.types import Target, Task, UserError
+from paredown.graph.quantized.low_bits import (
+    BINARY,
+    LOW_BITS,
+    TERNARY,
+    binary_gradient,
+    binary_scales,
+)
+from paredown.graph.quantized.packed import pack, unpack
+from paredown.graph.quantized.quantizers import quantized_weights, rounded
+from paredown.graph.state import tensor_of
+from paredown.steps import recipe
+from paredown.steps.pruning.prune_weights import PruneWeights
+from paredown.steps.quantization.binarize import Binarize
+from paredown.steps.quantization.cast import Cast
+from paredown.steps.quantization.quantize import Quantize
+from paredown.steps.training.fine_tune import FineTune
+from paredown.targets.runtimes import onnxruntime, pytorch
 from tests.architectures import ARCHITECTURES, make, with_batch
 from tests.test_architectures import NOTHING_TO_QUANTIZE, check_file, reload
 

@@ -14,11 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from paredown.core.errors import UserError
 from paredown.graph import store
-from paredown.graph.capture import ONLY_EVALUATION, capture
+from paredown.graph.capture import capture
+from paredown.graph.doors.module import ONLY_EVALUATION
 from paredown.graph.model import Model
 from paredown.graph.structure import Outputs
-from paredown.types import UserError
 from tests.architectures.blocks import Attention, DropPath
 
 torch.set_num_threads(1)
@@ -210,7 +211,7 @@ def test_outputs_keep_their_structure(kind, tmp_path):
 def test_outputs_of_a_class_that_is_not_imported(tmp_path):
     capture(Output("dataclass").eval(), (torch.randn(2, 4),)).save(tmp_path / "m.safetensors")
     data = edited((tmp_path / "m.safetensors").read_bytes(), lambda h: rename_output(h, "nowhere"))
-    out = store.decode(data, "m")(torch.randn(2, 4))
+    out = Model.decode(data, "m")(torch.randn(2, 4))
     assert type(out) is Outputs and out.logits is out["logits"] and out.note == "fine"
     with pytest.raises(AttributeError, match="missing"):
         out.missing  # noqa: B018
@@ -664,7 +665,7 @@ def node(header, op):
 
 
 def test_an_edit_that_changes_nothing_is_read(stored):
-    assert store.encode(store.decode(edited(stored, lambda header: None), "x")) == stored
+    assert store.encode(Model.decode(edited(stored, lambda header: None), "x")) == stored
 
 
 @pytest.mark.parametrize(
@@ -679,7 +680,7 @@ def test_an_edit_that_changes_nothing_is_read(stored):
 def test_an_op_that_is_not_atens_is_refused(stored, target):
     data = edited(stored, lambda header: node(header, "call_function").update(target=target))
     with pytest.raises(UserError, match="x: not a paredown model, or a damaged one"):
-        store.decode(data, "x")
+        Model.decode(data, "x")
 
 
 def hostile(path: Path) -> dict:
@@ -736,7 +737,7 @@ def test_nothing_in_a_file_is_executed(stored, kind, tmp_path):
     made = tmp_path / "executed"
     assert subprocess.Popen  # imported: its name could be found
     try:
-        model = store.decode(edited(stored, hostile(made)[kind]), "x")
+        model = Model.decode(edited(stored, hostile(made)[kind]), "x")
         out = model(torch.zeros(2, 4))
         model.train()(torch.zeros(2, 4))
     except UserError:
@@ -782,13 +783,13 @@ def test_nothing_in_a_file_is_executed(stored, kind, tmp_path):
 )
 def test_a_header_whose_parts_do_not_fit_is_refused(stored, change):
     with pytest.raises(UserError, match="x: not a paredown model, or a damaged one"):
-        store.decode(edited(stored, change), "x")
+        Model.decode(edited(stored, change), "x")
 
 
 def test_a_header_without_a_graph(stored):
     data = edited(stored, lambda raw: raw.pop("__metadata__"), outer=True)
     with pytest.raises(UserError, match="no graph in its header"):
-        store.decode(data, "x")
+        Model.decode(data, "x")
 
 
 def test_a_name_that_stands_twice(stored):
@@ -798,21 +799,21 @@ def test_a_name_that_stands_twice(stored):
     text = text.replace(entry, entry + b"," + entry)
     data = len(text).to_bytes(8, "little") + text + stored[8 + size :]
     with pytest.raises(UserError, match="a name stands twice in its header"):
-        store.decode(data, "x")
+        Model.decode(data, "x")
 
 
 def test_weights_that_are_not_numbers_are_refused_on_the_way_in(stored):
-    model = store.decode(stored, "x")
+    model = Model.decode(stored, "x")
     with torch.no_grad():
         model.graph.state_dict()["0.bias"][0] = float("nan")
     with pytest.raises(UserError, match=r"0\.bias holds NaN"):
-        store.decode(store.encode(model), "x")
+        Model.decode(store.encode(model), "x")
 
 
 @pytest.mark.parametrize("keep", [0, 1, 7, 8, 9, 200, -200, -1])
 def test_a_truncated_file(stored, keep):
     with pytest.raises(UserError, match="not a paredown model, or a damaged one"):
-        store.decode(stored[:keep], "x")
+        Model.decode(stored[:keep], "x")
 
 
 @pytest.mark.parametrize(
@@ -830,7 +831,7 @@ def test_a_truncated_file(stored, keep):
 )
 def test_what_is_no_model_file(data):
     with pytest.raises(UserError, match="x: not a paredown model, or a damaged one"):
-        store.decode(data, "x")
+        Model.decode(data, "x")
 
 
 @settings(max_examples=300, deadline=None)
@@ -846,7 +847,7 @@ def test_mutated_files_never_raise_anything_else(stored, data):
         length = data.draw(st.integers(0, 30))
         raw[start : start + length] = data.draw(st.binary(max_size=30))
     try:
-        model = store.decode(bytes(raw), "x")
+        model = Model.decode(bytes(raw), "x")
     except UserError as error:
         assert str(error).startswith("x: ")
     else:
@@ -874,7 +875,7 @@ def test_headers_with_other_values_never_raise_anything_else(stored, data):
             owner[path[-1]] = data.draw(st.sampled_from(values))
 
     try:
-        model = store.decode(edited(stored, change), "x")
+        model = Model.decode(edited(stored, change), "x")
     except UserError as error:
         assert str(error).startswith("x: ")
     else:

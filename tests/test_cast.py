@@ -5,12 +5,13 @@ import torch
 from torch import nn
 
 from docs import make_architectures as page
+from paredown.core.errors import UserError
+from paredown.core.task import Task
 from paredown.graph.capture import capture
 from paredown.graph.model import Model
-from paredown.runtimes import onnxruntime
-from paredown.steps.cast import DTYPES, Cast
-from paredown.steps.cast_rewrite import narrow
-from paredown.types import Task, UserError
+from paredown.steps.quantization.cast import DTYPES, Cast
+from paredown.steps.quantization.cast_rewrite import narrow
+from paredown.targets.runtimes import onnxruntime
 from tests.architectures import ARCHITECTURES, make
 
 torch.set_num_threads(1)

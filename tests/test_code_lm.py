@@ -12,8 +12,9 @@ import pytest
 import torch
 
 import paredown
-from paredown.runtimes import onnxruntime
-from paredown.train import Training, fit
+from paredown.targets.runtimes import onnxruntime
+from paredown.train.loop import fit
+from paredown.train.settings import Training
 
 torch.set_num_threads(1)
 FILE = Path(__file__).parent.parent / "examples" / "code_lm.py"

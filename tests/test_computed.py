@@ -21,7 +21,7 @@ from paredown import (
     Task,
 )
 from paredown.graph.computed import fold_computed_weights
-from paredown.graph.quantized import quantizers
+from paredown.graph.quantized.quantizers import quantizers
 from paredown.graph.sites import sites
 from tests.architectures import ARCHITECTURES, make
 

@@ -17,18 +17,24 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from paredown import check as checks
-from paredown import compress, recipe, runtimes, timing
+from paredown import compress
+from paredown.core.errors import UserError
+from paredown.core.goals import Goals
+from paredown.core.task import Target, Task
+from paredown.data.scores import accuracy
 from paredown.graph import store
 from paredown.graph.capture import capture
 from paredown.graph.model import Model
 from paredown.graph.program import reexport
-from paredown.runtimes import RUNTIMES, onnxruntime, runtime
-from paredown.scores import accuracy
-from paredown.steps import STEPS, step_class
-from paredown.steps.cast import Cast
-from paredown.steps.criteria import CRITERIA
-from paredown.types import FORMS, Goals, Step, Target, Task, UserError
+from paredown.measure import timing
+from paredown.run import check as checks
+from paredown.ship import open
+from paredown.steps import STEPS, recipe, step_class
+from paredown.steps.pruning.criteria import CRITERIA
+from paredown.steps.quantization.cast import Cast
+from paredown.steps.step import FORMS, Step
+from paredown.targets import artifact, runtimes
+from paredown.targets.runtimes import RUNTIMES, onnxruntime, runtime
 from tests.architectures.blocks import EncoderBlock
 
 torch.set_num_threads(1)
@@ -253,8 +259,8 @@ def test_a_missing_package_names_the_extra_before_any_work(name, built, monkeypa
     monkeypatch.setattr(runtime(name), "lower", lambda *_: pytest.fail("work had begun"))
     said = f"runtime: {name} needs .*{package}.*, not installed here; run pip install "
     for work in (
-        lambda: runtimes.export(model, target, tmp_path / "model"),
-        lambda: runtimes.open(tmp_path / f"model{runtime(name).SUFFIX}"),
+        lambda: artifact.export(model, target, tmp_path / "model"),
+        lambda: open.open(tmp_path / f"model{runtime(name).SUFFIX}"),
         lambda: checks.baseline(model, task, target),
         lambda: compress(model, task, Goals(), target, out=tmp_path / "run"),
         lambda: timing.speedup(model, model, target),
@@ -739,7 +745,7 @@ def test_an_empty_recipe_round_trips():
         ("[[step]]\nfoo = 1", r'r, step 1: has no name = "\.\.\."'),
         ("[[step]]\nname = 3", "r, step 1: has no name"),
         ('[[step]]\nname = "os.system"', "'os.system' is not one of"),
-        ('[[step]]\nname = "paredown.steps.cast:Cast"', "is not one of"),
+        ('[[step]]\nname = "paredown.steps.quantization.cast:Cast"', "is not one of"),
         (
             '[[step]]\nname = "cast"\n[[step]]\nname = "cast"\ndtyp = "fp16"',
             "r, step 2: cast has no setting 'dtyp'; it has dtype",

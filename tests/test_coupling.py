@@ -11,15 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from paredown.core.errors import UserError
+from paredown.core.task import Task
 from paredown.graph.capture import capture
-from paredown.graph.coupling import Choice, Coupling, Group, analyze
-from paredown.graph.cut import cut, mask
+from paredown.graph.coupling.coupling import Choice, Coupling, analyze
+from paredown.graph.coupling.cut import cut, mask
+from paredown.graph.coupling.groups import Group
+from paredown.graph.coupling.verify import verify
 from paredown.graph.model import Model
-from paredown.graph.quantized import PER_CHANNEL
-from paredown.steps.prune_weights import PruneWeights
-from paredown.steps.quantize import Quantize
-from paredown.types import Task, UserError
-from paredown.verify import verify
+from paredown.graph.quantized.quantizers import PER_CHANNEL
+from paredown.steps.pruning.prune_weights import PruneWeights
+from paredown.steps.quantization.quantize import Quantize
 from tests.architectures import make, randomise, with_batch
 
 torch.set_num_threads(1)

@@ -7,13 +7,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from docs import make_architectures as page
+from paredown.core.errors import UserError
 from paredown.graph.capture import capture
-from paredown.graph.decomposed import DEQUANTIZE_CHANNEL, QUANTIZE, decompose
 from paredown.graph.model import Model
 from paredown.graph.program import reexport
-from paredown.graph.quantized import fake_quantize, quantized_weights, quantizers
-from paredown.steps.quantize import Quantize
-from paredown.types import UserError
+from paredown.graph.quantized.decomposed import DEQUANTIZE_CHANNEL, QUANTIZE, decompose
+from paredown.graph.quantized.quantizers import fake_quantize, quantized_weights, quantizers
+from paredown.steps.quantization.quantize import Quantize
 from tests.architectures import ARCHITECTURES, make
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -11,29 +11,21 @@ from torch.utils.data import Dataset, TensorDataset
 
 import paredown
 from docs import make_architectures as page
-from paredown import (
-    Distill,
-    FineTune,
-    Goals,
-    PruneWeights,
-    Quantize,
-    capture,
-    compress,
-    progress,
-    recipe,
-    replay,
-    taps,
-    teacher,
-    train,
-)
-from paredown import distill_losses as losses
+from paredown import Distill, FineTune, Goals, PruneWeights, Quantize, capture, compress, replay
+from paredown.core import progress
+from paredown.core.errors import UserError
+from paredown.core.task import Task
+from paredown.graph import taps
 from paredown.graph.model import Model
-from paredown.lessons import Teaching, prepare
-from paredown.stages import View
-from paredown.targets import outputs_of
-from paredown.teacher import started_from
-from paredown.train import Training, fit, scratch
-from paredown.types import Task, UserError
+from paredown.steps import recipe
+from paredown.train import loop
+from paredown.train.distill import losses, teacher
+from paredown.train.distill.inner_values import View
+from paredown.train.distill.lesson import Teaching, prepare
+from paredown.train.distill.outputs import outputs_of
+from paredown.train.distill.teacher import started_from
+from paredown.train.loop import fit, scratch
+from paredown.train.settings import Training
 from tests.architectures import ARCHITECTURES, make
 from tests.architectures.blocks import EncoderBlock
 
@@ -456,17 +448,17 @@ def test_a_killed_distillation_goes_on_to_the_same_bits(
     whole, cut, again = student.copy(), student.copy(), student.copy()
     first = lesson_of(master, whole)
     history = fit(whole, TASK, settings, objective=first)
-    write, path = train.write, tmp_path / "c.safetensors"
+    write, path = loop.write, tmp_path / "c.safetensors"
 
     def kill(*args):
         write(*args)
         if args[-1].epoch == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(train, "write", kill)
+    monkeypatch.setattr(loop, "write", kill)
     with pytest.raises(KeyboardInterrupt):
         fit(cut, TASK, settings, path, lesson_of(master, cut))
-    monkeypatch.setattr(train, "write", write)
+    monkeypatch.setattr(loop, "write", write)
     second = lesson_of(master, again)
     assert fit(again, TASK, settings, path, second) == history and same(again, whole)
     assert all(torch.equal(second.extra[key], t) for key, t in first.extra.items())
@@ -485,7 +477,7 @@ def test_too_little_memory_halves_the_batch(master, student, monkeypatch, said):
             raise torch.OutOfMemoryError("CUDA out of memory")
         return read(graph, leaves, names)
 
-    monkeypatch.setattr("paredown.lessons.read", short)
+    monkeypatch.setattr("paredown.train.distill.lesson.read", short)
     rows = fit(student, replace(TASK, validation=None), Training(**FAST), objective=lesson)
     assert len(rows) == 4
     assert any("out of memory at a batch of 16: going on with 8 at a time" in line for line in said)
@@ -543,7 +535,7 @@ def test_a_run_distils_from_its_original_and_replays(master, tmp_path, monkeypat
     steps = [Quantize(), Distill(internal=("hints",), cache=True, **FAST)]
     seen, found = [], teacher.find
     spy = lambda *a: seen.append(found(*a)) or seen[-1]  # noqa: E731
-    monkeypatch.setattr("paredown.steps.distill.find", spy)
+    monkeypatch.setattr("paredown.steps.training.distill.find", spy)
     run = compress(master, TASK, Goals(max_drop=0.5), steps=steps, out=tmp_path / "run")
     assert [trial.kept for trial in run.trials] == [True]
     assert 'name = "distill"' in run.artifact.recipe

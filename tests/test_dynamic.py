@@ -8,13 +8,19 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
+from paredown.core.errors import UserError
+from paredown.core.task import Target, Task
 from paredown.graph.capture import capture
-from paredown.graph.quantized import DYNAMIC, fake_quantize_dynamic, quantized_weights, quantizers
-from paredown.recipe import apply, problems
-from paredown.runtimes import RUNTIMES, onnxruntime
-from paredown.steps.fine_tune import FineTune
-from paredown.steps.quantize import Quantize
-from paredown.types import Target, Task, UserError
+from paredown.graph.quantized.quantizers import (
+    DYNAMIC,
+    fake_quantize_dynamic,
+    quantized_weights,
+    quantizers,
+)
+from paredown.steps.quantization.quantize import Quantize
+from paredown.steps.recipe import apply, problems
+from paredown.steps.training.fine_tune import FineTune
+from paredown.targets.runtimes import RUNTIMES, onnxruntime
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore")

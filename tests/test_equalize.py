@@ -8,16 +8,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+from paredown.core.errors import UserError
+from paredown.core.task import Task
 from paredown.graph.capture import capture
-from paredown.graph.edit import fold_batch_norm, refresh_values
+from paredown.graph.coupling.scaling import exchange, move
+from paredown.graph.fold import fold_batch_norm
 from paredown.graph.model import Model
-from paredown.graph.regions import prepare
-from paredown.graph.scaling import exchange, move
-from paredown.runtimes import onnxruntime
-from paredown.steps.correct import sure_shift
-from paredown.steps.equalize import equalize, smoothing_factors
-from paredown.steps.quantize import Quantize
-from paredown.types import Task, UserError
+from paredown.graph.quantized.regions import prepare
+from paredown.graph.values import refresh_values
+from paredown.steps.quantization.correct import sure_shift
+from paredown.steps.quantization.equalize import equalize, smoothing_factors
+from paredown.steps.quantization.quantize import Quantize
+from paredown.targets.runtimes import onnxruntime
 from tests.architectures import ARCHITECTURES, make
 from tests.test_architectures import QUICK, run, tensors
 

@@ -15,18 +15,20 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from docs import make_architectures as page
-from paredown.devices.local import Probe, write_batches
+from paredown.core.errors import UserError
+from paredown.core.task import Task
 from paredown.graph import structure
 from paredown.graph.capture import capture
 from paredown.graph.model import Model
-from paredown.graph.quantized import PER_TENSOR, fake_quantize, quantizers
-from paredown.parity import QUANTIZED_DB, agreement_db
-from paredown.runtimes import executorch, ready
-from paredown.runtimes.executorch_graph import shape_for_xnnpack
-from paredown.steps.cast import Cast
-from paredown.steps.quantize import Quantize
-from paredown.steps.quantize_weights import QuantizeWeights
-from paredown.types import Task, UserError
+from paredown.graph.quantized.quantizers import PER_TENSOR, fake_quantize, quantizers
+from paredown.steps.quantization.cast import Cast
+from paredown.steps.quantization.quantize import Quantize
+from paredown.steps.quantization.quantize_weights import QuantizeWeights
+from paredown.targets.devices.device import write_batches
+from paredown.targets.devices.local import Probe
+from paredown.targets.formats.executorch.shape import shape_for_xnnpack
+from paredown.targets.parity import QUANTIZED_DB, agreement_db
+from paredown.targets.runtimes import executorch, ready
 from tests.architectures import ARCHITECTURES, make
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -234,7 +236,7 @@ def test_the_same_model_gives_the_same_bytes_in_another_process(lowered, tmp_pat
     model, path = lowered("mlp", "int8")
     model.save(tmp_path / "model.safetensors")
     code = (
-        "from paredown import Model; from paredown.runtimes import executorch;"
+        "from paredown import Model; from paredown.targets.runtimes import executorch;"
         f"model = Model.load({str(tmp_path / 'model.safetensors')!r});"
         f"executorch.lower(model, {str(tmp_path / 'again.pte')!r})"
     )

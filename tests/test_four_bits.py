@@ -8,16 +8,17 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from docs import make_architectures as page
-from paredown.details import _layers
+from paredown.core.errors import UserError
+from paredown.core.task import Task
 from paredown.graph.capture import capture
 from paredown.graph.model import Model
-from paredown.graph.quantized import quantized_weights, rounded, stored_bits
-from paredown.graph.scales import WEIGHT_GRIDS, channel_scales, closest_scales
-from paredown.recipe import apply
-from paredown.runtimes import onnxruntime
-from paredown.steps.prune_weights import PruneWeights
-from paredown.steps.quantize import Quantize
-from paredown.types import Task, UserError
+from paredown.graph.quantized.quantizers import quantized_weights, rounded, stored_bits
+from paredown.graph.quantized.scales import WEIGHT_GRIDS, channel_scales, closest_scales
+from paredown.run.details import _layers
+from paredown.steps.pruning.prune_weights import PruneWeights
+from paredown.steps.quantization.quantize import Quantize
+from paredown.steps.recipe import apply
+from paredown.targets.runtimes import onnxruntime
 from tests.architectures import ARCHITECTURES, make
 from tests.test_architectures import FUSED, fused
 

@@ -14,27 +14,22 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "paredown"
-LAYERS = (  # from the top; each may import its own layer and those below
-    "paredown",
-    "cli __main__",
-    "report serve",
-    "check compress inspect",
-    "explain",
-    "plan details",
-    "offers",
-    "measure ledger recipe verify",
-    "steps runtimes devices pack timing",
-    "lessons teacher targets",
-    "matching",
-    "train checkpoint qat lasso ties calibrate reconstruct lockstep layer_inputs parity zoo stages",
-    "batches examples machine taps distill_losses",
-    "data scores",
-    "graph stats",
-    "files findings progress terminal",
-    "types",
+FLOORS = (  # from the top; a room imports itself and the floors below it
+    ("__init__", "__main__"),
+    ("cli",),
+    ("run",),
+    ("report",),
+    ("search", "explain"),
+    ("ship", "steps"),
+    ("measure", "train"),
+    ("targets", "data"),
+    ("graph",),
+    ("core",),
 )
-FAMILIES = ("steps", "runtimes")  # their members never import each other
+ROOMS = [room for floor in FLOORS[2:] for room in floor]
+FAMILIES = ("steps", "targets.runtimes")  # the members that their dicts name never meet
 OPTIONAL = ["onnxruntime", "openvino", "transformers", "sklearn", "onnx", "scipy.stats"]
+LONGEST_FILE, LONGEST_FUNCTION, NINE_OF_TEN = 420, 45, 20  # lines
 
 
 def module_name(path):
@@ -45,90 +40,149 @@ def module_name(path):
 FILES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
 
 
-def layer(module):
-    """How deep the module lies; its part of the house must have a layer."""
-    part = module.split(".")[1] if "." in module else "paredown"
-    depths = [depth for depth, names in enumerate(LAYERS) if part in names.split()]
-    assert depths, f"{module}: give {part!r} a layer in {Path(__file__).name}"
+def room(module):
+    """What of the house a module stands in: a room, or the front door."""
+    return module.split(".")[1] if "." in module else "__init__"
+
+
+def floor(module):
+    depths = [depth for depth, rooms in enumerate(FLOORS) if room(module) in rooms]
+    assert depths, f"{module}: the house has {len(ROOMS)} rooms, and {room(module)!r} is none"
     return depths[0]
 
 
-def imports(source, name, top_level_only=False):
-    """The modules of the package that ``source`` imports, those for type checking aside."""
-    nodes, found = [ast.parse(source)], set()
-    while nodes:
-        node = nodes.pop()
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-            nodes += node.orelse
-            continue
-        if top_level_only and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
-            continue
+def imports(source, name):
+    """The modules of the package that ``source`` imports: also inside functions, and for types."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{name}: line {node.lineno} imports relatively"
             for alias in node.names:
                 full = f"{node.module}.{alias.name}"
-                found.add(full if full in FILES or is_folder(full) else node.module)
-        nodes += ast.iter_child_nodes(node)
+                found.add(full if full in FILES else node.module)
     return {module for module in found if module.split(".")[0] == "paredown"} - {name}
 
 
-def is_folder(module):
-    return ROOT.joinpath(*module.split(".")).is_dir()
+GRAPH = {name: imports(path.read_text(), name) for name, path in FILES.items()}
+
+
+def wrong_way(name, imported):
+    """Whether a module may not import another, for where they stand."""
+    if room(name) == room(imported):
+        return False
+    return floor(imported) <= floor(name)
 
 
 def members(family):
-    """The modules that the family's dict names, or all of them where it has none yet."""
-    inside = {module for module in FILES if module.startswith(f"paredown.{family}.")}
-    path = PACKAGE / family / "__init__.py"
-    text = path.read_text() if path.exists() else ""
-    named = {module for module in inside if re.search(rf"{re.escape(module)}[\"':]", text)}
-    return named or inside
+    """The modules that the family's dict names."""
+    text = PACKAGE.joinpath(*family.split("."), "__init__.py").read_text()
+    return {name for name in FILES if re.search(rf"{re.escape(name)}[\"':]", text)}
+
+
+def test_the_house_has_twelve_rooms():
+    assert len(ROOMS) == 12
+    there = {path.name for path in PACKAGE.iterdir() if path.suffix == ".py" or path.is_dir()}
+    loose = {f"{name}.py" for floor in FLOORS[:2] for name in floor}
+    assert there - {"__pycache__"} == {*ROOMS, *loose}
 
 
 @pytest.mark.parametrize("module", FILES)
-def test_imports_go_one_way(module):
-    for imported in imports(FILES[module].read_text(), module):
-        assert imported in FILES or is_folder(imported), (
-            f"{module} imports {imported}: no such file"
-        )
-        assert layer(imported) >= layer(module), f"{module} must not import {imported}"
+def test_imports_only_go_down(module):
+    for imported in GRAPH[module]:
+        assert imported in FILES, f"{module} imports {imported}: no such file"
+        assert not wrong_way(module, imported), f"{module} must not import {imported}"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_members_of_a_family_never_import_each_other(family):
     inside = members(family)
+    assert len(inside) > 4
     for module in (name for name in FILES if name.startswith(f"paredown.{family}.")):
-        found = imports(FILES[module].read_text(), module) & inside
+        found = GRAPH[module] & inside
         assert not found, f"{module} must not import {', '.join(sorted(found))}"
 
 
-def test_no_module_is_in_a_cycle():
-    graph = {name: imports(path.read_text(), name, True) for name, path in FILES.items()}
+def test_no_module_is_in_a_circle():
     try:
-        graphlib.TopologicalSorter(graph).prepare()
+        graphlib.TopologicalSorter(GRAPH).prepare()
     except graphlib.CycleError as error:
         pytest.fail(" -> ".join(error.args[1]))
 
 
-def test_the_import_rule_sees_what_it_should():
+def test_the_import_rules_see_what_they_should():
     source = """
 if TYPE_CHECKING:
     from paredown.report import charts
-else:
-    import paredown.stats
-import paredown.data as d, numpy
+import paredown.stats, numpy
 def f():
-    from paredown import files, nothing
+    from paredown.core import files, nothing
     from paredown.graph import mode
 class C:
-    from paredown.types import Task
+    from paredown.core.task import Task
 """
-    outer = {"paredown.stats", "paredown.data", "paredown.types"}
-    inner = {"paredown", "paredown.graph.mode", "paredown.files"}
-    assert imports(source, "paredown.x") == outer | inner
-    assert imports(source, "paredown.x", True) == outer
+    seen = {"paredown.report.charts", "paredown.stats", "paredown.core.files", "paredown.core"}
+    assert imports(source, "paredown.x") == seen | {"paredown.graph.mode", "paredown.core.task"}
+    assert wrong_way("paredown.graph.model", "paredown.data.splits")
+    assert wrong_way("paredown.graph.model", "paredown")
+    assert wrong_way("paredown.measure.stats", "paredown.train.loop")  # beside it, not below
+    assert not wrong_way("paredown.data.splits", "paredown.graph.model")
+
+
+@pytest.mark.parametrize("folder", sorted({path.parent for path in FILES.values()} - {PACKAGE}))
+def test_no_module_is_shadowed_by_a_name_of_its_folder(folder):
+    """Else ``from paredown.folder import name`` gives one or the other by the order of lines."""
+    modules = {path.stem for path in folder.glob("*.py")} | {p.name for p in folder.iterdir()}
+    bound = set(vars(importlib.import_module(module_name(folder / "__init__.py"))))
+    package = importlib.import_module(module_name(folder / "__init__.py"))
+    for name in modules & bound - {"__init__", "__pycache__"}:
+        assert inspect.ismodule(getattr(package, name)), f"{name} of {folder} is not the module"
+
+
+def test_inside_the_house_nobody_goes_through_the_front_door():
+    """There ``paredown.measure`` and ``paredown.report`` are functions, not rooms."""
+    for name, path in FILES.items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                plain = all(alias.name.split(".")[0] != "paredown" for alias in node.names)
+                assert plain, f"{name}: line {node.lineno}: import names from their module"
+            if isinstance(node, ast.ImportFrom) and node.module == "paredown":
+                pytest.fail(f"{name}: line {node.lineno}: import names from their module")
+
+
+def test_no_private_name_is_used_by_another_module():
+    for name, path in FILES.items():
+        tree = ast.parse(path.read_text())
+        modules = set()  # names here that are modules of the package
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.module.startswith("paredown"):
+                for alias in node.names:
+                    assert not alias.name.startswith("_"), f"{name} imports {alias.name}"
+                    if f"{node.module}.{alias.name}" in FILES:
+                        modules.add(alias.asname or alias.name)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                inside = node.value.id in modules and re.match("_[^_]", node.attr)
+                assert not inside, f"{name}: line {node.lineno} uses {ast.unparse(node)}"
+
+
+def docstring_lines(function):
+    first = function.body[0]
+    told = ast.get_docstring(function, clean=False) is not None
+    return first.end_lineno - first.lineno + 1 if told else 0
+
+
+def test_functions_fit_a_screen_and_files_a_few():
+    lengths = []
+    for name, path in FILES.items():
+        text = path.read_text()
+        assert text.count("\n") <= LONGEST_FILE, f"{name} is long: part it where two ideas meet"
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                lengths.append(node.end_lineno - node.lineno + 1 - docstring_lines(node))
+                assert lengths[-1] <= LONGEST_FUNCTION, f"{name}.{node.name} is long"
+    assert sorted(lengths)[int(0.9 * len(lengths))] <= NINE_OF_TEN
 
 
 def test_import_is_light():
@@ -146,18 +200,20 @@ def readme():
 
 
 def test_readme_shows_the_house_as_it_is():
+    """One line a room, and the front door."""
     match = re.search(r"^#+ The house\n.*?^```\w*\n(.*?)^```", readme(), re.DOTALL | re.MULTILINE)
     assert match, "README.md has no fenced tree under a heading 'The house'"
-    shown = {line.split()[0].removeprefix("paredown/") for line in match[1].splitlines() if line}
-    shown -= {""}  # the line of paredown/ itself
-    gone = {name for name in shown if not (PACKAGE / name).exists() and not (ROOT / name).exists()}
-    assert not gone, f"README.md shows what is not there: {sorted(gone)}"
-    there = {
-        str(path.relative_to(PACKAGE))
-        for path in PACKAGE.rglob("*")
-        if path.is_file() and path.suffix != ".pyc" and path.name != "__init__.py"
-    }
-    assert there <= shown, f"README.md does not show {sorted(there - shown)}"
+    shown = [line.split()[0].rstrip("/") for line in match[1].splitlines() if line.strip()]
+    assert sorted(shown[1:]) == sorted([*ROOMS, "cli.py"]), "the tree has one line a room"
+
+
+def test_the_page_of_the_house_names_what_is_there():
+    """docs/house.md: every room, and no file or folder that is gone."""
+    text = (ROOT / "docs" / "house.md").read_text()
+    named = re.findall(r"`((?:paredown|tests|docs|examples)/[\w/.]*)`", text)
+    gone = [name for name in named if not (ROOT / name).exists()]
+    assert not gone, f"docs/house.md names {gone}"
+    assert {f"paredown/{each}/" for each in ROOMS} <= set(named)
 
 
 def commands(text):

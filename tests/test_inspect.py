@@ -13,11 +13,11 @@ import torch
 from torch import nn
 
 import paredown
-from paredown.graph.coupling import analyze
-from paredown.graph.cut import cut
-from paredown.inspect import inspect_model
-from paredown.terminal import WIDEST, broken
-from paredown.types import human
+from paredown.core.terminal import WIDEST, broken
+from paredown.core.units import human
+from paredown.explain.inspect import inspect_model
+from paredown.graph.coupling.coupling import analyze
+from paredown.graph.coupling.cut import cut
 from tests.architectures import ARCHITECTURES, make
 from tests.test_house import commands, complaint, readme
 from tests.test_run import here, paredown_cli, user  # noqa: F401
@@ -225,7 +225,7 @@ def test_help_teaches(paredown_cli):
 def test_long_names_wrap_without_loss(width):
     from rich.console import Console
 
-    from paredown.inspect import groups_table
+    from paredown.explain.inspect import groups_table
 
     found = inspect_model(captured("swin"))
     console = Console(width=width, record=True, file=io.StringIO())
@@ -264,7 +264,7 @@ def test_the_page_is_true(tmp_path, monkeypatch):
 
 
 def test_the_page_and_the_steps_tell_of_the_same_criteria():
-    from paredown.steps.criteria import CRITERIA
+    from paredown.steps.pruning.criteria import CRITERIA
 
     page = (DOCS / "structured-pruning.md").read_text()
     assert re.findall(r'^\| `"(\w+)"`', page, re.M) and set(

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from paredown.graph.labels import PINNED, Labels
+from paredown.graph.coupling.labels import PINNED, Labels
 
 SIZE = 24
 labels_of = st.integers(0, SIZE)  # 0 is the pinned label

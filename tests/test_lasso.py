@@ -8,17 +8,21 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import TensorDataset
 
-from paredown import data, progress, train
+from paredown.core import progress
+from paredown.core.errors import UserError
+from paredown.core.task import Task
+from paredown.data import evaluate, splits
 from paredown.graph.capture import capture
-from paredown.graph.coupling import analyze
+from paredown.graph.coupling.coupling import analyze
 from paredown.graph.model import Model
-from paredown.lasso import pressure, proximal, units_of
-from paredown.steps import criteria
-from paredown.steps.fine_tune import FineTune
-from paredown.steps.prune_channels import PruneChannels
-from paredown.steps.quantize import Quantize
-from paredown.train import Training, fit, learning_rate
-from paredown.types import Task, UserError
+from paredown.steps.pruning import criteria
+from paredown.steps.pruning.prune_channels import PruneChannels
+from paredown.steps.quantization.quantize import Quantize
+from paredown.steps.training.fine_tune import FineTune
+from paredown.train import loop
+from paredown.train.lasso import pressure, proximal, units_of
+from paredown.train.loop import fit
+from paredown.train.settings import Training, learning_rate
 from tests.architectures import make
 
 torch.set_num_threads(1)
@@ -183,7 +187,7 @@ def test_a_useless_unit_dies_a_useful_one_stays_and_the_cut_takes_the_dead():
     small = cut.apply(sparse, task)
     assert small.state_dict()["0.weight"].shape == (2, 2)
     torch.testing.assert_close(small(x), sparse(x))
-    assert float(train.evaluate(small, task.validation, task).mean()) > 0.97
+    assert float(evaluate.evaluate(small, task.validation, task).mean()) > 0.97
 
 
 def test_zeros_are_counted_and_told(model, monkeypatch):
@@ -203,14 +207,14 @@ def test_a_group_driven_to_nothing_is_told(model):
 
 
 def test_off_is_plain_training_to_the_bit(model, monkeypatch):
-    monkeypatch.setattr(train, "units_of", None)  # not even looked for
+    monkeypatch.setattr(loop, "units_of", None)  # not even looked for
     plain, ours = model.copy(), model.copy()
     fit(ours, TASK, replace(FAST, clip_norm=None, weight_decay=0.0, epochs=2))
     plain.train()
     torch.manual_seed(0)
     optimizer = torch.optim.AdamW(plain.parameters(), weight_decay=0.0, fused=True)
     for epoch in range(2):
-        order = data.batches(TASK.train, 16, shuffle=True, seed=epoch)
+        order = splits.batches(TASK.train, 16, shuffle=True, seed=epoch)
         for index, (x, y) in enumerate(order):
             optimizer.param_groups[0]["lr"] = learning_rate(epoch * 6 + index, 12, 0.01, 0.05)
             optimizer.zero_grad()

@@ -11,11 +11,12 @@ import time
 
 import pytest
 
-from paredown import files
-from paredown.files import FILE_POINTS, write_atomically, write_together
-from paredown.ledger import IDENTITY, RECORDS, STAGES, Ledger, stage_key
-from paredown.runtimes import digest, onnxruntime, parts
-from paredown.types import UserError
+from paredown.core import files
+from paredown.core.errors import UserError
+from paredown.core.files import FILE_POINTS, write_atomically, write_together
+from paredown.run.ledger import IDENTITY, RECORDS, STAGES, Ledger, stage_key
+from paredown.targets.artifact import digest, parts
+from paredown.targets.runtimes import onnxruntime
 
 IDENTITY_A = {"recipe": "Cast()", "seed": 0, "versions": {"torch": "2.13.0", "onnx": "1.23.2"}}
 LEDGER_POINTS = tuple(f"ledger-{point}" for point in ("before-write", "after-write", "after-fsync"))

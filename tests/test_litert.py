@@ -15,16 +15,18 @@ from torch.utils.data import TensorDataset
 
 import paredown
 from docs import make_architectures as page
-from paredown import parity
-from paredown.devices.local import Probe
+from paredown.core.errors import UserError
+from paredown.core.task import Task
 from paredown.graph import structure
-from paredown.graph.quantized import quantized_weights
-from paredown.runtimes import litert, litert_convert, ready
-from paredown.runtimes.litert_worker import worker
-from paredown.steps.cast import Cast
-from paredown.steps.quantize import Quantize
-from paredown.steps.quantize_weights import QuantizeWeights
-from paredown.types import Task, UserError
+from paredown.graph.quantized.quantizers import quantized_weights
+from paredown.steps.quantization.cast import Cast
+from paredown.steps.quantization.quantize import Quantize
+from paredown.steps.quantization.quantize_weights import QuantizeWeights
+from paredown.targets import parity
+from paredown.targets.devices.local import Probe
+from paredown.targets.formats.litert import write
+from paredown.targets.runtimes import litert, ready
+from paredown.targets.runtimes.litert_worker import worker
 from tests.architectures import ARCHITECTURES, make, with_batch
 from tests.test_architectures import NOTHING_TO_QUANTIZE
 
@@ -213,7 +215,7 @@ class Adaptive(nn.Module):
 @pytest.mark.parametrize(("size", "left"), [(1, False), (4, False), (5, True)])
 def test_an_adaptive_maximum_becomes_windows_where_they_are_of_one_size(size, left):
     model = paredown.capture(Adaptive(size).eval(), (torch.randn(2, 3, 16),))
-    made, _ = litert_convert._prepared(model)
+    made, _ = write._prepared(model)
     inputs = torch.randn(3, 3, 16)
     assert torch.equal(made(inputs), model(inputs))
     assert any("adaptive" in str(node.target) for node in made.graph.graph.nodes) == left
@@ -307,7 +309,7 @@ def test_a_converter_that_dies_is_told_and_replaced(lowered, tmp_path):
 @pytest.mark.slow
 def test_lowering_leaves_no_trace_in_the_caller(tmp_path):
     code = (
-        "import sys, torch, paredown; from paredown.runtimes import litert\n"
+        "import sys, torch, paredown; from paredown.targets.runtimes import litert\n"
         "model = paredown.capture(torch.nn.Linear(4, 2), (torch.zeros(1, 4),))\n"
         f"litert.open(litert.lower(model, {str(tmp_path / 'model.tflite')!r}))\n"
         "print(*(m for m in ('jax', 'litert_torch', 'litert_converter') if m in sys.modules))"

@@ -11,17 +11,17 @@ from torch.utils.data import TensorDataset
 
 from docs import make_architectures as page
 from paredown import LowRank, PruneChannels, Quantize, Task, UserError, capture
-from paredown.graph.coupling import analyze
+from paredown.core.task import Target
+from paredown.graph.coupling.coupling import analyze
 from paredown.graph.model import Model
-from paredown.runtimes import onnxruntime
-from paredown.steps import factors as math_of
-from paredown.steps.factor_options import Search, identity_rows, options, wants_inputs
-from paredown.steps.low_rank import Ground, replaced
-from paredown.steps.ranks import Option, Ranks, front, hull, penalty
-from paredown.steps.rejoin import rejoin
-from paredown.steps.sensitivity import sensitivities
-from paredown.timing import speedup
-from paredown.types import Target
+from paredown.measure.timing import speedup
+from paredown.steps.low_rank import factors as math_of
+from paredown.steps.low_rank.factor_options import Search, identity_rows, options, wants_inputs
+from paredown.steps.low_rank.low_rank import Ground, replaced
+from paredown.steps.low_rank.ranks import Option, Ranks, front, hull, penalty
+from paredown.steps.low_rank.rejoin import rejoin
+from paredown.steps.low_rank.sensitivity import sensitivities
+from paredown.targets.runtimes import onnxruntime
 from tests.architectures import ARCHITECTURES, make, with_batch
 from tests.test_architectures import QUICK, run, tensors
 

@@ -13,12 +13,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from paredown import runtimes
-from paredown.devices import local, probe
+from paredown.core.errors import UserError
+from paredown.core.measurement import Measurement
+from paredown.core.task import Target, Task
 from paredown.graph.capture import capture
 from paredown.graph.model import Model
-from paredown.measure import Measured, compare, measure, size_bytes
-from paredown.types import Measurement, Target, Task, UserError
+from paredown.measure.measure import Measured, compare, measure
+from paredown.targets import runtimes
+from paredown.targets.artifact import size_bytes
+from paredown.targets.devices import device, local, probe
 
 ONNXRUNTIME = Path(runtimes.runtime("onnxruntime").__file__)
 FEATURES, CLASSES, EXAMPLES = 8, 3, 150
@@ -120,7 +123,7 @@ def twice(classifier: Case) -> dict[str, Measured]:
 def odd(tmp_path: Path) -> Callable[..., local.Probe]:
     runtime = tmp_path / "odd.py"
     runtime.write_text(ODD_RUNTIME)
-    local.write_batches(tmp_path / "in.npz", [[np.zeros((2, 1))]])
+    device.write_batches(tmp_path / "in.npz", [[np.zeros((2, 1))]])
 
     def make(text: str, **settings: Any) -> local.Probe:
         (tmp_path / "model.bin").write_text(text)
@@ -346,7 +349,7 @@ def test_peak_memory_holds_the_activations(classifier: Case, tmp_path: Path) -> 
 
     x = torch.zeros(1, FEATURES)
     files = classifier.file, export(Wide(), x, tmp_path / "wide.onnx", dynamic=False)
-    local.write_batches(tmp_path / "in.npz", [[x.numpy()]])
+    device.write_batches(tmp_path / "in.npz", [[x.numpy()]])
     peaks = []
     for file in files:
         with local.Probe(file, ONNXRUNTIME) as child:
@@ -358,7 +361,7 @@ def test_peak_memory_holds_the_activations(classifier: Case, tmp_path: Path) -> 
 
 
 def test_timing_goes_through_all_inputs(tmp_path: Path) -> None:
-    local.write_batches(tmp_path / "in.npz", [[np.full(1, i), np.zeros(2)] for i in range(3)])
+    device.write_batches(tmp_path / "in.npz", [[np.full(1, i), np.zeros(2)] for i in range(3)])
     session, seen = probe.Session(), []
     session.predictor = lambda x, y: seen.append(int(x[0])) or (x,)
     latencies = [session.time(str(tmp_path / "in.npz"), 1, 4)["latencies_ms"] for _ in range(2)]

@@ -10,13 +10,16 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import paredown
-from paredown import findings, recipe
+from paredown.core import notes
+from paredown.core.errors import UserError
+from paredown.core.goals import Goals
+from paredown.core.task import Target, Task
 from paredown.graph.capture import capture
-from paredown.graph.quantized import quantized_weights
+from paredown.graph.quantized.quantizers import quantized_weights
 from paredown.report.mixed import mixed_precision
-from paredown.steps.mixed import least_floats, mean_score, sensitivities
-from paredown.steps.quantize import Quantize
-from paredown.types import Goals, Target, Task, UserError
+from paredown.steps import recipe
+from paredown.steps.quantization.mixed import least_floats, mean_score, sensitivities
+from paredown.steps.quantization.quantize import Quantize
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -88,7 +91,7 @@ def test_as_few_as_needed_stay_in_float(made):
     whole = mean_score(Quantize(**INT4).apply(model, task), task)
     assert whole < 0.97
     step = Quantize(**INT4, max_drop="3%")
-    with findings.collected() as noted:
+    with notes.collected() as noted:
         settled = step.settle(model, task, Target())
     assert settled.max_drop is None and "layers.2.weight" in settled.exclude
     quantized = settled.apply(model, task)

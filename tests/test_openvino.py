@@ -6,10 +6,11 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import paredown
-from paredown.graph.quantized import quantizers
-from paredown.parity import QUANTIZED_DB, agreement_db
-from paredown.runtimes import openvino, openvino_file, ready
-from paredown.types import Task
+from paredown.core.task import Task
+from paredown.graph.quantized.quantizers import quantizers
+from paredown.targets.formats.openvino import write
+from paredown.targets.parity import QUANTIZED_DB, agreement_db
+from paredown.targets.runtimes import openvino, ready
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 ready("openvino")
@@ -44,7 +45,7 @@ def test_a_swish_is_rounded_at_its_end_alone(quantized, tmp_path):
     module, model, images = quantized
     path = openvino.lower(model, tmp_path / "model.xml")
     count = len(quantizers(model.graph))
-    assert len(quantizers(openvino_file.without_inner_roundings(model).graph)) == count - 2
+    assert len(quantizers(write.without_inner_roundings(model).graph)) == count - 2
     assert len(quantizers(model.graph)) == count  # the model given stays as it was
     assert openvino.census(path).integer_ops["Convolution"] == 3
     whole = module(images).detach().numpy()

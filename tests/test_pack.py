@@ -1,6 +1,7 @@
 """The container for delivery: the same bits back, as small as the entropy, and nothing trusted."""
 
 import hashlib
+import importlib
 import lzma
 import os
 import random
@@ -21,10 +22,11 @@ from onnx import helper, numpy_helper
 from torch import nn
 
 import paredown
-from paredown.pack import blocks, contents, entropy, find, index, pack, unpack
-from paredown.pack.blocks import Layout
-from paredown.pack.entropy import Damaged
-from paredown.types import UserError
+from paredown.core.errors import UserError
+from paredown.ship.pack import blocks, entropy, find, index
+from paredown.ship.pack.blocks import Layout
+from paredown.ship.pack.container import contents, pack, unpack
+from paredown.ship.pack.entropy import Damaged
 
 RNG = np.random.default_rng(0)
 W = RNG.normal(0, 0.05, (256, 576)).astype(np.float32)
@@ -197,7 +199,7 @@ def test_every_file_comes_back_bit_for_bit(artifacts, tmp_path):
 
 
 def test_several_files_go_together(artifacts, tmp_path, monkeypatch):
-    container = sys.modules["paredown.pack.container"]  # `paredown.pack` is the function
+    container = importlib.import_module("paredown.ship.pack.container")
     monkeypatch.setattr(container, "parts", lambda path: artifacts[2:])
     made = pack(artifacts[2], tmp_path / "all.pare")
     back = unpack(made, tmp_path / "back")
@@ -251,7 +253,7 @@ def test_memory_stays_bounded(tmp_path):
             stream.write(RNG.normal(0, 1, 2**21).astype(np.float32).tobytes())
     code = """
 import sys
-from paredown.pack import pack, unpack
+from paredown import pack, unpack
 made = pack(sys.argv[1])
 unpack(made, sys.argv[2])
 status = open("/proc/self/status").read()
@@ -435,8 +437,8 @@ def test_a_full_disk_leaves_nothing(tmp_path):
     path.write_bytes(RNG.bytes(200_000))
     code = """
 import resource, signal, sys
-from paredown.pack import pack
-from paredown.types import UserError
+from paredown import pack
+from paredown import UserError
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
 try:

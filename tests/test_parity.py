@@ -7,8 +7,9 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import paredown
-from paredown import parity
-from paredown.types import Task, UserError
+from paredown.core.errors import UserError
+from paredown.core.task import Task
+from paredown.targets import parity
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

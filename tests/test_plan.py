@@ -12,12 +12,15 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 import paredown
-from paredown import recipe
-from paredown.measure import Measured
-from paredown.offers import expected_integer_bytes
-from paredown.plan import attempts, decide, plan, rank
-from paredown.runtimes import runtime
-from paredown.types import Goals, Measurement, Target, Task
+from paredown.core.goals import Goals
+from paredown.core.measurement import Measurement
+from paredown.core.task import Target, Task
+from paredown.measure.measure import Measured
+from paredown.search.decide import decide, rank
+from paredown.search.offers import expected_integer_bytes
+from paredown.search.plan import attempts, plan
+from paredown.steps import recipe
+from paredown.targets.runtimes import runtime
 
 BASELINE = Measurement(100_000, score=0.9, latency_ms_p50=1.0, memory_bytes=50_000_000)
 

@@ -4,13 +4,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from paredown.core.task import Task
 from paredown.graph.capture import capture
 from paredown.graph.functional import Untraceable, make_functional
 from paredown.graph.model import Model
 from paredown.graph.program import Program, lowered, reexport
-from paredown.runtimes import onnxruntime
-from paredown.steps.prune_channels import PruneChannels
-from paredown.types import Task
+from paredown.steps.pruning.prune_channels import PruneChannels
+from paredown.targets.runtimes import onnxruntime
 from tests.architectures import ARCHITECTURES, make, with_batch
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -12,19 +12,23 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from paredown import progress, recipe
+from paredown.core import progress
+from paredown.core.errors import UserError
+from paredown.core.task import Target, Task
 from paredown.graph import store
 from paredown.graph.capture import capture
-from paredown.graph.coupling import Coupling, Group, Member, analyze
+from paredown.graph.coupling.coupling import Coupling, analyze
+from paredown.graph.coupling.groups import Group, Member
 from paredown.graph.model import Model
-from paredown.steps import criteria, latency
-from paredown.steps.criteria import CRITERIA, unit_slices
-from paredown.steps.ladder import comparable, ladder, largest, prices, widths
-from paredown.steps.prune_channels import PruneChannels
-from paredown.steps.prune_weights import PruneWeights
-from paredown.steps.quantize import Quantize
-from paredown.timing import speedup
-from paredown.types import Step, Target, Task, UserError
+from paredown.measure.timing import speedup
+from paredown.steps import latency, recipe
+from paredown.steps.pruning import criteria
+from paredown.steps.pruning.criteria import CRITERIA, unit_slices
+from paredown.steps.pruning.ladder import comparable, ladder, largest, prices, widths
+from paredown.steps.pruning.prune_channels import PruneChannels
+from paredown.steps.pruning.prune_weights import PruneWeights
+from paredown.steps.quantization.quantize import Quantize
+from paredown.steps.step import Step
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -10,24 +10,25 @@ from rich.console import Console
 from torch import Tensor, fx, nn
 from torch.utils.data import Dataset, TensorDataset
 
-from paredown import progress
+from paredown.core import progress
+from paredown.core.errors import UserError
+from paredown.core.task import Task
 from paredown.graph.capture import capture
 from paredown.graph.model import Model
-from paredown.graph.residual import Branch, at_most, branches, lost, remove, units
 from paredown.graph.sites import sites
-from paredown.runtimes import onnxruntime
-from paredown.steps.cast import Cast
-from paredown.steps.fine_tune import FineTune
-from paredown.steps.prune_layers import (
+from paredown.steps.pruning.prune_layers import (
     PruneLayers,
     block_influence,
     prepared,
     relative_change,
     squared_norms,
 )
-from paredown.steps.prune_weights import PruneWeights
-from paredown.steps.quantize import Quantize
-from paredown.types import Task, UserError
+from paredown.steps.pruning.prune_weights import PruneWeights
+from paredown.steps.pruning.residual import Branch, at_most, branches, lost, remove, units
+from paredown.steps.quantization.cast import Cast
+from paredown.steps.quantization.quantize import Quantize
+from paredown.steps.training.fine_tune import FineTune
+from paredown.targets.runtimes import onnxruntime
 from tests.architectures import ARCHITECTURES, make
 from tests.architectures.blocks import EncoderBlock
 

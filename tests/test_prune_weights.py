@@ -6,16 +6,17 @@ import pytest
 import torch
 from torch import nn
 
+from paredown.core.errors import UserError
+from paredown.core.task import Task
 from paredown.graph.capture import capture
 from paredown.graph.model import Model
-from paredown.steps.prune_weights import (
+from paredown.steps.pruning.prune_weights import (
     PruneWeights,
     cubic_sparsity,
     global_masks,
     magnitude_mask,
     n_m_mask,
 )
-from paredown.types import Task, UserError
 
 torch.set_num_threads(1)
 TASK = Task(example=(torch.zeros(1, 3, 8, 8),), score=lambda out, y: out[:, 0])

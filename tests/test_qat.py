@@ -12,18 +12,20 @@ from torch.nn.functional import cross_entropy, mse_loss
 from torch.utils.data import TensorDataset
 
 from docs import make_architectures as page
-from paredown import qat, train
+from paredown.core.errors import UserError
+from paredown.core.task import Task
+from paredown.data import evaluate
 from paredown.graph import store, structure
 from paredown.graph.capture import capture
 from paredown.graph.model import Model
-from paredown.graph.quantized import (
+from paredown.graph.quantized.quantizers import (
     PER_TENSOR,
     fake_quantize,
     quantized_weights,
     quantizers,
     rounded,
 )
-from paredown.graph.rounding import (
+from paredown.graph.quantized.rounding import (
     fake_quantize_channel_training,
     fake_quantize_training,
     gradient_scale,
@@ -31,13 +33,14 @@ from paredown.graph.rounding import (
     spread,
     step_gradient,
 )
-from paredown.recipe import apply
-from paredown.runtimes import onnxruntime
-from paredown.steps.fine_tune import FineTune
-from paredown.steps.prune_weights import PruneWeights
-from paredown.steps.quantize import Quantize
-from paredown.train import Training, fit
-from paredown.types import Task, UserError
+from paredown.steps.pruning.prune_weights import PruneWeights
+from paredown.steps.quantization.quantize import Quantize
+from paredown.steps.recipe import apply
+from paredown.steps.training.fine_tune import FineTune
+from paredown.targets.runtimes import onnxruntime
+from paredown.train import loop, qat
+from paredown.train.loop import fit
+from paredown.train.settings import Training
 from tests.architectures import ARCHITECTURES, make
 from tests.test_architectures import NOTHING_TO_QUANTIZE
 
@@ -141,7 +144,7 @@ def test_clipping_takes_no_notice_of_scales():
     task = replace(TASK, example=(torch.zeros(1, 4),), train=data, validation=None)
     made = Quantize("int4", edge_bits=4).apply(capture(model, task.example), task)
     qat.attach(made, "learned")
-    clipped = {id(p) for p in train._weights(made)}
+    clipped = {id(p) for p in loop._weights(made)}
     for name, parameter in made.graph.named_parameters():
         assert (id(parameter) in clipped) == (not name.endswith("_change"))
 
@@ -308,19 +311,19 @@ def test_a_killed_training_goes_on_to_the_same_bits(quantized, kind, scheme, tmp
     settings = Training(epochs=3, lr=0.01, device="cpu", quantizers=kind, patience=2)
     whole, again = quantized[scheme].copy(), quantized[scheme].copy()
     history = fit(whole, TASK, settings)
-    write, path = train.write, tmp_path / "c.safetensors"
+    write, path = loop.write, tmp_path / "c.safetensors"
 
     def kill(*args):
         write(*args)
         if args[-1].epoch == 1:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(train, "write", kill)
+    monkeypatch.setattr(loop, "write", kill)
     cut = quantized[scheme].copy()
     with pytest.raises(KeyboardInterrupt):
         fit(cut, TASK, settings, path)
     assert len(quantizers(cut.graph)) == len(quantizers(whole.graph))  # whole, if not finished
-    monkeypatch.setattr(train, "write", write)
+    monkeypatch.setattr(loop, "write", write)
     assert fit(again, TASK, settings, path) == history
     assert store.encode(again) == store.encode(whole)
 
@@ -372,13 +375,13 @@ def student() -> tuple[Model, Task]:
 
 def test_learned_scales_beat_frozen_ones_and_both_beat_none(student):
     model, task = student
-    error = {"none": -float(train.evaluate(model, task.train, task).mean())}
+    error = {"none": -float(evaluate.evaluate(model, task.train, task).mean())}
     for kind in qat.KINDS:
         tuned = [
             FineTune(epochs=6, lr=3e-3, quantizers=kind, seed=n).apply(model, task)
             for n in range(2)
         ]
-        error[kind] = -sum(float(train.evaluate(m, task.train, task).mean()) for m in tuned) / 2
+        error[kind] = -sum(float(evaluate.evaluate(m, task.train, task).mean()) for m in tuned) / 2
     assert error["learned"] < error["frozen"] < 0.8 * error["none"], error
     assert error["average"] < error["none"]
 

@@ -12,23 +12,24 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from paredown.calibrate import BINS, Statistics, observe
+from paredown.core.errors import UserError
+from paredown.core.task import Task
+from paredown.data.observe import BINS, Statistics, observe
 from paredown.graph.capture import capture
-from paredown.graph.edit import fold_batch_norm
+from paredown.graph.fold import fold_batch_norm
 from paredown.graph.model import Model
-from paredown.graph.quantized import (
+from paredown.graph.quantized.grouped import PER_GROUP
+from paredown.graph.quantized.quantizers import (
     PER_CHANNEL,
-    PER_GROUP,
     PER_TENSOR,
     fake_quantize,
     fake_quantize_channel,
     quantizers,
     rounded,
 )
-from paredown.graph.scales import affine, channel_scales
-from paredown.runtimes import onnxruntime
-from paredown.steps.quantize import Quantize
-from paredown.steps.ranges import (
+from paredown.graph.quantized.scales import affine, channel_scales
+from paredown.steps.quantization.quantize import Quantize
+from paredown.steps.quantization.ranges import (
     POWER,
     RANGES,
     entropy_range,
@@ -36,7 +37,7 @@ from paredown.steps.ranges import (
     minmax_range,
     percentile_range,
 )
-from paredown.types import Task, UserError
+from paredown.targets.runtimes import onnxruntime
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore")

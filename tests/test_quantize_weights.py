@@ -12,24 +12,31 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from paredown import recipe
+from paredown.core.errors import UserError
+from paredown.core.task import Task
+from paredown.data.scores import accuracy
 from paredown.graph import store
 from paredown.graph.capture import capture
-from paredown.graph.group_scales import affine_grid, choose_grid, in_groups, symmetric_grid
-from paredown.graph.grouped import PER_GROUP, fake_quantize_group, from_rows, rows
 from paredown.graph.model import Model
-from paredown.graph.quantized import quantized_weights, rounded, stored_bits
+from paredown.graph.quantized.group_scales import (
+    affine_grid,
+    choose_grid,
+    in_groups,
+    symmetric_grid,
+)
+from paredown.graph.quantized.grouped import PER_GROUP, fake_quantize_group
+from paredown.graph.quantized.quantizers import quantized_weights, rounded, stored_bits
+from paredown.graph.rows import from_rows, rows
 from paredown.graph.sites import sites
-from paredown.parity import agreement_db
-from paredown.runtimes import onnxruntime
-from paredown.scores import accuracy
-from paredown.steps import gptq_layers
-from paredown.steps.fine_tune import FineTune
-from paredown.steps.gptq import gptq, inverse_factor, second_moment
-from paredown.steps.prune_weights import PruneWeights
-from paredown.steps.quantize import Quantize
-from paredown.steps.quantize_weights import QuantizeWeights
-from paredown.types import Task, UserError
+from paredown.steps import recipe
+from paredown.steps.pruning.prune_weights import PruneWeights
+from paredown.steps.quantization import gptq_layers
+from paredown.steps.quantization.gptq import gptq, inverse_factor, second_moment
+from paredown.steps.quantization.quantize import Quantize
+from paredown.steps.quantization.quantize_weights import QuantizeWeights
+from paredown.steps.training.fine_tune import FineTune
+from paredown.targets.parity import agreement_db
+from paredown.targets.runtimes import onnxruntime
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -430,7 +437,7 @@ def test_a_tied_table_stays_tied_and_is_rounded_once():
     values = [rounded(made.graph, node) for node in quantized_weights(made.graph).values()]
     assert len(values) >= 2 and not torch.equal(values[0], state["table.weight"])
     assert all(torch.equal(values[0], v) for v in values if v.shape == values[0].shape)
-    loaded = store.decode(store.encode(made), "made")
+    loaded = Model.decode(store.encode(made), "made")
     assert torch.equal(run(loaded, ids), run(made, ids))
 
 

@@ -11,17 +11,18 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
-from paredown import data, lockstep
-from paredown import reconstruct as module
+from paredown.core.errors import UserError
+from paredown.core.task import Task
+from paredown.data import lockstep, splits
+from paredown.data.evaluate import evaluate
+from paredown.data.layer_inputs import patches
 from paredown.graph import store, structure
 from paredown.graph.capture import capture
 from paredown.graph.edit import insert_after
 from paredown.graph.model import Model
-from paredown.layer_inputs import patches
-from paredown.reconstruct import best, equations, reconstruct, refit, solve, squared_error
-from paredown.steps.quantize import Quantize
-from paredown.train import evaluate
-from paredown.types import Task, UserError
+from paredown.steps.quantization.quantize import Quantize
+from paredown.train import reconstruct as module
+from paredown.train.reconstruct import best, equations, reconstruct, refit, solve, squared_error
 from tests.architectures import ARCHITECTURES, make
 
 torch.set_num_threads(1)
@@ -329,8 +330,8 @@ def moved(model: Model) -> Model:
 
 def distance(before: Model, after: Model, split: Examples) -> float:
     total = energy = 0.0
-    for inputs, _ in data.batches(split, split.each):
-        args, kwargs = data.arguments(inputs)
+    for inputs, _ in splits.batches(split, split.each):
+        args, kwargs = splits.arguments(inputs)
         leaves = before.bind(args, kwargs)
         with torch.no_grad():
             old, new = before.graph(*leaves)[0].float(), after.graph(*leaves)[0].float()

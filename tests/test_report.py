@@ -16,8 +16,11 @@ from typing import Any
 
 import pytest
 
-from paredown.report import charts, render, report
-from paredown.types import Artifact, Comparison, GoalCheck, Goals, Measurement, Run, Trial
+from paredown.core.goals import GoalCheck, Goals
+from paredown.core.measurement import Comparison, Measurement
+from paredown.core.results import Artifact, Run, Trial
+from paredown.report import charts
+from paredown.report.page import render, report
 
 CLASSES = ("plane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 WHERE = {

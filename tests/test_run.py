@@ -18,14 +18,20 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import paredown
-from paredown import cli, details, files, recipe
-from paredown.check import load as load_user
-from paredown.devices import local, probe
-from paredown.ledger import RECORDS, Ledger
-from paredown.types import Goals, Run, Target, Task, UserError
+from paredown import cli
+from paredown.core import files
+from paredown.core.errors import UserError
+from paredown.core.goals import Goals
+from paredown.core.results import Run
+from paredown.core.task import Target, Task
+from paredown.graph.doors.python_file import load as load_user
+from paredown.run import compress
+from paredown.run import stages as stages_of_runs
+from paredown.run.ledger import RECORDS, Ledger
+from paredown.steps import recipe
+from paredown.targets.devices import device, local, probe
 
 HERE = Path(__file__).parent
-COMPRESS = sys.modules["paredown.compress"]  # the package has a function of this name
 KILL_AT, COUNT_IN = "TEST_KILL_AT", "TEST_COUNT_IN"  # environment of a child; see `main`
 
 TINY = '''
@@ -110,9 +116,16 @@ class Here(local.Probe):
         return {"device": "local", **self.session.versions(), "threads": str(self.threads)}
 
 
+HERE = "tests.test_run:here_at"
+
+
+def here_at(address):
+    return Here
+
+
 def main():
     """The command line on `Here`, killed at a failpoint by its number, or counting them."""
-    local.DEVICES["local"] = Here
+    device.DEVICES["local"] = HERE
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell ignores it
     kill_at, count_in, passed = int(os.environ.get(KILL_AT, 0)), os.environ.get(COUNT_IN), 0
 
@@ -133,7 +146,7 @@ def main():
 
 @pytest.fixture
 def here(monkeypatch):
-    monkeypatch.setitem(local.DEVICES, "local", Here)
+    monkeypatch.setitem(device.DEVICES, "local", HERE)
     monkeypatch.setattr(torch, "set_num_threads", lambda _: None)  # the runtime's, not the tests'
 
 
@@ -166,7 +179,7 @@ def paredown_cli(here, monkeypatch, capsys):
 
 
 def load(folder):
-    return details.load_run(folder)
+    return folder.load_run(folder)
 
 
 def stages(folder):
@@ -310,7 +323,8 @@ def test_the_runtime_pytorch(user, paredown_cli):
 def test_the_same_on_real_processes(user, monkeypatch):
     """One run whose files are opened in fresh processes; two rounds of timing keep it short."""
     quick = lambda *args, **more: paredown.measure(*args, **more, rounds=2)  # noqa: E731
-    monkeypatch.setattr(COMPRESS, "measure", quick)
+    for module in (compress, stages_of_runs):
+        monkeypatch.setattr(module, "measure", quick)
     model, task = load_user(Path(user(NO_TRAIN)))
     run = paredown.compress(model, task, Goals(size="0.5x"), out="r")
     assert run.met and run.on_device["compressed"].latency_ms_p50 > 0
@@ -534,8 +548,8 @@ def test_a_finished_run_is_shown_again(user, paredown_cli, monkeypatch):
     paredown_cli(*command)
     first, records = Path("r/run.json").read_bytes(), stages("r")
     Path("r/model.onnx").unlink()
-    monkeypatch.setattr(COMPRESS, "measure", None)  # nothing is measured again
-    monkeypatch.setattr(COMPRESS, "_lowered", None)
+    monkeypatch.setattr(compress, "measure", None)  # nothing is measured again
+    monkeypatch.setattr(stages_of_runs, "_lowered", None)
     code, out, err = paredown_cli(*command)
     assert (code, err) == (0, "") and "This run is finished" in out
     assert Path("r/run.json").read_bytes() == first and stages("r") == records

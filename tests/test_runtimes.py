@@ -15,12 +15,14 @@ from torch.utils.data import TensorDataset
 
 import paredown
 from docs import make_architectures as page
-from paredown import parity
-from paredown.devices.local import Probe
+from paredown.core.errors import UserError
+from paredown.core.task import Task
 from paredown.graph import structure
-from paredown.measure import size_bytes
-from paredown.runtimes import RUNTIMES, digest, parts, ready, runtime
-from paredown.types import FORMS, Task, UserError
+from paredown.steps.step import FORMS
+from paredown.targets import parity
+from paredown.targets.artifact import digest, parts, size_bytes
+from paredown.targets.devices.local import Probe
+from paredown.targets.runtimes import RUNTIMES, ready, runtime
 from tests.architectures import ARCHITECTURES, make, with_batch
 from tests.test_contract import KINDS, build
 
@@ -220,7 +222,8 @@ def test_a_file_that_differs_is_not_left_behind(name, built, lowered, monkeypatc
 
 @pytest.mark.parametrize("name", RUNTIMES)
 def test_packages_are_imported_only_when_needed(name):
-    code = f"import sys; import paredown.runtimes as r; r.runtime({name!r}); print(*sys.modules)"
+    code = f"import sys; from paredown.targets import runtimes; runtimes.runtime({name!r})"
+    code += "; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = {each.split(".")[0] for each in done.stdout.split()}
     assert not loaded & {"onnxruntime", "openvino", "executorch", "litert_torch", "ai_edge_litert"}

@@ -15,34 +15,30 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 import paredown
-from paredown import (
-    Cast,
-    FineTune,
-    HashWeights,
-    PruneWeights,
-    Quantize,
-    ShareWeights,
-    UserError,
-    stats,
-)
-from paredown.compress import _pays_packed, compress
-from paredown.devices import local
-from paredown.graph import shared, store
+from paredown import Cast, FineTune, HashWeights, PruneWeights, Quantize, ShareWeights, UserError
+from paredown.core.goals import Goals
+from paredown.core.task import Target, Task
+from paredown.graph import shared, sharing, store
 from paredown.graph.capture import capture
 from paredown.graph.model import Model
-from paredown.graph.quantized import quantized_weights, rounded
-from paredown.graph.sites import sites, tensor_of
-from paredown.pack import packed_bytes
-from paredown.recipe import apply, apply_step, load
-from paredown.runtimes import onnxruntime, pytorch
-from paredown.steps.kmeans import cluster_blocks, cluster_line, nearest
-from paredown.steps.share_weights import importances
-from paredown.steps.tensors import shareable
-from paredown.train import Training, fit
-from paredown.types import Goals, Target, Task
+from paredown.graph.quantized.quantizers import quantized_weights, rounded
+from paredown.graph.sites import sites
+from paredown.graph.state import tensor_of
+from paredown.measure import stats
+from paredown.run.compress import compress
+from paredown.run.stages import _pays_packed
+from paredown.ship.pack.container import packed_bytes
+from paredown.steps.recipe import apply, apply_step, load
+from paredown.steps.sharing.kmeans import cluster_blocks, cluster_line, nearest
+from paredown.steps.sharing.share_weights import importances
+from paredown.steps.sharing.shareable import shareable
+from paredown.targets.devices import device
+from paredown.targets.runtimes import onnxruntime, pytorch
+from paredown.train.loop import fit
+from paredown.train.settings import Training
 from tests.architectures import ARCHITECTURES, make, with_batch
 from tests.test_architectures import ROOT, call, run, tensors
-from tests.test_run import Here
+from tests.test_run import HERE
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -205,12 +201,12 @@ def test_product_quantization_gives_blocks_of_a_row_one_codeword(built):
     model, task = built
     made = ShareWeights(k=8, block=4).apply(PruneWeights(0.3).apply(model, task), task)
     assert made.shared["fc1.weight"].block == 4 and made.shared["conv.weight"].block == 3
-    for name, sharing in made.shared.items():
+    for name, tied in made.shared.items():
         weight, mask = made.state_dict()[name], made.masks[name]
-        book = torch.unique(weight.flatten(1).reshape(-1, sharing.block).masked_fill(
-            ~mask.flatten(1).reshape(-1, sharing.block), 0.0), dim=0)  # fmt: skip
+        book = torch.unique(weight.flatten(1).reshape(-1, tied.block).masked_fill(
+            ~mask.flatten(1).reshape(-1, tied.block), 0.0), dim=0)  # fmt: skip
         assert len(book) >= 8  # a codeword, and that with what is pruned of it
-        assert sharing.codes.max() < 8 and sharing.size == 8 * sharing.block
+        assert tied.codes.max() < 8 and tied.size == 8 * tied.block
     whole = ShareWeights(k=8, block=4).apply(model, task).state_dict()["fc1.weight"]
     assert len(torch.unique(whole.reshape(-1, 4), dim=0)) == 8
 
@@ -247,11 +243,11 @@ def test_importances_are_the_mean_squares_of_what_weights_are_multiplied_with(bu
 def test_hashed_weights_are_signed_means_of_their_buckets(built):
     model, task = built
     made = HashWeights(0.1, seed=3).apply(model, task)
-    for name, sharing in made.shared.items():
+    for name, tied in made.shared.items():
         weight, before = made.state_dict()[name].flatten(), model.state_dict()[name].flatten()
-        assert sharing.size == round(0.1 * len(weight))
-        picked, signs = shared.hashed(len(weight), sharing.size, sharing.seed)
-        for bucket in range(sharing.size):
+        assert tied.size == round(0.1 * len(weight))
+        picked, signs = sharing.hashed(len(weight), tied.size, tied.seed)
+        for bucket in range(tied.size):
             mine = picked == bucket
             if mine.any():
                 mean = (before * signs)[mine].mean()
@@ -261,7 +257,7 @@ def test_hashed_weights_are_signed_means_of_their_buckets(built):
 
 
 def test_the_hash_is_even_and_its_signs_are_fair():
-    picked, signs = shared.hashed(200_000, 1000, 12345)
+    picked, signs = sharing.hashed(200_000, 1000, 12345)
     counts = torch.bincount(picked, minlength=1000).double()
     assert (
         170 < float(((counts - 200) ** 2 / 200).sum() / 999) * 170 < 205
@@ -271,7 +267,7 @@ def test_the_hash_is_even_and_its_signs_are_fair():
         assert abs(float((signs[lag:] * signs[:-lag]).mean())) < 0.01
         same = float((picked[lag:] == picked[:-lag]).double().mean())
         assert same < 0.002
-    other, _ = shared.hashed(200_000, 1000, 12346)
+    other, _ = sharing.hashed(200_000, 1000, 12346)
     assert float((other == picked).double().mean()) < 0.002
 
 
@@ -392,7 +388,7 @@ def test_a_step_that_parts_shared_weights_is_told(built):
     assert list(shared.apart(broken)) == ["fc1.weight"]
     with pytest.raises(UserError, match=r"'fc1.weight' that share a value have come apart; train"):
         store.encode(broken)
-    from paredown.steps.fine_tune import FineTune as Kind
+    from paredown.steps.training.fine_tune import FineTune as Kind
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Kind, "apply", lambda self, model, task: broken)
@@ -558,7 +554,7 @@ def test_nothing_to_share_is_told(built):
 
 
 def test_a_recipe_that_pays_only_packed_is_kept_and_says_so(built, tmp_path, monkeypatch):
-    monkeypatch.setitem(local.DEVICES, "local", Here)
+    monkeypatch.setitem(device.DEVICES, "local", HERE)
     model, task = built
     goals, steps = Goals(max_drop="90%"), [ShareWeights(k=4)]
     run = compress(model, task, goals, Target(), steps, tmp_path / "run")
@@ -567,7 +563,7 @@ def test_a_recipe_that_pays_only_packed_is_kept_and_says_so(built, tmp_path, mon
     packed = run.details["packed_bytes"]
     assert packed["compressed"] < 0.6 * packed["original"]
     assert packed["compressed"] == packed_bytes(tmp_path / "run" / run.artifact.path)
-    from paredown.report import comparison
+    from paredown.report.table import comparison
 
     [row] = [row for row in comparison(run) if row["name"] == "Packed for delivery"]
     assert "smaller" in row["change"]
@@ -638,25 +634,25 @@ def test_every_architecture_shares_and_hashes(name, tmp_path):
     assert store.encode(loaded) == (tmp_path / "model.safetensors").read_bytes()
 
 
-def most_values(sharing: shared.Sharing) -> int:
+def most_values(tied: sharing.Sharing) -> int:
     """Those of its codebook, with a sign where it is hashed, and zero."""
-    return (2 * sharing.size if sharing.codes is None else sharing.size) + 1
+    return (2 * tied.size if tied.codes is None else tied.size) + 1
 
 
 def check_values(made: Model) -> None:
-    for key, sharing in made.shared.items():
-        assert len(values(made, key)) <= most_values(sharing)
-        assert sharing.codes is None or sharing.size <= 8
+    for key, tied in made.shared.items():
+        assert len(values(made, key)) <= most_values(tied)
+        assert tied.codes is None or tied.size <= 8
 
 
 def two_steps(made: Model) -> Model:
     """Trained on its own example towards zero, without a task."""
     inputs = [item.example for item in made.inputs]
     trained = made.copy()
-    from paredown.ties import Ties
-    from paredown.train import _Masks
+    from paredown.train.masks import Masks
+    from paredown.train.ties import Ties
 
-    masks, ties = _Masks(trained), Ties(trained)
+    masks, ties = Masks(trained), Ties(trained)
     parameters = [p for p in trained.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, 1e-4)
     trained.train()

@@ -9,8 +9,8 @@ import pytest
 from scipy.optimize import minimize_scalar
 from scipy.stats import binomtest, norm
 
-from paredown import stats
-from paredown.stats import Interval
+from paredown.measure import speedups, stats
+from paredown.measure.stats import Interval
 
 Pair = tuple[list[int], list[int]]
 
@@ -165,7 +165,7 @@ def test_the_same_scores_give_the_same_interval() -> None:
     assert stats.mean_interval(scores[0]) == stats.mean_interval(scores[0])
     assert stats.paired_difference(*scores) == stats.paired_difference(*scores)
     before, after = (list(s.reshape(30, 100) + 10) for s in scores)
-    assert stats.median_ratio(before, after) == stats.median_ratio(before, after)
+    assert speedups.median_ratio(before, after) == speedups.median_ratio(before, after)
 
 
 @pytest.mark.parametrize("scores", [[0.7], [0.7] * 9, [3.5] * 5000])
@@ -335,7 +335,7 @@ def test_other_scores_are_said_in_their_own_unit() -> None:
 
 def test_p99_needs_459_samples() -> None:
     samples = np.random.default_rng(14).lognormal(size=459)
-    enough, too_few = stats.quantiles(samples), stats.quantiles(samples[:-1])
+    enough, too_few = speedups.quantiles(samples), speedups.quantiles(samples[:-1])
     assert (enough.n, too_few.n) == (459, 458)
     assert enough.p99 == pytest.approx(np.quantile(samples, 0.99))
     assert too_few.p99 is None
@@ -349,12 +349,12 @@ def test_medians_equal_numpy_on_repeated_rounds() -> None:
     weights = rng.multinomial(4, [0.25] * 4, 50)
     taken = [[r for r, w in zip(rounds, row, strict=True) for _ in range(w)] for row in weights]
     expected = [np.median(np.concatenate(arrays)) for arrays in taken]
-    assert stats._medians(rounds, weights) == pytest.approx(expected)
+    assert speedups._medians(rounds, weights) == pytest.approx(expected)
 
 
 def test_ratio_of_exactly_half_the_time_is_two() -> None:
     rounds = list(np.random.default_rng(16).lognormal(size=(12, 9)))
-    interval = stats.median_ratio(rounds, [r / 2 for r in rounds])
+    interval = speedups.median_ratio(rounds, [r / 2 for r in rounds])
     assert (interval.low, interval.estimate, interval.high) == pytest.approx((2, 2, 2))
 
 
@@ -362,23 +362,23 @@ def test_ratio_is_the_ratio_of_the_medians_of_all_samples() -> None:
     rng = np.random.default_rng(17)
     before, after = ([rng.lognormal(size=n) for n in sizes] for sizes in ((5, 9, 2), (3, 4, 8)))
     expected = np.median(np.concatenate(before)) / np.median(np.concatenate(after))
-    interval = stats.median_ratio(before, after)
+    interval = speedups.median_ratio(before, after)
     assert interval.estimate == pytest.approx(expected)
-    mirrored = stats.median_ratio(after, before)
+    mirrored = speedups.median_ratio(after, before)
     assert (mirrored.low, mirrored.high) == pytest.approx((1 / interval.high, 1 / interval.low))
 
 
 def test_ratio_of_many_samples_is_bounded_in_memory() -> None:
     rounds = list(np.random.default_rng(21).lognormal(size=(20, 1000)))
     tracemalloc.start()
-    stats.median_ratio(rounds, rounds)
+    speedups.median_ratio(rounds, rounds)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 60e6
 
 
 def test_ratio_of_two_wild_rounds_is_finite() -> None:
-    interval = stats.median_ratio([[1.0], [1e6]], [[1.0], [1.0]], confidence=0.999)
+    interval = speedups.median_ratio([[1.0], [1e6]], [[1.0], [1.0]], confidence=0.999)
     assert 0 <= interval.low < 1 < interval.high < math.inf
 
 
@@ -393,12 +393,15 @@ def drifting(
 
 def test_ratio_coverage() -> None:
     rng = np.random.default_rng(18)
-    assert_covers((stats.median_ratio(*drifting(rng, 0.02)) for _ in range(800)), 1.5)
+    assert_covers((speedups.median_ratio(*drifting(rng, 0.02)) for _ in range(800)), 1.5)
 
 
 def test_rounds_paired_by_index_cancel_a_common_drift() -> None:
     before, after = drifting(np.random.default_rng(19), 0.3)
-    paired, shifted = stats.median_ratio(before, after), stats.median_ratio(before, after[::-1])
+    paired, shifted = (
+        speedups.median_ratio(before, after),
+        speedups.median_ratio(before, after[::-1]),
+    )
     assert paired.high - paired.low < 0.6 * (shifted.high - shifted.low)
 
 
@@ -407,8 +410,8 @@ def test_equal_programs_show_no_measurable_speed_up() -> None:
     sentences = []
     for _ in range(200):
         before, after = drifting(rng, 0.02)
-        interval = stats.median_ratio(before, [1.5 * r for r in after])
-        sentences.append(stats.speedup_sentence(interval))
+        interval = speedups.median_ratio(before, [1.5 * r for r in after])
+        sentences.append(speedups.speedup_sentence(interval))
     none = np.mean([s.startswith("no measurable speed-up (") for s in sentences])
     assert none == pytest.approx(0.95, abs=0.045)
 
@@ -424,7 +427,7 @@ def test_equal_programs_show_no_measurable_speed_up() -> None:
     ],
 )
 def test_speedup_sentences(interval: Interval, sentence: str) -> None:
-    assert stats.speedup_sentence(interval) == sentence
+    assert speedups.speedup_sentence(interval) == sentence
 
 
 # Refusals
@@ -442,11 +445,14 @@ def test_speedup_sentences(interval: Interval, sentence: str) -> None:
         (lambda: stats.non_inferior([1, 0], [1, 0], -0.01), "max_drop.* got -0.01"),
         (lambda: stats.non_inferior([1, 0], [1, 0], math.nan), "max_drop.* got nan"),
         (lambda: stats.non_inferior([1, 0], [1, 0], 0.1, 0.4), "confidence.* got 0.1 and 0.4"),
-        (lambda: stats.quantiles([]), "samples_ms: expected"),
-        (lambda: stats.median_ratio([[1.0]], [[1.0]]), "at least 2, got 1 and 1"),
-        (lambda: stats.median_ratio([[1.0]] * 3, [[1.0]] * 2), "got 3 and 2"),
-        (lambda: stats.median_ratio([[1.0], []], [[1.0]] * 2), r"original_rounds\[1\]: expected"),
-        (lambda: stats.median_ratio([[1.0]] * 2, [[1.0], [0.0]]), r"candidate_rounds\[1\].*0.0"),
+        (lambda: speedups.quantiles([]), "samples_ms: expected"),
+        (lambda: speedups.median_ratio([[1.0]], [[1.0]]), "at least 2, got 1 and 1"),
+        (lambda: speedups.median_ratio([[1.0]] * 3, [[1.0]] * 2), "got 3 and 2"),
+        (
+            lambda: speedups.median_ratio([[1.0], []], [[1.0]] * 2),
+            r"original_rounds\[1\]: expected",
+        ),
+        (lambda: speedups.median_ratio([[1.0]] * 2, [[1.0], [0.0]]), r"candidate_rounds\[1\].*0.0"),
     ],
 )
 def test_errors_say_what_was_wrong(call: Callable[[], object], message: str) -> None:

@@ -11,11 +11,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from paredown import timing
-from paredown.devices import local
+from paredown.core.errors import UserError
+from paredown.core.task import Target
 from paredown.graph.capture import capture
 from paredown.graph.model import Model
-from paredown.types import Target, UserError
+from paredown.measure import inputs, timing
+from paredown.targets.devices import local
 
 FEATURES = 256
 
@@ -216,9 +217,9 @@ def test_a_decision_takes_less_time_than_a_final_measurement() -> None:
 @pytest.mark.parametrize("length", [1, 3, 4])
 def test_a_short_batch_is_padded_with_its_last_example(small: Model, length: int) -> None:
     x = torch.arange(float(length))[:, None].expand(length, FEATURES)
-    [padded] = timing.leaves(small, x, "x", 4)
+    [padded] = inputs.leaves(small, x, "x", 4)
     assert padded[:, 0].tolist() == [min(n, length - 1) for n in range(4)]
-    [same] = timing.leaves(small, x, "x")
+    [same] = inputs.leaves(small, x, "x")
     assert same is x
 
 
@@ -230,5 +231,5 @@ def test_named_inputs_come_in_the_order_of_the_model() -> None:
     example = {"first": torch.ones(1, 2), "second": torch.zeros(1, 2)}
     model = capture(Named(), example)
     swapped = {"second": torch.zeros(1, 2), "first": torch.ones(1, 2)}
-    found = timing.leaves(model, swapped, "x")
+    found = inputs.leaves(model, swapped, "x")
     assert [tensor.tolist() for tensor in found] == [[[1.0, 1.0]], [[0.0, 0.0]]]

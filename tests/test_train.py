@@ -8,12 +8,17 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import Dataset, TensorDataset
 
-from paredown import batches, progress, train
+from paredown.core import progress
+from paredown.core.errors import UserError
+from paredown.core.task import Task
+from paredown.data import batches
+from paredown.data.evaluate import evaluate
 from paredown.graph.capture import capture
 from paredown.graph.model import Model
-from paredown.steps.fine_tune import FineTune
-from paredown.train import Training, evaluate, fit, learning_rate, scratch
-from paredown.types import Task, UserError
+from paredown.steps.training.fine_tune import FineTune
+from paredown.train import loop
+from paredown.train.loop import fit, scratch
+from paredown.train.settings import Training, learning_rate
 
 torch.set_num_threads(1)
 FAST = Training(epochs=4, lr=0.01, device="cpu")
@@ -107,7 +112,7 @@ def test_a_killed_training_goes_on_to_the_same_bits(
     settings = replace(FAST, optimizer=optimizer, **others)
     whole, cut = model.copy(), model.copy()
     history = fit(whole, TASK, settings)
-    write, path = train.write, tmp_path / "run" / "c.safetensors"
+    write, path = loop.write, tmp_path / "run" / "c.safetensors"
     path.parent.mkdir()
 
     def kill(*args):
@@ -115,11 +120,11 @@ def test_a_killed_training_goes_on_to_the_same_bits(
         if args[-1].epoch == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(train, "write", kill)
+    monkeypatch.setattr(loop, "write", kill)
     with pytest.raises(KeyboardInterrupt):
         fit(cut, TASK, settings, path)
     assert path.exists() and not same(cut, whole)
-    monkeypatch.setattr(train, "write", write)
+    monkeypatch.setattr(loop, "write", write)
     again = model.copy()
     assert fit(again, TASK, settings, path) == history
     assert same(again, whole)

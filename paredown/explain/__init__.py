@@ -1,0 +1,1 @@
+"""Where the score went and why; what can be cut."""

@@ -13,18 +13,21 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from paredown import progress
-from paredown.examples import batch_size, examples
-from paredown.explain.findings import Cause, Context, find_causes
+from paredown.core import progress
+from paredown.core.errors import UserError
+from paredown.core.task import Task
+from paredown.data.feed import batch_size, examples
+from paredown.explain.cause import Cause
+from paredown.explain.diagnose import Context, find_causes
 from paredown.explain.layers import Layer, find_layers, folded
 from paredown.explain.noise import PARTS, Inside, Meter
 from paredown.explain.remedies import try_remedies
 from paredown.explain.restore import Batch, Outcome, Pruning, Ranking, Rounding, rank
 from paredown.explain.watch import Watch
 from paredown.graph.model import Model
-from paredown.graph.runner import Runner, all_quantizers
-from paredown.runtimes import runtime
-from paredown.types import Step, Task, UserError
+from paredown.graph.quantized.runner import Runner, all_quantizers
+from paredown.steps.step import Step
+from paredown.targets.runtimes import runtime
 
 EXAMPLES = 256  # at most, of the validation split
 SPLIT = "validation"

@@ -8,10 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from paredown.graph.edit import fold_batch_norm
+from paredown.graph.fold import fold_batch_norm
 from paredown.graph.model import Model
-from paredown.graph.quantized import ACTIVATION_QUANTIZERS, quantized_weights, stored_bits
-from paredown.graph.regions import FOLLOWERS
+from paredown.graph.quantized.quantizers import (
+    ACTIVATION_QUANTIZERS,
+    quantized_weights,
+    stored_bits,
+)
+from paredown.graph.quantized.regions import FOLLOWERS
 from paredown.graph.sites import Site, sites
 
 aten = torch.ops.aten

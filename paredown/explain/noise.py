@@ -12,9 +12,9 @@ from torch import Tensor, fx
 
 from paredown.explain.layers import Layer, chosen, kept_inputs, kept_outputs
 from paredown.graph.model import Model
-from paredown.graph.quantized import ACTIVATION_QUANTIZERS, WEIGHT_QUANTIZERS
-from paredown.graph.runner import Runner, all_quantizers
-from paredown.graph.sites import tensor_of
+from paredown.graph.quantized.quantizers import ACTIVATION_QUANTIZERS, WEIGHT_QUANTIZERS
+from paredown.graph.quantized.runner import Runner, all_quantizers
+from paredown.graph.state import tensor_of
 
 SAME_DB = 140.0  # no difference at all, or one that float32 cannot hold
 ALIKE_DB = 6.0  # far below what the exporter's check of a file allows, far above another tensor's

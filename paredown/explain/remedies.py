@@ -5,14 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from paredown import progress
-from paredown.explain.findings import Cause, Remedy
+from paredown.core import progress
+from paredown.core.errors import UserError
+from paredown.core.task import Task
+from paredown.explain.cause import Cause, Remedy
 from paredown.explain.noise import Outputs
 from paredown.explain.restore import Batch
 from paredown.graph.model import Model
-from paredown.graph.runner import Runner, all_quantizers, without_quantizers
-from paredown.steps.quantize import Quantize
-from paredown.types import Step, Task, UserError
+from paredown.graph.quantized.runner import Runner, all_quantizers, without_quantizers
+from paredown.steps.quantization.quantize import Quantize
+from paredown.steps.step import Step
 
 MOST = 4  # remedies; each calibrates and quantizes anew
 

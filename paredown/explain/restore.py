@@ -11,17 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from paredown import progress
+from paredown.core import progress
+from paredown.core.task import Task
 from paredown.explain.layers import Layer, folded
 from paredown.explain.noise import Outputs
 from paredown.graph import structure
-from paredown.graph.edit import getattr_or_none
 from paredown.graph.model import Model
-from paredown.graph.quantized import quantized_weights, quantizers, stored_bits
-from paredown.graph.regions import find_regions
-from paredown.graph.runner import Edge, Runner, all_quantizers, without_quantizers
-from paredown.graph.sites import tensor_of
-from paredown.types import Task
+from paredown.graph.quantized.quantizers import quantized_weights, quantizers, stored_bits
+from paredown.graph.quantized.regions import find_regions
+from paredown.graph.quantized.runner import Edge, Runner, all_quantizers, without_quantizers
+from paredown.graph.state import getattr_or_none, tensor_of
 
 MOST = 48  # evaluations; a longer model is first tried in blocks of layers
 BLOCKS = 24

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from paredown.calibrate import Statistics
+from paredown.data.observe import Statistics
 from paredown.explain.layers import Layer
-from paredown.graph.quantized import PER_TENSOR
-from paredown.graph.regions import MOVERS
+from paredown.graph.quantized.quantizers import PER_TENSOR
+from paredown.graph.quantized.regions import MOVERS
 
 aten = torch.ops.aten
 

@@ -9,10 +9,10 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from paredown.core.terminal import WIDEST, broken
+from paredown.core.units import human
+from paredown.explain.cause import KINDS
 from paredown.explain.explanation import Explanation
-from paredown.explain.findings import KINDS
-from paredown.terminal import WIDEST, broken
-from paredown.types import human
 
 SOURCES = {
     "file": "Inner values are those of the exported file, as it ships.",

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from paredown.graph.edit import getattr_or_none, remove_state, set_parameter
 from paredown.graph.model import Model
-from paredown.graph.sites import tensor_of, weight_places
+from paredown.graph.sites import weight_places
+from paredown.graph.state import getattr_or_none, remove_state, set_parameter, tensor_of
 
 aten = torch.ops.aten
 # Ops that show a parameter otherwise and compute nothing; such a weight is still the parameter.

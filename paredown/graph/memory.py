@@ -7,10 +7,10 @@ from collections.abc import Iterable, Iterator
 
 from torch import Tensor, fx
 
-from paredown.graph.edit import remove_state
 from paredown.graph.mode import is_counter
 from paredown.graph.model import Model
 from paredown.graph.names import owner, read_by
+from paredown.graph.state import remove_state
 
 # --- which values share memory ---------------------------------------------------------------
 

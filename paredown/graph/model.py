@@ -6,25 +6,17 @@ import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from paredown.graph import mode, structure
-from paredown.types import UserError
-
-if TYPE_CHECKING:
-    from paredown.graph.shared import Sharing
-
-
-@dataclass(frozen=True)
-class Input:
-    """One tensor input: its name, its example as deployed, and which dimensions vary."""
-
-    name: str
-    example: Tensor
-    dynamic: dict[int, str] = field(default_factory=dict)  # dimension -> name
+from paredown.core.errors import UserError
+from paredown.core.files import write_atomically
+from paredown.graph import mode, store, structure
+from paredown.graph.parts import Input
+from paredown.graph.sharing import Sharing
+from paredown.graph.state import owner_of
 
 
 @dataclass(frozen=True)
@@ -132,9 +124,7 @@ class Model:
 
     def save(self, path: str | Path) -> None:
         """Write the model to one safetensors file, atomically."""
-        from paredown.graph import store
-
-        store.save(self, Path(path))
+        write_atomically(Path(path), store.encode(self))
 
     @staticmethod
     def load(path: str | Path) -> Model:
@@ -143,9 +133,16 @@ class Model:
         Raises:
             UserError: the file is missing, damaged, or not a paredown model.
         """
-        from paredown.graph import store
+        return store.load(Path(path), Model)
 
-        return store.load(Path(path))
+    @staticmethod
+    def decode(data: bytes, where: str) -> Model:
+        """The model in the bytes of such a file, which came from ``where``.
+
+        Raises:
+            UserError: they are damaged, or not a paredown model.
+        """
+        return store.decode(data, where, Model)
 
 
 def _check_shape(item: Input, tensor: Tensor) -> None:
@@ -207,23 +204,3 @@ def kept_since(before: Model, after: Model) -> dict[str, dict[int, Tensor]]:
             if earlier is None or len(indices) < len(earlier):
                 found.setdefault(name, {})[dim] = indices
     return found
-
-
-def keep_state(source: nn.Module, target: nn.Module, persistent: set[str]) -> None:
-    """Every parameter and buffer of ``source``, also those that no op uses."""
-    for name, parameter in source.named_parameters(remove_duplicate=False):
-        owner_of(target, name).register_parameter(name.rpartition(".")[2], parameter)
-    constants = dict(target.named_buffers(remove_duplicate=False))  # that the graph alone knows
-    for name, buffer in {**constants, **dict(source.named_buffers(remove_duplicate=False))}.items():
-        owner = owner_of(target, name)
-        owner.register_buffer(name.rpartition(".")[2], buffer, persistent=name in persistent)
-
-
-def owner_of(target: nn.Module, name: str) -> nn.Module:
-    """The submodule that holds the parameter ``name``, made where it does not exist."""
-    owner = target
-    for part in name.split(".")[:-1]:
-        if not hasattr(owner, part):
-            owner.add_module(part, nn.Module())
-        owner = getattr(owner, part)
-    return owner

@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 
 from torch import fx
 
-from paredown.types import UserError
+from paredown.core.errors import UserError
 
 
 def check_exclude(
@@ -25,7 +25,7 @@ def check_exclude(
         >>> check_exclude(("layer3",), ["layer1", "fc"], "layer")
         Traceback (most recent call last):
             ...
-        paredown.types.UserError: exclude: no layer is called 'layer3'; did you mean 'layer1'?
+        paredown.core.errors.UserError: exclude: no layer is called 'layer3'; did you mean 'layer1'?
     """
     known = sorted(set(names))
     for pattern in patterns:
@@ -45,7 +45,7 @@ def check_choice(name: str, value: object, known: Sequence[str]) -> None:
         >>> check_choice("kind", "globl", ("global", "one"))
         Traceback (most recent call last):
             ...
-        paredown.types.UserError: kind: 'globl' is not one of global, one; did you mean 'global'?
+        paredown.core.errors.UserError: k: 'gobal' is not one of global, one; did you mean 'global'?
     """
     if value not in known:
         near = difflib.get_close_matches(str(value), known, 1, 0.0)[0]

@@ -31,18 +31,16 @@ from torch.export.graph_signature import (
     TensorArgument,
 )
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import (
-    DimDynamic,
-    ShapeEnv,
-    StatelessSymbolicContext,
-)
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.utils import _pytree as pytree
 
-from paredown.graph.edit import copy_ops, erase_counters, hand_over, is_unpacked, wide
+from paredown.core.errors import UserError
+from paredown.graph.edit import copy_ops, erase_counters, hand_over, is_unpacked
 from paredown.graph.functional import MUTATED, PLAIN, Untraceable, is_composite, make_functional
-from paredown.graph.model import Input, Model
-from paredown.graph.sites import tensor_of
-from paredown.types import UserError
+from paredown.graph.model import Model
+from paredown.graph.parts import Input
+from paredown.graph.state import tensor_of
+from paredown.graph.values import wide
 
 aten = torch.ops.aten
 T = TypeVar("T")

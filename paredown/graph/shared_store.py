@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from paredown.graph.shared import Part, Sharing, apart, books
-from paredown.types import UserError
-
-if TYPE_CHECKING:
-    from paredown.graph.model import Model
+from paredown.core.errors import UserError
+from paredown.graph.parts import Parts
+from paredown.graph.shared import Part, apart, books
+from paredown.graph.sharing import Sharing
 
 MOST_WEIGHTS = 2**31  # of a tensor, so that a file cannot ask for any amount of memory
 
 
-def stored(model: Model) -> tuple[dict[str, dict[str, Any]], dict[str, Tensor]]:
+def stored(model: Parts) -> tuple[dict[str, dict[str, Any]], dict[str, Tensor]]:
     """What a file holds in place of shared weights: for each its settings, and tensors by name.
 
     Raises:

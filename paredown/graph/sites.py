@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
+
+from paredown.graph.state import tensor_of
 
 aten = torch.ops.aten
 
@@ -105,12 +107,3 @@ def _parameter_of(found: Any) -> str | None:
 def sees_through(node: fx.Node) -> bool:
     """Whether the op is a fake quantizer, behind which a weight is still itself."""
     return "fake_quantize" in str(node.target)
-
-
-def tensor_of(graph: fx.GraphModule, name: str) -> Tensor:
-    """The parameter or buffer of that name."""
-    found: Any = graph
-    for part in name.split("."):
-        found = getattr(found, part)
-    assert isinstance(found, Tensor)
-    return found

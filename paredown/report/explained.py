@@ -8,8 +8,9 @@ from typing import Any
 
 from markupsafe import Markup
 
+from paredown.core.results import Run
+from paredown.explain.cause import KINDS
 from paredown.explain.explanation import Explanation
-from paredown.explain.findings import KINDS
 from paredown.explain.words import (
     cut_too,
     decibels,
@@ -22,7 +23,6 @@ from paredown.explain.words import (
 )
 from paredown.report import charts
 from paredown.report.words import short
-from paredown.types import Run
 
 RESTORED, CAUSES, NAMED = 8, 12, 3
 LEAST_DB, MOST_DB = 30.0, 80.0  # of the chart's height: a difference above is none to worry about

@@ -7,10 +7,10 @@ from typing import Any
 
 from markupsafe import Markup
 
+from paredown.core.results import Run
 from paredown.report import charts
 from paredown.report.sections import axis_unit
 from paredown.report.words import change, quantity, score
-from paredown.types import Run
 
 LAYERS = 24
 

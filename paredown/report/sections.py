@@ -8,9 +8,9 @@ from typing import Any
 
 from markupsafe import Markup
 
+from paredown.core.results import Run
 from paredown.report import charts
 from paredown.report.words import change, quantity, score, short
-from paredown.types import Run
 
 LAYERS, HISTOGRAMS, CLASSES, FLIPS = 40, 24, 40, 36
 PICTURE_BYTES = 400_000  # of all pictures together, so that the page stays under 1 MB

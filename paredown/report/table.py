@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from paredown.core.goals import GoalCheck
+from paredown.core.measurement import Measurement
+from paredown.core.results import Run
 from paredown.report.words import change, quantity, ratio, score, times
-from paredown.types import GoalCheck, Measurement, Run
 
 P99_SAMPLES = 459  # with fewer, the 99th percentile has no upper bound at 99% confidence
 GOAL_NAMES = {"max_drop": "Score", "throughput": "Throughput", "latency": "Latency"}

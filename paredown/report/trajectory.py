@@ -7,10 +7,11 @@ from typing import Any
 
 from markupsafe import Markup
 
+from paredown.core.measurement import Measurement
+from paredown.core.results import Run, Trial
 from paredown.report import charts
 from paredown.report.sections import axis_unit
 from paredown.report.words import change, quantity, score
-from paredown.types import Measurement, Run, Trial
 
 
 def trajectory(run: Run) -> dict[str, Any]:

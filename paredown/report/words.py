@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from paredown.types import human
+from paredown.core.units import human
 
 WORDS = {
     "size": ("smaller", "larger"),

@@ -5,21 +5,22 @@ from __future__ import annotations
 import difflib
 import importlib
 
-from paredown.types import Step, UserError
+from paredown.core.errors import UserError
+from paredown.steps.step import Step
 
 STEPS = {
-    "prune_weights": "paredown.steps.prune_weights:PruneWeights",
-    "prune_channels": "paredown.steps.prune_channels:PruneChannels",
-    "prune_layers": "paredown.steps.prune_layers:PruneLayers",
-    "low_rank": "paredown.steps.low_rank:LowRank",
-    "fine_tune": "paredown.steps.fine_tune:FineTune",
-    "distill": "paredown.steps.distill:Distill",
-    "quantize": "paredown.steps.quantize:Quantize",
-    "binarize": "paredown.steps.binarize:Binarize",
-    "quantize_weights": "paredown.steps.quantize_weights:QuantizeWeights",
-    "share_weights": "paredown.steps.share_weights:ShareWeights",
-    "hash_weights": "paredown.steps.hash_weights:HashWeights",
-    "cast": "paredown.steps.cast:Cast",
+    "prune_weights": "paredown.steps.pruning.prune_weights:PruneWeights",
+    "prune_channels": "paredown.steps.pruning.prune_channels:PruneChannels",
+    "prune_layers": "paredown.steps.pruning.prune_layers:PruneLayers",
+    "low_rank": "paredown.steps.low_rank.low_rank.low_rank:LowRank",
+    "fine_tune": "paredown.steps.training.fine_tune:FineTune",
+    "distill": "paredown.steps.training.distill:Distill",
+    "quantize": "paredown.steps.quantization.quantize:Quantize",
+    "binarize": "paredown.steps.quantization.binarize:Binarize",
+    "quantize_weights": "paredown.steps.quantization.quantize_weights:QuantizeWeights",
+    "share_weights": "paredown.steps.sharing.share_weights:ShareWeights",
+    "hash_weights": "paredown.steps.sharing.hash_weights:HashWeights",
+    "cast": "paredown.steps.quantization.cast:Cast",
 }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from paredown.types import UserError
+from paredown.core.errors import UserError
 
 MEASUREMENTS = 6  # of the latency, each of which exports two files and opens fresh processes
 CLOSE = 0.01  # a latency this near to the one asked is not improved on: timing is no finer

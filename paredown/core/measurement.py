@@ -1,0 +1,74 @@
+"""What is measured of an exported file, and of two beside each other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What was measured of one exported file, and where.
+
+    ``score`` is the mean over ``examples`` examples of ``split`` with its interval; sizes and
+    memory are bytes, latencies milliseconds per inference at the deployed batch, throughput
+    examples per second, energy millijoules per inference.
+    """
+
+    size_bytes: int
+    score: float | None = None
+    score_low: float | None = None
+    score_high: float | None = None
+    score_in_points: bool = True
+    examples: int = 0
+    split: str = ""
+    latency_ms_p50: float | None = None
+    latency_ms_p90: float | None = None
+    latency_ms_p99: float | None = None
+    latency_samples: int = 0
+    throughput_per_s: float | None = None
+    memory_bytes: int | None = None
+    energy_mj: float | None = None
+    energy_source: Literal["measured", "estimated", "unavailable"] = "unavailable"
+    where: dict[str, str] = field(default_factory=dict)
+
+    def quantity(self, goal: str) -> float | None:
+        """The figure a goal speaks of: size, latency (the median), memory, throughput, energy."""
+        names = {
+            "size": "size_bytes",
+            "latency": "latency_ms_p50",
+            "memory": "memory_bytes",
+            "throughput": "throughput_per_s",
+            "energy": "energy_mj",
+        }
+        value: float | None = getattr(self, names[goal])
+        return value
+
+
+@dataclass(frozen=True)
+class Census:
+    """What a runtime makes of a file: the ops it runs and the file's bytes.
+
+    ``unfused`` names the ops that could run on integers but stay in float between a dequantize
+    and a quantize op; ``notes`` are plain sentences on what the rest does not tell.
+    """
+
+    integer_ops: dict[str, int]
+    float_ops: dict[str, int]
+    bytes_by_dtype: dict[str, int]
+    unfused: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A candidate beside the original, measured interleaved on the same examples."""
+
+    score_difference: float | None = None  # candidate - original, paired
+    score_difference_low: float | None = None
+    score_difference_high: float | None = None
+    speedup: float | None = None  # median latency of the original over the candidate's
+    speedup_low: float | None = None
+    speedup_high: float | None = None
+    verdict: str = ""  # the claim about the score, one sentence
+    speed: str = ""  # the claim about the latency, one sentence

@@ -1,0 +1,86 @@
+"""What a user brings besides the model: data, score, loss, and where it is to run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from paredown.core.errors import UserError
+
+SPLITS = ("train", "calibration", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a step may look at besides the model.
+
+    A split is a map-style ``torch.utils.data.Dataset`` of ``(inputs, target)`` pairs without a
+    batch dimension, as ``TensorDataset(x, y)`` gives; ``inputs`` is one tensor, a tuple or a dict.
+
+    Args:
+        example: inputs as deployed, batch dimension first: a tuple of positional inputs, or a
+            dict of keyword inputs. Latency is measured on exactly these shapes.
+        score: ``score(output, target) -> (B,)``, one number per example, higher is better.
+        loss: ``loss(output, target) -> ()``, needed by the steps that train.
+        train, calibration, validation, test: the splits. Steps learn from ``train``, gather
+            ranges from ``calibration`` (default: the start of ``train``), decisions are made on
+            ``validation`` and the final claim on ``test``, which no decision has seen.
+        dynamic: dimensions besides the batch that vary, in the shape of ``example``: for each
+            input ``{dim: "name"}`` or None.
+        classes: names of the classes, for the report.
+        batch_size: examples per batch wherever the data is run.
+
+    Example:
+        >>> import torch
+        >>> from torch.utils.data import TensorDataset
+        >>> images, labels = torch.zeros(8, 3, 32, 32), torch.zeros(8, dtype=torch.long)
+        >>> data = TensorDataset(images, labels)
+        >>> task = Task(example=(images[:1],), score=lambda out, y: (out.argmax(1) == y).float(),
+        ...             validation=data, test=data)
+        >>> task.missing({"validation", "loss"})
+        ['loss']
+    """
+
+    example: tuple[Any, ...] | dict[str, Any]
+    score: Callable[[Any, Any], Tensor]
+    loss: Callable[[Any, Any], Tensor] | None = None
+    train: Dataset[Any] | None = None
+    calibration: Dataset[Any] | None = None
+    validation: Dataset[Any] | None = None
+    test: Dataset[Any] | None = None
+    preprocess: Callable[[Any], Any] | None = None
+    postprocess: Callable[[Any], Any] | None = None
+    dynamic: tuple[Any, ...] | dict[str, Any] | None = None
+    classes: tuple[str, ...] = ()
+    batch_size: int = 64
+
+    def missing(self, needs: set[str] | frozenset[str]) -> list[str]:
+        """The fields among ``needs`` that this task does not provide, sorted."""
+        return sorted(need for need in needs if not self._provides(need))
+
+    def _provides(self, need: str) -> bool:
+        if need == "calibration":
+            return self.calibration is not None or self.train is not None
+        return getattr(self, need) is not None
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where the artifact runs: a runtime of ``RUNTIMES``, a device, and its threads.
+
+    Example:
+        >>> Target().runtime, Target(threads=2).threads
+        ('onnxruntime', 2)
+    """
+
+    runtime: str = "onnxruntime"
+    device: str = "local"
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        if self.threads < 1:
+            raise UserError(f"threads: expected a whole number from 1 up, got {self.threads}.")

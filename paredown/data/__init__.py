@@ -1,0 +1,1 @@
+"""Splits: read in batches, fed to a model, scored, observed."""

@@ -1,0 +1,133 @@
+"""Batches of a split, their fingerprint, and what is wrong with them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, default_collate
+
+from paredown.core.errors import UserError
+from paredown.core.task import SPLITS, Task
+from paredown.graph import structure
+
+CALIBRATION_EXAMPLES = 512
+
+
+def split(task: Task, name: str) -> Dataset[Any]:
+    """A split of the task; calibration falls back to the start of the training data.
+
+    Raises:
+        UserError: the task has no such split, or it is empty.
+    """
+    data: Any = getattr(task, name)
+    if data is None and name == "calibration" and task.train is not None:
+        data = Subset(task.train, range(min(CALIBRATION_EXAMPLES, size(task.train))))
+    if data is None:
+        raise UserError(f"task: has no {name} split, which is needed here.")
+    if size(data) == 0:
+        raise UserError(f"task: its {name} split is empty.")
+    return data  # type: ignore[no-any-return]
+
+
+def size(data: Dataset[Any]) -> int:
+    try:
+        return len(data)  # type: ignore[arg-type]
+    except TypeError as error:
+        raise UserError(
+            "task: a split must have a length and an index, as torch's TensorDataset has."
+        ) from error
+
+
+def batches(
+    data: Dataset[Any], batch_size: int, *, shuffle: bool = False, seed: int = 0
+) -> Iterator[tuple[Any, Any]]:
+    """``(inputs, target)`` batches; target is None where the data has no labels.
+
+    The order of a shuffled pass depends on ``seed`` alone.
+
+    Example:
+        >>> x, y = torch.arange(6.0).reshape(3, 2), torch.arange(3)
+        >>> [target.tolist() for _, target in batches(TensorDataset(x, y), 2)]
+        [[0, 1], [2]]
+    """
+    generator = torch.Generator().manual_seed(seed)
+    if isinstance(data, TensorDataset):
+        yield from _tensor_batches(data.tensors, batch_size, shuffle, generator)
+        return
+    loader = DataLoader(
+        data, batch_size, shuffle=shuffle, generator=generator, collate_fn=default_collate
+    )
+    for item in loader:
+        yield pair(item)
+
+
+def _tensor_batches(
+    tensors: tuple[Tensor, ...], batch_size: int, shuffle: bool, generator: torch.Generator
+) -> Iterator[tuple[Any, Any]]:
+    count = len(tensors[0])
+    order = torch.randperm(count, generator=generator) if shuffle else torch.arange(count)
+    for chosen in order.split(batch_size):
+        yield pair([tensor[chosen] for tensor in tensors])
+
+
+def pair(item: Any) -> tuple[Any, Any]:
+    if isinstance(item, (tuple, list)) and len(item) in (1, 2):
+        return item[0], item[1] if len(item) == 2 else None
+    raise UserError(
+        "task: a split must give (inputs, target) pairs, inputs being a tensor, a tuple or a "
+        f"dict; it gives {_describe(item)}."
+    )
+
+
+def _describe(item: Any) -> str:
+    if isinstance(item, (tuple, list)):
+        return f"a {type(item).__name__} of {len(item)}"
+    return f"a {type(item).__name__}"
+
+
+def arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """How a model is called with ``inputs``: ``(args, kwargs)``."""
+    if isinstance(inputs, dict):
+        return (), inputs
+    return (tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)), {}
+
+
+def fingerprint(data: Dataset[Any], batch_size: int = 256) -> str:
+    """SHA-256 over the split's tensors: another run can tell whether it saw the same data."""
+    digest = hashlib.sha256()
+    for item in batches(data, batch_size):
+        for tensor in structure.flatten(item)[0]:
+            digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def problems(task: Task) -> list[str]:
+    """Everything wrong with the splits: empty, one example, NaN or infinite inputs."""
+    found = []
+    for name in SPLITS:
+        data = getattr(task, name)
+        if data is None:
+            continue
+        count = size(data)
+        if count < 2:
+            found.append(f"task: its {name} split has {count} examples; at least 2 are needed.")
+            continue
+        bad = _bad_examples(data, task.batch_size)
+        if bad:
+            found.append(f"task: {bad} of {count} examples of {name} hold NaN or infinite inputs.")
+    return found
+
+
+def _bad_examples(data: Dataset[Any], batch_size: int) -> int:
+    bad = 0
+    for inputs, _ in batches(data, batch_size):
+        floats = [t for t in structure.flatten(inputs)[0] if t.is_floating_point()]
+        finite = [torch.isfinite(t).reshape(len(t), -1).all(1) for t in floats]
+        if finite:
+            bad += int((~torch.stack(finite).all(0)).sum())
+    return bad

@@ -1,0 +1,1 @@
+"""Which dimensions must be cut together, and the cut."""

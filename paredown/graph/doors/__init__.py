@@ -1,0 +1,1 @@
+"""Ways in: each turns what a user has into a captured model."""

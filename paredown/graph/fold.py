@@ -1,0 +1,116 @@
+"""Batch norms folded into the layers before them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from paredown.graph.edit import aten, erase_counters
+from paredown.graph.sites import sees_through, sites
+from paredown.graph.state import getattr_or_none, remove_state, set_parameter, tensor_of
+
+
+def fold_batch_norm(graph: fx.GraphModule) -> list[str]:
+    """Fold each batch norm into the convolution or linear layer before it; returns their weights.
+
+    ``w' = w * g / sqrt(v + eps)`` and ``b' = (b - m) * g / sqrt(v + eps) + beta`` per output
+    channel (Jacob et al. 1712.05877, section 3.2). The graph must be in evaluation mode.
+    """
+    erase_counters(graph)
+    users = _uses(graph)
+    folded = []
+    for site in sites(graph):
+        norm = next(iter(site.node.users), None)
+        plain = site.kind in ("conv", "linear") or (
+            site.kind == "conv_transpose" and _argument(site.node, 6, 1) == 1
+        )
+        if (
+            plain
+            and norm is not None
+            and len(site.node.users) == 1
+            and norm.target is aten.batch_norm.default
+            and norm.args[0] is site.node
+            and norm.args[3] is not None
+            and not norm.args[5]
+            and users[site.weight] == 1
+            and _channels_match(site.kind, norm)
+        ):
+            _fold(graph, site.node, site.weight, site.bias, site.axis, norm)
+            folded.append(site.weight)
+    graph.recompile()
+    return folded
+
+
+def _channels_match(kind: str, norm: fx.Node) -> bool:
+    """A linear layer's channels are the norm's only where its output is (B, C)."""
+    value = norm.meta.get("val")
+    return kind != "linear" or (isinstance(value, Tensor) and value.dim() == 2)
+
+
+def _argument(node: fx.Node, position: int, default: Any) -> Any:
+    return node.args[position] if len(node.args) > position else default
+
+
+def _uses(graph: fx.GraphModule) -> dict[str, int]:
+    """Parameter name -> how many ops read its tensor, under this name or a tied one."""
+    counts: dict[int, int] = {}
+    for node in graph.graph.nodes:
+        if node.op == "get_attr":
+            found = getattr_or_none(graph, str(node.target))
+            if isinstance(found, Tensor):
+                read = sum(len(u.users) if sees_through(u) else 1 for u in node.users)
+                counts[id(found)] = counts.get(id(found), 0) + read
+    names = {site.weight for site in sites(graph)}
+    return {name: counts[id(tensor_of(graph, name))] for name in names}
+
+
+def _fold(
+    graph: fx.GraphModule, node: fx.Node, weight: str, bias: str | None, axis: int, norm: fx.Node
+) -> None:
+    operands = [arg if isinstance(arg, fx.Node) else None for arg in norm.args[1:5]]
+    gamma, beta, mean, variance = (_double(graph, operand) for operand in operands)
+    eps: Any = norm.args[7]
+    w = tensor_of(graph, weight)
+    assert mean is not None and variance is not None
+    scale = torch.rsqrt(variance + eps) * (1.0 if gamma is None else gamma)  # (C,)
+    old = tensor_of(graph, bias).detach().double() if bias else torch.zeros_like(mean)
+    shift = (old - mean) * scale + (0.0 if beta is None else beta)  # (C,)
+    shape = [-1 if dim == axis else 1 for dim in range(w.dim())]
+    with torch.no_grad():
+        exact = torch.promote_types(w.dtype, torch.float32)
+        w.copy_(w * scale.reshape(shape).to(exact))
+    name = bias or _free_name(graph, weight)
+    set_parameter(graph, name, shift.to(w.dtype))
+    _set_bias(graph, node, name)
+    norm.replace_all_uses_with(node)
+    graph.graph.erase_node(norm)
+    for operand in operands:
+        if operand is not None and not operand.users:
+            graph.graph.erase_node(operand)
+            remove_state(graph, str(operand.target))
+    assert operands[2] is not None
+    prefix = str(operands[2].target).rpartition(".")[0]
+    remove_state(graph, f"{prefix}.num_batches_tracked" if prefix else "num_batches_tracked")
+
+
+def _double(graph: fx.GraphModule, operand: fx.Node | None) -> Tensor | None:
+    return None if operand is None else tensor_of(graph, str(operand.target)).detach().double()
+
+
+def _free_name(graph: fx.GraphModule, weight: str) -> str:
+    stem, _, leaf = weight.rpartition(".")
+    name = leaf.replace("weight", "bias") if "weight" in leaf else f"{leaf}_bias"
+    full = f"{stem}.{name}" if stem else name
+    while getattr_or_none(graph, full) is not None:
+        full += "_folded"
+    return full
+
+
+def _set_bias(graph: fx.GraphModule, node: fx.Node, name: str) -> None:
+    with graph.graph.inserting_before(node):
+        bias = graph.graph.get_attr(name)
+    args = list(node.args) + [None] * (3 - len(node.args))
+    args[2] = bias
+    node.args = tuple(args)

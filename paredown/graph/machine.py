@@ -1,0 +1,83 @@
+"""What may vary between machines: the device, its memory, and which kernels repeat their bits."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from paredown.core.errors import UserError
+from paredown.graph.model import Model
+
+_NO_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")
+
+
+def device(name: str) -> torch.device:
+    """The device of that name; "auto" is the GPU where there is one.
+
+    Raises:
+        UserError: "cuda" where there is none.
+    """
+    there = torch.cuda.is_available()
+    if name == "cuda" and not there:
+        raise UserError('device: "cuda" was asked for, but torch sees no GPU; use "cpu" or "auto".')
+    return torch.device("cuda" if there and name != "cpu" else "cpu")
+
+
+def device_of(model: Model) -> torch.device:
+    return next((p.device for p in model.graph.parameters()), torch.device("cpu"))
+
+
+def move(model: Model, target: torch.device) -> None:
+    if device_of(model).type != target.type:
+        model.to(target)
+
+
+def seed(number: int) -> None:
+    torch.manual_seed(number)
+    random.seed(number)
+    np.random.seed(number % 2**32)
+
+
+@contextlib.contextmanager
+def repeatable(used: torch.device) -> Iterator[None]:
+    """Reproducible kernels; the caller's random states and settings come back afterwards."""
+    kept = torch.are_deterministic_algorithms_enabled()
+    warn = torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    states = random.getstate(), np.random.get_state()
+    devices = [torch.cuda.current_device()] if used.type == "cuda" else []
+    with (
+        torch.random.fork_rng(devices=devices),
+        torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True),
+    ):
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(kept, warn_only=warn)
+            torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+
+
+def no_memory(error: Exception) -> bool:
+    """Whether it says that memory ran out.
+
+    Example:
+        >>> no_memory(RuntimeError("CUDA out of memory")), no_memory(ValueError("out of memory"))
+        (True, False)
+    """
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and any(t in str(error).lower() for t in _NO_MEMORY)
+    )
+
+
+def free_memory() -> None:
+    """Give back what a failed pass has left, once nothing holds it any more."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,1 @@
+"""The one quantized form: integers in a graph that still trains."""

@@ -1,0 +1,103 @@
+"""The shape and dtype of every op's result, found without computing where that is possible."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils._pytree import tree_map
+
+from paredown.core.errors import UserError
+from paredown.graph.model import Model
+
+META = torch.device("meta")
+
+
+def has_values(model: Model) -> bool:
+    """Whether every op knows its result's shape, in sizes that stand for a number."""
+    nodes = [n for n in model.graph.graph.nodes if n.op == "call_function"]
+    return all("val" in n.meta and _known(n.meta["val"]) for n in nodes)
+
+
+def _known(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(map(_known, value))
+    sizes = value.shape if isinstance(value, Tensor) else ()
+    return all(isinstance(s, int) or s.node.hint is not None for s in sizes)
+
+
+def values_of(model: Model) -> dict[str, Any]:
+    """Node name -> its value, tensors on the meta device; nothing of the model is changed.
+
+    A run on the meta device takes no arithmetic; where the data decides a shape it does not
+    work, and the model is run on its example.
+    """
+    leaves = [wide(item.example, 0 in item.dynamic) for item in model.inputs]
+    with torch.no_grad():
+        try:
+            run = _Run(model.graph, META)
+            run.run(*[leaf.to(META) for leaf in leaves])
+        except Exception:  # a kernel without a meta form, a shape that depends on the data
+            run = _Run(model.copy().graph, None)
+            run.run(*[leaf.clone() for leaf in leaves])
+    return run.found
+
+
+class _Run(fx.Interpreter):
+    """Runs a graph on another device, and notes what each op gives."""
+
+    def __init__(self, graph: fx.GraphModule, device: torch.device | None) -> None:
+        super().__init__(graph)
+        self.device = device
+        self.found: dict[str, Any] = {}
+
+    def fetch_attr(self, target: str) -> Any:
+        value = super().fetch_attr(target)
+        return value.to(self.device) if self.device and isinstance(value, Tensor) else value
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        self.found[n.name] = tree_map(lambda v: v.to(META) if isinstance(v, Tensor) else v, result)
+        return result
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if self.device and target is torch.ops.aten.batch_norm.default:
+            return torch.empty_like(args[0])  # its meta form takes most of the time
+        if self.device:
+            args, kwargs = tree_map(self._moved, (args, kwargs))
+        return super().call_function(target, args, kwargs)
+
+    def _moved(self, value: Any) -> Any:
+        return self.device if isinstance(value, torch.device) else value
+
+
+def give_values(made: Model) -> None:
+    """Give every op its new shape; where the data decides one, by running the model."""
+    try:
+        try:
+            refresh_values(made)
+        except Exception:  # fake tensors cannot tell; if the graph is wrong, running it says so
+            values = values_of(made)
+            for node in made.graph.graph.nodes:
+                node.meta["val"] = values[node.name]
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"the edited graph does not run: {reason}") from error
+
+
+def wide(example: Tensor, dynamic: bool) -> Tensor:
+    """Two of an example whose batch varies: a size of 1 would be taken for a fixed one."""
+    return torch.cat([example, example]) if dynamic and example.shape[0] == 1 else example
+
+
+def refresh_values(model: Model) -> None:
+    """Give every node its ``meta["val"]`` again: shape and dtype, from a run on fake tensors."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+
+    leaves = [wide(item.example, 0 in item.dynamic) for item in model.inputs]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        FakeTensorProp(model.graph, FakeTensorMode(allow_non_fake_inputs=True)).propagate(*leaves)

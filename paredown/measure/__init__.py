@@ -1,0 +1,1 @@
+"""What an exported file scores, takes and needs."""

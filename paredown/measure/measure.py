@@ -1,0 +1,169 @@
+"""Exported files -> what they score, take and need, each in a fresh process, side by side."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from paredown.core.errors import UserError
+from paredown.core.measurement import Comparison, Measurement
+from paredown.core.task import Target, Task
+from paredown.data import splits
+from paredown.graph import structure
+from paredown.graph.model import Model
+from paredown.measure import speedups, stats, timing
+from paredown.measure.inputs import deployed, deployed_batch
+from paredown.measure.scoring import Scoring, score_files
+from paredown.targets.artifact import size_bytes
+from paredown.targets.devices.device import TIMEOUT_S, Opened
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A measurement with what it was made of.
+
+    Attributes:
+        scores: one per example (N,), float64.
+        rounds: latencies in ms, one array for each interleaved round, which is one process.
+        predictions: the class with the largest first output of each example, where that output
+            is (N, C) floats and N is at most 20,000.
+    """
+
+    measurement: Measurement
+    scores: Tensor
+    rounds: list[np.ndarray]
+    predictions: list[int] | None
+
+
+def measure(
+    files: dict[str, Path],
+    model: Model,
+    task: Task,
+    target: Target,
+    split: str = "validation",
+    rounds: int = timing.ROUNDS,
+    timeout_s: float = TIMEOUT_S,
+) -> dict[str, Measured]:
+    """Measure exported files beside each other: all open at once, each in a fresh process.
+
+    Latency is that of one inference at the deployed shapes on real inputs. Every round opens every
+    file anew and times it twice, going from file to file and back; at least 20 samples, and 459
+    or more where they fit into 3 s. Memory is the median of the rounds' peaks.
+
+    Args:
+        files: name -> exported file, all made from models with the inputs and outputs of ``model``.
+        split: the split that is scored and whose first examples are timed.
+        rounds: interleaved latency rounds, at least 2, each in fresh processes.
+        timeout_s: the longest that opening a file, a batch or a round may take, in seconds.
+
+    Raises:
+        UserError: a file cannot be opened, crashes, hangs or gives NaN or infinite outputs; the
+            data does not fit the model; or ``task.score`` does not give one finite number per
+            example.
+    """
+    examples = splits.split(task, split)
+    with timing.opened(files, target, timeout_s) as probes:
+        _check_signatures(probes, model)
+        scorings = score_files(probes, model, task, split)
+        places = {name: probe.describe() for name, probe in probes.items()}
+    batches, inputs = deployed(model, examples, split)
+    batch = deployed_batch(model)
+    where = {"batch": str(batch), "inputs": inputs}
+    timings = timing.interleaved(files, target, batches, rounds, timeout_s=timeout_s)
+    in_points = all(
+        bool(((scores >= 0) & (scores <= 1)).all())
+        for each in scorings.values()
+        for scores in each.scores
+    )
+    return {
+        name: _measured(
+            Measurement(
+                size_bytes(file), score_in_points=in_points, split=split, where=places[name] | where
+            ),
+            timings[name],
+            scorings[name],
+            batch,
+        )
+        for name, file in files.items()
+    }
+
+
+def compare(original: Measured, candidate: Measured, max_drop: float | None) -> Comparison:
+    """A candidate beside the original, from one call of `measure`.
+
+    ``max_drop`` is in the score's own unit; None where no drop was bounded.
+    """
+    in_points = original.measurement.score_in_points and candidate.measurement.score_in_points
+    before, after = original.scores.numpy(), candidate.scores.numpy()
+    difference = stats.paired_difference(before, after)
+    speedup = speedups.median_ratio(original.rounds, candidate.rounds)
+    if max_drop is None:
+        verdict = _unbounded(difference, len(before), in_points)
+    else:
+        unit = None if in_points else ""
+        verdict = stats.non_inferior(before, after, max_drop, name="score", unit=unit).sentence
+    return Comparison(
+        difference.estimate,
+        difference.low,
+        difference.high,
+        speedup.estimate,
+        speedup.low,
+        speedup.high,
+        verdict,
+        speedups.speedup_sentence(speedup),
+    )
+
+
+def _unbounded(difference: stats.Interval, examples: int, in_points: bool) -> str:
+    scale, unit = (100.0, " points") if in_points else (1.0, "")
+    estimate, low, high = (
+        scale * x for x in (difference.estimate, difference.low, difference.high)
+    )
+    moved = f"{'fell' if estimate < 0 else 'rose'} by {abs(estimate):.3g}{unit}"
+    return (
+        f"score {moved if estimate else 'did not change'} (95 % interval {low:+.3g} to "
+        f"{high:+.3g} over {examples:,} examples); no bound was set for it"
+    )
+
+
+def _check_signatures(probes: dict[str, Opened], model: Model) -> None:
+    for probe in probes.values():
+        for kind, found, expected in (
+            ("inputs", probe.input_names, len(model.inputs)),
+            ("outputs", probe.output_names, len(structure.names(model.outputs))),
+        ):
+            if len(found) != expected:
+                raise UserError(
+                    f"{probe.file}: its {kind} are ({', '.join(found)}); the model was captured "
+                    f"with {expected}."
+                )
+
+
+# Together
+
+
+def _measured(start: Measurement, timed: timing.Timing, scoring: Scoring, batch: int) -> Measured:
+    scores = torch.cat(scoring.scores)
+    mean = stats.mean_interval(scores.numpy())
+    latency = speedups.quantiles(np.concatenate(timed.rounds))
+    measurement = dataclasses.replace(
+        start,
+        score=mean.estimate,
+        score_low=mean.low,
+        score_high=mean.high,
+        examples=len(scores),
+        latency_ms_p50=latency.p50,
+        latency_ms_p90=latency.p90,
+        latency_ms_p99=latency.p99,
+        latency_samples=latency.n,
+        throughput_per_s=1000 * batch / latency.p50,
+        memory_bytes=timed.peak_bytes,
+        energy_mj=timed.energy_mj,
+        energy_source="unavailable" if timed.energy_mj is None else "measured",
+    )
+    return Measured(measurement, scores, timed.rounds, scoring.predictions)

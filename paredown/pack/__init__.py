@@ -1,5 +1,0 @@
-"""Containers for delivery: an artifact, entropy-coded tensor by tensor, and back bit for bit."""
-
-from paredown.pack.container import Contents, contents, pack, packed_bytes, unpack
-
-__all__ = ["Contents", "contents", "pack", "packed_bytes", "unpack"]

@@ -1,0 +1,1 @@
+"""Apply, measure, keep or undo, and remember."""

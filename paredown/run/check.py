@@ -1,0 +1,199 @@
+"""Before any work: what a run would stumble over, and the model as it is."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import Subset
+
+from paredown.core import progress
+from paredown.core.errors import UserError
+from paredown.core.measurement import Measurement
+from paredown.core.task import SPLITS, Target, Task
+from paredown.core.units import human
+from paredown.data import evaluate, splits
+from paredown.graph import structure
+from paredown.graph.capture import capture
+from paredown.graph.doors.python_file import load_file, made_model, made_task
+from paredown.graph.model import Model
+from paredown.graph.sites import sites
+from paredown.measure.measure import measure
+from paredown.steps import recipe
+from paredown.steps.step import Step
+from paredown.targets.artifact import size_bytes
+from paredown.targets.devices import device
+from paredown.targets.runtimes import RUNTIMES, ready
+
+NEEDED = {
+    "validation": "decisions are made on it",
+    "test": "the final claim is made on it",
+    "score": "it says how good an output is",
+}
+
+
+@dataclass
+class Check:
+    """What was found: problems to mend, notes to know, facts that hold."""
+
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    facts: list[str] = field(default_factory=list)
+
+    def tried(self, what: str, work: Callable[[], Any]) -> Any:
+        """What ``work`` gives; None, and a problem, where it fails at doing ``what``."""
+        try:
+            return work()
+        except UserError as error:
+            self.problems += [line for line in str(error).split("\n") if line not in self.problems]
+        except Exception as error:
+            self.problems.append(f"{what} failed: {type(error).__name__}: {error}")
+        return None
+
+
+def check_file(file: Path, target: Target, recipe_file: Path | None = None) -> Check:
+    """`check` of what a user's Python file makes, and of a recipe file."""
+    found = Check()
+    steps = found.tried("the recipe", lambda: recipe.load(recipe_file) if recipe_file else [])
+    functions = found.tried(str(file), lambda: load_file(file))
+    if functions is None:
+        return found
+    task = found.tried("task()", lambda: made_task(functions[1], file))
+    module = found.tried("model()", lambda: made_model(functions[0], file))
+    if task is not None:
+        _check(found, module, task, target, steps or [])
+    return found
+
+
+def check(
+    module: nn.Module | Model, task: Task, target: Target, steps: Sequence[Step] = ()
+) -> Check:
+    """Capture, export, score and differentiate one batch; every problem at once."""
+    found = Check()
+    _check(found, module, task, target, steps)
+    return found
+
+
+def _check(
+    found: Check,
+    module: nn.Module | Model | None,
+    task: Task,
+    target: Target,
+    steps: Sequence[Step],
+) -> None:
+    model = None
+    if module is not None:
+        model = found.tried("capture", lambda: capture(module, task.example, task.dynamic))
+    _ask(found, model, task, target, steps)
+    if model is None:
+        return
+    found.notes += model.notes
+    parameters = sum(p.numel() for p in model.parameters())
+    layers = len({site.weight for site in sites(model.graph)})
+    found.facts.insert(0, f"captured: {parameters:,} parameters, {layers} layers with weights")
+    size = found.tried("export", lambda: _export(model, target))
+    if size is not None:
+        found.facts.append(f"exported to {target.runtime}, {size}; the file agrees with the model")
+
+
+def problems(model: Model, task: Task, target: Target, steps: Sequence[Step] = ()) -> list[str]:
+    """What a run would stumble over, one sentence each; the export aside, this is quick."""
+    found = Check()
+    _ask(found, model, task, target, steps)
+    return found.problems
+
+
+def _ask(
+    found: Check, model: Model | None, task: Task, target: Target, steps: Sequence[Step]
+) -> None:
+    """Everything that can be asked of task, target and recipe, and one batch of each split."""
+    lacking = task.missing(set(NEEDED))
+    found.problems += [f"task: has no {name}; {NEEDED[name]}." for name in lacking]
+    found.tried("the data", lambda: found.problems.extend(splits.problems(task)))
+    found.tried("runtime", lambda: ready(target.runtime))
+    found.problems += recipe.problems(steps, task, target if target.runtime in RUNTIMES else None)
+    found.tried("device", lambda: device.device(target.device))
+    if model is None:
+        return
+    whole = [name for name in SPLITS if _size(task, name) > 1]
+    fits = [name for name in whole if found.tried(name, partial(_fits, model, task, name))]
+    if "validation" in fits and task.score is not None:
+        if found.tried("task.score", lambda: _score(model, task)) is not None:
+            found.facts.append("scored one batch of validation")
+    if "train" in fits and task.loss is not None:
+        if found.tried("task.loss", lambda: _differentiate(model, task)) is not None:
+            found.facts.append("loss and gradients of one training batch are finite")
+
+
+def _size(task: Task, split: str) -> int:
+    """The examples of a split; 0 where it is missing, or has no length, which is told elsewhere."""
+    examples = getattr(task, split)
+    try:
+        return 0 if examples is None else splits.size(examples)
+    except UserError:
+        return 0
+
+
+def _first_batch(model: Model, task: Task, split: str) -> tuple[Any, Any]:
+    return next(splits.batches(splits.split(task, split), model.fixed_batch or task.batch_size))
+
+
+def _fits(model: Model, task: Task, split: str) -> bool:
+    """Whether the inputs of a split are those of the example; the last batch may be shorter."""
+    inputs, _ = _first_batch(model, task, split)
+    inputs.leaves(model, inputs, f"task: its {split} split", model.fixed_batch)
+    return True
+
+
+def _score(model: Model, task: Task) -> torch.Tensor:
+    split = splits.split(task, "validation")
+    few = min(splits.size(split), model.fixed_batch or task.batch_size)
+    return evaluate.evaluate(model, Subset(split, range(few)), task)
+
+
+def _differentiate(model: Model, task: Task) -> torch.Tensor | None:
+    """The loss of one training batch; None where its inputs are NaN, which is told elsewhere."""
+    assert task.loss is not None
+    inputs, target = _first_batch(model, task, "train")
+    leaves = structure.flatten(inputs)[0]
+    if not all(bool(torch.isfinite(leaf).all()) for leaf in leaves):
+        return None
+    if model.fixed_batch and len(leaves[0]) < model.fixed_batch:
+        raise UserError(
+            f"task: its train split has {len(leaves[0])} examples; the model takes batches of "
+            f"{model.fixed_batch} only."
+        )
+    args, kwargs = splits.arguments(inputs)
+    with torch.random.fork_rng(devices=[]):
+        copied = model.copy().train()
+        loss = task.loss(copied(*args, **kwargs), target)
+        if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
+            got = tuple(loss.shape) if isinstance(loss, torch.Tensor) else type(loss).__name__
+            raise UserError(f"task.loss: expected one number, a tensor of shape (), got {got}.")
+        loss.backward()
+    grads = [p.grad for p in copied.parameters() if p.grad is not None]
+    if not bool(torch.isfinite(loss)) or not all(bool(torch.isfinite(g).all()) for g in grads):
+        raise UserError("task: the loss or its gradient on one training batch is NaN or infinite.")
+    return loss.detach()
+
+
+def _export(model: Model, target: Target) -> str:
+    chosen = ready(target.runtime)
+    with tempfile.TemporaryDirectory() as folder:
+        path: Path = chosen.lower(model, Path(folder) / f"model{chosen.SUFFIX}")
+        return human("size", size_bytes(path))
+
+
+def baseline(model: Model, task: Task, target: Target) -> Measurement:
+    """The exported original, measured alone on validation."""
+    progress.say("Export the original and measure it")
+    chosen = ready(target.runtime)
+    with tempfile.TemporaryDirectory() as folder:
+        path = chosen.lower(model, Path(folder) / f"original{chosen.SUFFIX}")
+        return measure({"original": path}, model, task, target)["original"].measurement

@@ -1,0 +1,165 @@
+"""A run's results: what a report shows beyond the figures, and the files of the run folder."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from paredown.core.task import Target, Task
+from paredown.data import splits
+from paredown.graph import structure
+from paredown.graph.model import Model
+from paredown.graph.quantized.quantizers import quantized_weights, rounded, stored_bits
+from paredown.graph.sites import sites
+from paredown.graph.state import tensor_of
+from paredown.measure.measure import Measured
+from paredown.report.png import picture
+from paredown.targets.runtimes import runtime
+
+HISTOGRAM_LAYERS, HISTOGRAM_BINS = 12, 48
+FLIPS_SHOWN, LATENCIES_SHOWN = 24, 500
+
+
+def collect(
+    original: Model,
+    compressed: Model,
+    task: Task,
+    measured: dict[str, Measured],
+    file: Path,
+    target: Target,
+) -> dict[str, Any]:
+    """The ``details`` of a Run, as JSON."""
+    before, after = measured["original"], measured["compressed"]
+    return {
+        "layers": _layers(original.graph, compressed.graph),
+        "histograms": _histograms(original.graph, compressed.graph),
+        "census": dataclasses.asdict(runtime(target.runtime).census(file)),
+        "notes": list(dict.fromkeys([*original.notes, *compressed.notes])),
+        "latency_samples_ms": {name: _sampled(m) for name, m in measured.items()},
+        **_examples(task, before, after),
+    }
+
+
+def _layers(before: fx.GraphModule, after: fx.GraphModule) -> list[dict[str, Any]]:
+    sizes = {site.weight: site for site in sites(after)}
+    bits = {name: stored_bits(node) for name, node in quantized_weights(after).items()}
+    rows = []
+    for site in {s.weight: s for s in sites(before)}.values():
+        weight = tensor_of(before, site.weight)
+        left = [name for name in _now(site.weight) if name in sizes]
+        held = [(tensor_of(after, name), bits.get(name)) for name in left]
+        rows.append(
+            {
+                "name": site.weight,
+                "op": site.kind,
+                "shape": list(weight.shape),
+                "bytes_before": weight.nbytes,
+                "bytes_after": sum(_bytes(*each) for each in held),
+                "dtype_before": _dtype(weight),
+                "dtype_after": " and ".join(dict.fromkeys(_dtype(*each) for each in held)),
+            }
+        )
+    return rows
+
+
+def _now(name: str) -> tuple[str, ...]:
+    """What a weight may be called in the compressed model: its factors have names of their own."""
+    return (name, *(f"{name}_{part}" for part in ("down", "core", "up")))
+
+
+def _bytes(weight: Tensor, bits: int | None) -> int:
+    return weight.nbytes if bits is None else -(-weight.numel() * bits // 8)
+
+
+def _dtype(tensor: Tensor, bits: int | None = None) -> str:
+    low = {1: "binary", 2: "ternary"}
+    return str(tensor.dtype).removeprefix("torch.") if bits is None else low.get(bits, f"int{bits}")
+
+
+def _histograms(before: fx.GraphModule, after: fx.GraphModule) -> list[dict[str, Any]]:
+    """The largest layers' weights, before and after, over common bins."""
+    quantizers = quantized_weights(after)
+    common = [s.weight for s in sites(before) if s.weight in {t.weight for t in sites(after)}]
+    names = sorted(set(common), key=lambda n: -tensor_of(before, n).numel())[:HISTOGRAM_LAYERS]
+    rows = []
+    for name in sorted(names, key=common.index):
+        old = tensor_of(before, name).detach().float().reshape(-1)
+        node = quantizers.get(name)
+        new = tensor_of(after, name).detach() if node is None else rounded(after, node)
+        new = new.float().reshape(-1)
+        low = float(torch.minimum(old.min(), new.min()))
+        high = float(torch.maximum(old.max(), new.max()))
+        edges = np.linspace(low, high if high > low else low + 1e-6, HISTOGRAM_BINS + 1)
+        counts = [np.histogram(values.numpy(), edges)[0].tolist() for values in (old, new)]
+        rows.append(
+            {"name": name, "edges": edges.tolist(), "before": counts[0], "after": counts[1]}
+        )
+    return rows
+
+
+def _sampled(measured: Measured) -> list[float]:
+    samples = np.concatenate(measured.rounds)
+    return [round(float(v), 6) for v in samples[:: max(1, -(-len(samples) // LATENCIES_SHOWN))]]
+
+
+def _examples(task: Task, before: Measured, after: Measured) -> dict[str, Any]:
+    """Per-class scores, and the examples whose score changed."""
+    labels = _labels(task)
+    if before.predictions is None or after.predictions is None or labels is None:
+        return {"classes": [], "flips": [], "flip_counts": {}}
+    old, new = before.scores, after.scores
+    changed = [n for n in range(len(old)) if bool(old[n] != new[n])]
+    wrong = [n for n in changed if new[n] < old[n]]
+    right = [n for n in changed if new[n] > old[n]]
+    shown = [*wrong[:FLIPS_SHOWN], *right[: FLIPS_SHOWN // 2]]
+    flips = [_flip(task, n, labels, before.predictions, after.predictions) for n in shown]
+    counts = {"now_wrong": len(wrong), "now_right": len(right), "examples": len(old)}
+    return {"classes": _classes(task, labels, old, new), "flips": flips, "flip_counts": counts}
+
+
+def _labels(task: Task) -> list[int] | None:
+    """The test split's targets where each is one whole number."""
+    found: list[int] = []
+    for _, target in splits.batches(splits.split(task, "test"), task.batch_size):
+        if not isinstance(target, Tensor) or target.dim() != 1 or target.is_floating_point():
+            return None
+        found += target.tolist()
+    return found
+
+
+def _class_name(task: Task, label: int) -> str:
+    return task.classes[label] if 0 <= label < len(task.classes) else str(label)
+
+
+def _classes(task: Task, labels: list[int], old: Tensor, new: Tensor) -> list[dict[str, Any]]:
+    rows = []
+    for label in sorted(set(labels)):
+        chosen = torch.tensor([n for n, found in enumerate(labels) if found == label])
+        rows.append(
+            {
+                "name": _class_name(task, label),
+                "examples": len(chosen),
+                "before": float(old[chosen].mean()),
+                "after": float(new[chosen].mean()),
+            }
+        )
+    return rows
+
+
+def _flip(
+    task: Task, index: int, labels: list[int], before: list[int], after: list[int]
+) -> dict[str, Any]:
+    inputs = splits.split(task, "test")[index][0]
+    leaves = structure.flatten(inputs)[0]
+    return {
+        "index": index,
+        "target": _class_name(task, labels[index]),
+        "before": _class_name(task, before[index]),
+        "after": _class_name(task, after[index]),
+        "picture": picture(leaves[0]) if leaves else None,
+    }

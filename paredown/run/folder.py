@@ -1,0 +1,69 @@
+"""What a finished run leaves in its folder, and reading it again."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from paredown.core import progress
+from paredown.core.errors import UserError
+from paredown.core.files import write_atomically, write_together
+from paredown.core.results import Artifact, Run
+from paredown.core.task import Target, Task
+from paredown.data import splits
+from paredown.steps import recipe
+from paredown.steps.step import Step
+from paredown.targets.artifact import digest, parts, size_bytes
+
+
+def write(run: Run, folder: Path, artifact: Path, original: Path) -> None:
+    """The folder's results: artifact and original, recipe, run.json; each whole or not there."""
+    assert run.artifact is not None and run.original is not None
+    progress.say(f"Results in {folder}")
+    run.details["folder"] = str(folder)
+    run.details["reproduce"] = [
+        run.command or "paredown.compress(...)",
+        f"paredown replay {shlex.quote(str(folder))}",
+    ]
+    for name, file in ((run.artifact.path, artifact), (run.original.path, original)):
+        given = [part.read_bytes() for part in parts(file)]
+        write_together(dict(zip(parts(folder / name), given, strict=True)))
+    write_atomically(folder / "recipe.toml", run.artifact.recipe.encode())
+    write_atomically(folder / "run.json", run.to_json().encode())
+
+
+def load_run(folder: str | Path) -> Run:
+    """The Run of a run folder.
+
+    Raises:
+        UserError: no finished run there.
+    """
+    path = Path(folder) / "run.json"
+    if not path.is_file():
+        raise UserError(f"{folder}: holds no finished run (no run.json).")
+    try:
+        return Run.from_json(path.read_text())
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path}: is damaged: {error}.") from error
+
+
+def changed_task(run: Run, task: Task) -> Iterator[str]:
+    """What of a task is not as it was in the run."""
+    if task.batch_size != run.details["batch_size"]:
+        yield "the task's batch_size"
+    for name, facts in run.data.items():
+        found = getattr(task, name)
+        if found is None or splits.fingerprint(found) != facts["fingerprint"]:
+            yield f"the {name} split"
+
+
+def artifact(name: str, file: Path, steps: Sequence[Step], target: Target) -> Artifact:
+    """An exported file under the name it gets in the run folder."""
+    return Artifact(
+        path=f"{name}{file.suffix}",
+        runtime=target.runtime,
+        sha256=digest(file),
+        size_bytes=size_bytes(file),
+        recipe=recipe.to_toml(steps),
+    )

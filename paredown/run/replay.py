@@ -1,0 +1,60 @@
+"""A run's artifact, made again from its recipe."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from paredown.core import progress
+from paredown.core.errors import UserError
+from paredown.core.results import Artifact, Run
+from paredown.core.task import Task
+from paredown.graph.capture import capture
+from paredown.graph.model import Model
+from paredown.graph.store import encode
+from paredown.run.folder import changed_task, load_run
+from paredown.run.identity import model_digest
+from paredown.steps import recipe
+from paredown.targets.artifact import digest
+from paredown.targets.runtimes import runtime
+from paredown.train.distill.teacher import started_from
+
+
+def replay(
+    folder: str | Path, model: nn.Module | Model | str | Path, task: Task
+) -> tuple[Artifact, str]:
+    """Make a run's artifact again from its recipe: the artifact as kept, and the new SHA-256.
+
+    Raises:
+        UserError: the folder holds no finished run, or model or data are not those of the run.
+    """
+    run = load_run(folder)
+    assert run.artifact is not None
+    captured = capture(model, task.example, task.dynamic)
+    changed = next(_changed(run, captured, task), None)
+    if changed:
+        raise UserError(f"{folder}: {changed} is not the one of the run.")
+    forked = torch.random.fork_rng(devices=[])
+    with forked, tempfile.TemporaryDirectory() as made, started_from(captured):
+        for step in recipe.from_toml(run.artifact.recipe, "the run's recipe"):
+            torch.manual_seed(run.seed)
+            progress.say(f"  {recipe.line(step)}")
+            # through the stored form, as in the run
+            captured = Model.decode(encode(recipe.apply_step(captured, step, task)), "replay")
+        chosen = runtime(run.artifact.runtime)
+        path = chosen.lower(captured, Path(made) / f"replay{chosen.SUFFIX}")
+        return run.artifact, digest(path)
+
+
+def _changed(run: Run, model: Model, task: Task) -> Iterator[str]:
+    """What is not as it was in the run."""
+    if model_digest(model) != run.details["model_sha256"]:
+        yield "the model"
+    for path, sha256 in run.details.get("files", {}).items():
+        if not Path(path).is_file() or digest(Path(path)) != sha256:
+            yield path
+    yield from changed_task(run, task)

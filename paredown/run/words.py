@@ -1,0 +1,79 @@
+"""A run, told in a terminal."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+from rich.markup import escape
+from rich.table import Table
+
+from paredown.core.console import output
+from paredown.core.errors import UserError
+from paredown.core.measurement import Measurement
+from paredown.core.results import Run
+from paredown.core.units import human
+from paredown.report.table import comparison
+from paredown.run.identity import versions
+from paredown.targets.artifact import parts
+
+
+def measurement_rows(m: Measurement) -> list[tuple[str, str]]:
+    score = f"{m.score:.2%}" if m.score_in_points else f"{m.score:.5g}"
+    rows = [
+        ("size on disk", human("size", m.size_bytes)),
+        (f"score on {m.split} ({m.examples})", score),
+    ]
+    for name, value in (("latency p50", m.latency_ms_p50), ("latency p90", m.latency_ms_p90)):
+        if value is not None:
+            rows.append((name, human("latency", value)))
+    for name in ("throughput", "memory"):
+        value = m.quantity(name)
+        if value is not None:
+            rows.append(("peak memory" if name == "memory" else name, human(name, value)))
+    rows.append(("where", ", ".join(f"{k} {v}" for k, v in m.where.items())))
+    return rows
+
+
+def print_run(finished: Run) -> None:
+    console = output(False)
+    table = Table(
+        title="The exported file beside the original, on the test split", title_justify="left"
+    )
+    for name in ("", "original", "compressed", "ratio", "goal", "met?"):
+        table.add_column(name, justify="left" if not name else "right")
+    for row in comparison(finished):
+        met = {True: "[green]yes[/]", False: "[red]no[/]", None: ""}[row["met"]]
+        table.add_row(row["name"], *row["figures"], row["change"], row["goal"], met)
+    console.print(table)
+    if finished.comparison is not None:
+        console.print(f"Score: {finished.comparison.verdict}", highlight=False)
+        console.print(f"Speed: {finished.comparison.speed}", highlight=False)
+    colour = "green" if finished.met else "red"
+    console.print(f"[bold {colour}]{escape(finished.verdict)}[/]", highlight=False)
+    if finished.artifact is not None:
+        folder = Path(finished.details["folder"])
+        shipped = [str(path) for path in parts(folder / finished.artifact.path)]
+        for name, paths in (("Artifact", shipped), ("Report", [str(folder / "report.html")])):
+            line = f"{name + ':':9} {escape(' and '.join(paths))}"
+            console.print(line, highlight=False, soft_wrap=True)
+
+
+def file_of(run: Run, verb: str) -> Path:
+    """The Python file that the run's command named."""
+    found = next((word for word in shlex.split(run.command) if word.endswith(".py")), None)
+    if found is None:
+        raise UserError(f"{verb}: the run was not started from a file; name it with --file.")
+    if not Path(found).is_file():
+        raise UserError(f"{verb}: {found}: no such file here; name it with --file.")
+    return Path(found)
+
+
+def why(run: Run) -> str:
+    """What differs between the run and this replay."""
+    now = versions(run.target["runtime"])
+    changed = [f"{n} was {v}, is {now.get(n)}" for n, v in run.versions.items() if now.get(n) != v]
+    return "; ".join(changed) or (
+        "made with the same versions, so on another kind of processor, or with another number of "
+        "threads (OMP_NUM_THREADS), which changes how sums are rounded"
+    )

@@ -1,0 +1,1 @@
+"""From goals to recipes."""

@@ -1,0 +1,225 @@
+"""The head of a container: which files it holds, and where each stretch of their bytes is coded.
+
+    4 bytes   "PARE"            1 byte   version
+    u32       bytes of the index, deflated     u32   CRC-32 of them
+    u64       bytes of the index, inflated
+
+The index is a row of whole numbers (LEB128) and names; the coded chunks follow it. All is
+little-endian. It can be read without decoding a single tensor.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from paredown.ship.pack.blocks import Layout
+from paredown.ship.pack.entropy import Damaged, inflate
+
+MAGIC, VERSION = b"PARE", 1
+CHUNK = 1 << 23  # bytes that are coded at a time, so that memory stays bounded
+MAX_INDEX = 1 << 28
+_HEAD = struct.Struct("<4sBIIQ")
+
+
+@dataclass(frozen=True)
+class File:
+    """A file inside: its name without a folder, its size in bytes, and the SHA-256 of it."""
+
+    name: str
+    size: int
+    sha256: bytes
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Bytes that are coded together.
+
+    ``ranges`` are (start, end) in all files behind each other; with ``copies`` each holds the same
+    bytes, which are coded once. ``chunks`` are the bytes of each coded chunk.
+    """
+
+    layout: Layout
+    ranges: tuple[tuple[int, int], ...]
+    copies: bool
+    chunks: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes that are coded."""
+        sizes = [end - start for start, end in self.ranges]
+        return sizes[0] if self.copies else sum(sizes)
+
+    def pieces(self) -> list[int]:
+        """The size of each chunk before it is coded: whole rows, except in the last."""
+        row = self.layout.width * max(1, self.layout.columns)
+        step = max(1, CHUNK // row) * row
+        return [min(step, self.size - at) for at in range(0, self.size, step)]
+
+
+@dataclass(frozen=True)
+class Index:
+    files: tuple[File, ...]
+    streams: tuple[Stream, ...]
+
+    @property
+    def size(self) -> int:
+        return sum(file.size for file in self.files)
+
+
+def write(index: Index) -> bytes:
+    """The head of a container.
+
+    Example:
+        >>> stream = Stream(Layout(), ((0, 3),), False, (4,))
+        >>> index = Index((File("a.onnx", 3, bytes(32)),), (stream,))
+        >>> read(write(index))[0] == index
+        True
+    """
+    body = bytearray(_number(len(index.files)))
+    for file in index.files:
+        name = file.name.encode()
+        body += _number(len(name)) + name + _number(file.size) + file.sha256
+    body += _number(len(index.streams))
+    for stream in index.streams:
+        layout = stream.layout
+        flags = layout.width | layout.floats << 4 | stream.copies << 5
+        body += b"".join(map(_number, (flags, layout.columns, len(stream.ranges))))
+        last = 0
+        for start, end in stream.ranges:
+            body += _number(start - last) + _number(end - start)
+            last = end
+        body += b"".join(map(_number, stream.chunks))
+    packed = zlib.compress(bytes(body), 9)
+    return _HEAD.pack(MAGIC, VERSION, len(packed), zlib.crc32(packed), len(body)) + packed
+
+
+def read(data: bytes) -> tuple[Index, int]:
+    """The index at the start of ``data``, and how many bytes it takes there.
+
+    Raises:
+        Damaged: it is none, or says what cannot be.
+    """
+    length = head_bytes(data)
+    packed = data[_HEAD.size : length]
+    _, _, _, crc, size = _HEAD.unpack_from(data)
+    if len(data) < length or zlib.crc32(packed) != crc:
+        raise Damaged("its index is cut off or changed")
+    numbers = _Reader(inflate(packed, size))
+    files = tuple(_file(numbers) for _ in range(numbers.count()))
+    streams = tuple(_stream(numbers) for _ in range(numbers.count()))
+    numbers.finish()
+    index = Index(files, streams)
+    _check_cover(index)
+    return index, length
+
+
+def head_bytes(data: bytes) -> int:
+    """How many bytes head and index take, from the first 32 bytes.
+
+    Raises:
+        Damaged: it is no container, or one of a later version.
+    """
+    if len(data) < _HEAD.size or data[:4] != MAGIC:
+        raise Damaged("it is no .pare container")
+    _, version, packed, _, size = _HEAD.unpack_from(data)
+    if version != VERSION:
+        raise Damaged(f"it is of version {version}; this paredown reads version {VERSION}")
+    if size > MAX_INDEX or size > 1100 * packed + 64:
+        raise Damaged("its index is larger than an index can be")
+    return _HEAD.size + int(packed)
+
+
+class _Reader:
+    """Whole numbers and names, one after the other."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data, self._at = data, 0
+
+    def number(self) -> int:
+        value = 0
+        for shift in range(0, 63, 7):
+            byte = self.bytes(1)[0]
+            value |= (byte & 127) << shift
+            if byte < 128:
+                return value
+        raise Damaged("its index holds a number without an end")
+
+    def count(self) -> int:
+        """A number of entries, each at least a byte of what is left."""
+        value = self.number()
+        if value > len(self._data) - self._at:
+            raise Damaged("its index promises more than it holds")
+        return value
+
+    def bytes(self, count: int) -> bytes:
+        if self._at + count > len(self._data):
+            raise Damaged("its index is cut off")
+        self._at += count
+        return self._data[self._at - count : self._at]
+
+    def finish(self) -> None:
+        if self._at != len(self._data):
+            raise Damaged("its index holds more than it should")
+
+
+def _number(value: int) -> bytes:
+    made = bytearray()
+    while value > 127:
+        made.append(value & 127 | 128)
+        value >>= 7
+    return bytes([*made, value])
+
+
+def _file(numbers: _Reader) -> File:
+    try:
+        name = numbers.bytes(numbers.count()).decode()
+    except UnicodeDecodeError as error:
+        raise Damaged("a file in it has no name") from error
+    plain = 0 < len(name) <= 200 and name.isprintable() and not set(name) & set('/\\:<>"|?*')
+    if not plain or name.startswith("."):
+        raise Damaged(f"a file in it has the name {name[:80]!r}, which may reach out of its folder")
+    return File(name, numbers.number(), numbers.bytes(32))
+
+
+def _stream(numbers: _Reader) -> Stream:
+    flags, columns, ranges = numbers.number(), numbers.number(), numbers.count()
+    layout = Layout(flags & 15, columns, bool(flags >> 4 & 1))
+    if layout.width not in (1, 2, 4, 8) or flags >> 6 or not ranges:
+        raise Damaged("its index holds an element that is not known")
+    found, last = [], 0
+    for _ in range(ranges):
+        start = last + numbers.number()
+        last = start + numbers.number()
+        found.append((start, last))
+    bare = Stream(layout, tuple(found), bool(flags >> 5 & 1), ())
+    if bare.copies and len({end - start for start, end in found}) > 1:
+        raise Damaged("its index repeats what has different sizes")
+    if -(-bare.size // CHUNK) > numbers_left(numbers):
+        raise Damaged("its index promises more than it holds")
+    chunks = tuple(numbers.number() for _ in bare.pieces())
+    return Stream(layout, bare.ranges, bare.copies, chunks)
+
+
+def numbers_left(numbers: _Reader) -> int:
+    """At most so many numbers can still come."""
+    return len(numbers._data) - numbers._at
+
+
+def _check_cover(index: Index) -> None:
+    """That the streams fill every byte of the files exactly once."""
+    if not index.files or len({file.name for file in index.files}) < len(index.files):
+        raise Damaged("it holds no file, or two of one name")
+    at = 0
+    for start, end in sorted(_ranges(index)):
+        if start != at or end <= start:
+            raise Damaged("its index leaves a gap or says something twice")
+        at = end
+    if at != index.size:
+        raise Damaged("its index does not fill its files")
+
+
+def _ranges(index: Index) -> Iterator[tuple[int, int]]:
+    return (each for stream in index.streams for each in stream.ranges)

@@ -1,0 +1,251 @@
+"""A layer's weight as a product of two or three smaller ones that loses least of its outputs.
+
+Shapes: N independent groups (a grouped convolution has several, other layers one) of O outputs and
+C inputs with a kernel K, a list of sizes that is empty for a linear layer. A weight is
+(N, O, C, *K), its inputs at P places are (N, P, C, *K), its outputs there (N, P, O). Factors come
+in the order in which they run, the first (N, R, C, *K'), the last (N, O, R, *K'').
+
+What counts is the change of the outputs on those inputs, not that of the weight. With the identity
+as inputs both are the same, and what is found is the plain decomposition of the weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from paredown.train.reconstruct import refit
+
+DAMPING = 0.01  # share of what all directions alike add to those that the inputs show
+RIDGE = 1e-4
+SWEEPS = 5  # of alternating least squares in a Tucker decomposition
+
+Factors = tuple[Tensor, ...]
+
+
+def product(factors: Sequence[Tensor]) -> Tensor:
+    """The weight that the factors make together, (N, O, C, *K).
+
+    In each dimension of the kernel at most one of them may be larger than one.
+
+    Example:
+        >>> product([torch.ones(1, 2, 3, 3, 1), torch.ones(1, 4, 2, 1, 5)]).shape
+        torch.Size([1, 4, 3, 3, 5])
+    """
+    made = factors[0]
+    for last in factors[1:]:
+        pairs = zip(made.shape[3:], last.shape[3:], strict=True)
+        kernel = [max(a, b) for a, b in pairs]
+        left, right = (t.reshape(*t.shape[:3], -1) for t in (made, last))
+        joined = torch.einsum("nrcy,norx->nocyx", left, right)
+        made = joined.reshape(*joined.shape[:3], *kernel)
+    return made
+
+
+def balanced(factors: Sequence[Tensor]) -> Factors:
+    """The same product with both sides of each inner channel of the same norm.
+
+    Rounding to integers and training both want numbers of like size.
+
+    Example:
+        >>> [float(f) for f in balanced([torch.full((1, 1, 1), 8.0), torch.full((1, 1, 1), 0.5)])]
+        [2.0, 2.0]
+    """
+    made = list(factors)
+    for place in range(len(made) - 1):
+        before, after = made[place], made[place + 1]
+        left = before.flatten(2).norm(dim=2)  # (N, R)
+        right = after.transpose(1, 2).flatten(2).norm(dim=2)
+        scale = torch.where((left > 0) & (right > 0), (right / left).sqrt(), 1.0)
+        scale = torch.where(scale.isfinite() & (scale > 0), scale, 1.0)
+        ones = [1] * (before.dim() - 3)
+        made[place] = before * scale.reshape(*scale.shape, 1, *ones)
+        made[place + 1] = after / scale.reshape(len(scale), 1, -1, *ones)
+    return tuple(made)
+
+
+# --- channels: K to R channels, then 1 x 1 ---------------------------------------------------
+
+
+def output_directions(weight: Tensor, y: Tensor, damping: float = DAMPING) -> Tensor:
+    """Orthonormal directions of the outputs, those that carry most first: (N, O, O), one a column.
+
+    The first R of them lose least of the outputs of all subspaces of R dimensions: with the
+    identity as inputs that is the truncated SVD (Eckart & Young), with real ones the SVD of the
+    weight whitened by its inputs' covariance (Zhang et al. 1505.06798, Wang et al. 2403.07378).
+
+    Example:
+        >>> y = torch.tensor([[[3.0, 0.0], [0.0, 1.0]]])
+        >>> output_directions(torch.eye(2)[None], y).abs().round().tolist()
+        [[[1.0, 0.0], [0.0, 1.0]]]
+    """
+    flat, y = weight.flatten(2).double(), y.double()
+    seen, own = y.mT @ y, flat @ flat.mT  # (N, O, O)
+    traces = [each.diagonal(dim1=1, dim2=2).sum(1)[:, None, None] for each in (seen, own)]
+    level = torch.where(traces[0] > 0, damping * traces[0], 1.0) / traces[1].clamp(min=1e-300)
+    return torch.linalg.eigh(seen + level * own).eigenvectors.flip(2)
+
+
+def channel_losses(directions: Tensor, y: Tensor) -> Tensor:
+    """``|y - y'|^2`` with the first R directions alone, for R from 0 to O: (O + 1,).
+
+    Example:
+        >>> channel_losses(torch.eye(2)[None].double(), torch.tensor([[[3.0, 1.0]]])).tolist()
+        [10.0, 1.0, 0.0]
+    """
+    carried = (y.double() @ directions).square().sum((0, 1))  # (O,)
+    rest = carried.flip(0).cumsum(0).flip(0)
+    return torch.cat([rest, rest.new_zeros(1)])
+
+
+def channel_factors(weight: Tensor, directions: Tensor, rank: int) -> Factors:
+    """The kernel to ``rank`` channels, and 1 x 1 from those to the outputs (Zhang 1505.06798).
+
+    Example:
+        >>> weight = torch.randn(1, 4, 3, 3, 3)
+        >>> directions = output_directions(weight, weight.flatten(2).mT)
+        >>> factors = channel_factors(weight, directions, 4)
+        >>> torch.allclose(product(factors), weight.double(), atol=1e-5)
+        True
+    """
+    kept = directions[..., :rank]  # (N, O, R)
+    first = (kept.mT @ weight.flatten(2).double()).reshape(-1, rank, *weight.shape[2:])
+    return first, kept.reshape(*kept.shape, *[1] * (weight.dim() - 3))
+
+
+# --- spatial: h x 1, then 1 x w ---------------------------------------------------------------
+
+
+def root(rows: Tensor, damping: float = DAMPING) -> tuple[Tensor, Tensor]:
+    """S (N, F, F) with ``S S'`` the second moment of the rows (N, P, F), and its inverse.
+
+    Example:
+        >>> whole, inverse = root(torch.eye(2)[None], 0.0)
+        >>> (whole @ whole.mT * 2).round().tolist()
+        [[[1.0, 0.0], [0.0, 1.0]]]
+    """
+    moment = rows.double().mT @ rows.double() / max(1, rows.shape[1])
+    level = moment.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
+    level = torch.where(level > 0, damping * level, 1.0)
+    values, vectors = torch.linalg.eigh(moment + level * torch.eye(moment.shape[1]).double())
+    roots = values.clamp(min=1e-12 * float(values.max())).sqrt()[:, None]
+    return vectors * roots, (vectors / roots).mT
+
+
+def spatial_directions(weight: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """All factors of a kernel h x w at once: of h x 1 (N, Q, C, h, 1), of 1 x w (N, O, Q, 1, w).
+
+    The SVD of Jaderberg et al. (1405.3866, scheme 2) on the (O w, C h) matrix of the weight, here
+    whitened by what columns of h pixels hold.
+
+    Example:
+        >>> weight, x = torch.randn(1, 4, 3, 3, 3), torch.randn(1, 200, 3, 3, 3)
+        >>> torch.allclose(product(spatial_directions(weight, x)), weight.double(), atol=1e-5)
+        True
+    """
+    groups, outputs, inputs, height, width = weight.shape
+    columns = x.permute(0, 1, 4, 2, 3).flatten(3).flatten(1, 2)  # (N, P w, C h)
+    whole, inverse = root(columns)
+    matrix = weight.double().permute(0, 1, 4, 2, 3).reshape(groups, -1, inputs * height)
+    left, values, right = torch.linalg.svd(matrix @ whole, full_matrices=False)
+    first = (right @ inverse).reshape(groups, -1, inputs, height, 1)
+    last = (left * values[:, None]).reshape(groups, outputs, width, 1, -1)
+    return first, last.permute(0, 1, 4, 3, 2)
+
+
+def spatial_factors(first: Tensor, last: Tensor, rank: int) -> Factors:
+    """The first ``rank`` of what `spatial_directions` found."""
+    return first[:, :rank], last[:, :, :rank]
+
+
+# --- Tucker-2: 1 x 1, the kernel, 1 x 1 -------------------------------------------------------
+
+
+def channel_root(x: Tensor) -> tuple[Tensor, Tensor]:
+    """`root` of the inputs' channels at all places of the kernel: (N, P, C, *K) -> (N, C, C)."""
+    return root(x.flatten(3).transpose(2, 3).flatten(1, 2))
+
+
+def mode_losses(weight: Tensor, whole: Tensor) -> tuple[Tensor, Tensor]:
+    """What outputs and input channels each lose with their first R directions: (O + 1,), (C + 1,).
+
+    Shares of the whitened weight's energy, by the singular values of its unfoldings.
+    """
+    white = torch.einsum("nock,ncd->nodk", weight.double().flatten(3), whole)
+    shares = []
+    for unfolded in (white.flatten(2), white.transpose(1, 2).flatten(2)):
+        energy = torch.linalg.eigvalsh(unfolded @ unfolded.mT).clamp(min=0).flip(1).sum(0)
+        rest = energy.flip(0).cumsum(0).flip(0)
+        shares.append(torch.cat([rest, rest.new_zeros(1)]) / rest[0].clamp(min=1e-300))
+    return shares[0], shares[1]
+
+
+def tucker_factors(
+    weight: Tensor, roots: tuple[Tensor, Tensor], outputs: int, inputs: int
+) -> Factors:
+    """1 x 1 to ``inputs`` channels, the kernel to ``outputs``, 1 x 1 to all (Kim 1511.06530).
+
+    Higher-order orthogonal iteration (De Lathauwer 2000) on the weight whitened by ``roots``, those
+    of its input channels.
+
+    Example:
+        >>> weight = torch.randn(1, 4, 3, 3, 3)
+        >>> factors = tucker_factors(weight, channel_root(torch.randn(1, 99, 3, 3, 3)), 4, 3)
+        >>> torch.allclose(product(factors), weight.double(), atol=1e-5)
+        True
+    """
+    whole, inverse = roots
+    white = torch.einsum("nock,ncd->nodk", weight.double().flatten(3), whole)  # (N, O, C, k)
+    right = _leading(white.transpose(1, 2), inputs)  # (N, C, inputs)
+    for _ in range(SWEEPS):
+        left = _leading(torch.einsum("nock,nci->noik", white, right), outputs)
+        right = _leading(torch.einsum("nock,nor->ncrk", white, left), inputs)
+    left = _leading(torch.einsum("nock,nci->noik", white, right), outputs)
+    core = torch.einsum("nock,nor,nci->nrik", white, left, right)
+    ones = [1] * (weight.dim() - 3)
+    kernel = weight.shape[3:]
+    down = (right.mT @ inverse).reshape(len(weight), inputs, -1, *ones)
+    return down, core.reshape(*core.shape[:3], *kernel), left.reshape(*left.shape, *ones)
+
+
+def _leading(tensor: Tensor, count: int) -> Tensor:
+    """The first left singular vectors of (N, M, ...) unfolded along M: (N, M, count)."""
+    unfolded = tensor.flatten(2)
+    return torch.linalg.eigh(unfolded @ unfolded.mT).eigenvectors.flip(2)[..., :count]
+
+
+# --- on the inputs that there are -------------------------------------------------------------
+
+
+def refit_last(factors: Factors, x: Tensor, y: Tensor) -> Factors:
+    """The last factor anew, by least squares on what the others make of the inputs.
+
+    Example:
+        >>> x, weight = torch.randn(1, 50, 4), torch.randn(1, 3, 4)
+        >>> factors = (torch.eye(4)[None], torch.zeros(1, 3, 4))
+        >>> made = refit_last(factors, x, x @ weight.mT)
+        >>> torch.allclose(product(made), weight.double(), atol=1e-2)
+        True
+    """
+    *first, last = (factor.double() for factor in factors)
+    before = product(first)
+    cells = before.shape[3:].numel()
+    split = x.reshape(*x.shape[:3], cells, -1).double()  # its own kernel apart from that before
+    seen = torch.einsum("npcyx,nrcy->nprx", split, before.reshape(*before.shape[:3], -1))
+    rows, flat = seen.flatten(2), last.flatten(2)
+    made = [refit(*each, None, RIDGE)[0] for each in zip(rows, y.double(), flat, strict=True)]
+    return (*first, torch.stack(made).reshape(last.shape))
+
+
+def lost(weight: Tensor, factors: Sequence[Tensor], x: Tensor) -> float:
+    """``|y - y'|^2`` on the inputs, (N, P, C, *K).
+
+    Example:
+        >>> factors = [torch.ones(1, 1, 2), torch.zeros(1, 1, 1)]
+        >>> lost(torch.ones(1, 1, 2), factors, torch.ones(1, 3, 2))
+        12.0
+    """
+    change = (weight.double() - product([f.double() for f in factors])).float().flatten(2)
+    return float((x.flatten(2).float() @ change.mT).square().sum(dtype=torch.float64))

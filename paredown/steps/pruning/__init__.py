@@ -1,0 +1,1 @@
+"""Weights set to zero; channels, heads and blocks cut."""

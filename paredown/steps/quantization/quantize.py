@@ -1,0 +1,221 @@
+"""Post-training quantization: 8-bit activations, static or dynamic, weights of 8 or 4 bits."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import glob
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+
+from paredown.core.errors import UserError
+from paredown.core.progress import say
+from paredown.core.task import Target, Task
+from paredown.core.units import parse_drop
+from paredown.data.observe import Statistics, channels_last, observe
+from paredown.graph.computed import fold_computed_weights
+from paredown.graph.fold import fold_batch_norm
+from paredown.graph.model import Model
+from paredown.graph.quantized.low_bits import LOW_BITS
+from paredown.graph.quantized.quantizers import quantizers
+from paredown.graph.quantized.regions import INTEGER_KINDS, Regions, find_regions, prepare
+from paredown.graph.quantized.scales import WEIGHT_GRIDS
+from paredown.graph.shared import regroup
+from paredown.graph.sites import sites
+from paredown.steps.quantization import mixed
+from paredown.steps.quantization.correct import correct_biases
+from paredown.steps.quantization.equalize import equalize
+from paredown.steps.quantization.insert import insert_dynamic, insert_quantizers, insert_tables
+from paredown.steps.quantization.ranges import RANGES, Range, percentile_range
+
+SCHEMES = {"int8": 8, "int4": 4, "int8-dynamic": 8}  # bits of the weights
+
+
+@dataclass(frozen=True)
+class Quantize:
+    """Weights to int8 or int4 per channel and activations to uint8 per tensor, after training.
+
+    Good for convolutional networks and the linear layers of transformers: the file shrinks to
+    about a quarter, and kernels with int8 dot products run about twice as fast. It does not pay
+    in latency on tiny layers, where moving bytes costs as much as computing on them, nor on CPUs
+    without int8 dot products; models of mostly recurrent layers shrink little, since those stay in
+    float. Tables that are looked up are kept as integers and read as floats.
+
+    ``"int8-dynamic"`` finds the range of a layer's input anew at each inference, and quantizes
+    linear layers alone: for transformers and models of linear layers whose ranges differ from
+    input to input. It does not pay for convolutions, whose dynamic kernels are slow and which
+    stay in float; and all examples of a batch share a range.
+
+    Args:
+        scheme: "int8", "int4" for weights of 4 bits, or "int8-dynamic", which needs no calibration
+            data where ``smooth`` is 0 and ``correct_bias`` is off.
+        ranges: how activation ranges are chosen from the calibration data: "lp", "minmax",
+            "percentile" or "entropy".
+        percentile: for ``ranges="percentile"``, the share of values kept, in per cent.
+        first, last: whether the first and the last layer are quantized too.
+        edge_bits: for ``scheme="int4"``, bits of the first and the last layer's weights: 8 or 4.
+        embedding_bits: of tables that are looked up: 8, 4, or 0 for float.
+        exclude: names of weights, or patterns such as ``"head.*"``, that stay in float.
+        smooth: how much of the difference in size between channels moves from values into the
+            weights that read them, 0 to 1, wherever that changes nothing in float; 0 is off. Of a
+            model with shared weights, whose values it would part, nothing moves.
+        correct_bias: take back the mean shift of each layer's output by its bias.
+        max_drop: mixed precision: the most that the score on the validation data may fall, such as
+            "0.5%"; as few layers as that needs stay in float. See `settle`.
+
+    Raises:
+        UserError: unknown settings; a model that is quantized already or has no layer that runs
+            on integers; calibration data with NaN or infinite values.
+
+    Example:
+        >>> import torch, paredown
+        >>> from torch.utils.data import TensorDataset
+        >>> model = paredown.capture(torch.nn.Linear(4, 2), (torch.zeros(1, 4),))
+        >>> data = TensorDataset(torch.randn(16, 4), torch.zeros(16))
+        >>> task = paredown.Task(example=(torch.zeros(1, 4),), score=None, calibration=data)
+        >>> quantized = Quantize("int8").apply(model, task)
+        >>> sorted(quantized.state_dict())
+        ['bias', 'weight', 'weight_scale']
+    """
+
+    # What is needed depends on the scheme, and stands on the instance; see `PruneChannels`.
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    scheme: str = "int8"
+    ranges: str = "lp"
+    percentile: float = 99.99
+    first: bool = True
+    last: bool = True
+    edge_bits: int = 8
+    embedding_bits: int = 8
+    exclude: tuple[str, ...] = ()
+    smooth: float = 0.5
+    correct_bias: bool = True
+    max_drop: float | str | None = None
+
+    def __post_init__(self) -> None:
+        if self.scheme not in SCHEMES:
+            known = " or ".join(f'"{name}"' for name in SCHEMES)
+            raise UserError(f"quantize: scheme {self.scheme!r} is not known; it can be {known}.")
+        if self.ranges not in RANGES:
+            raise UserError(f"quantize: ranges {self.ranges!r} is not one of {', '.join(RANGES)}.")
+        if not 50 < self.percentile <= 100:
+            raise UserError(f"quantize: percentile must be in (50, 100], got {self.percentile}.")
+        if self.edge_bits not in WEIGHT_GRIDS:
+            raise UserError(f"quantize: edge_bits must be 8 or 4, got {self.edge_bits!r}.")
+        if self.embedding_bits not in (*WEIGHT_GRIDS, 0):
+            raise UserError(
+                f"quantize: embedding_bits must be 8, 4, or 0 for float, got "
+                f"{self.embedding_bits!r}."
+            )
+        if not 0 <= self.smooth <= 1:
+            raise UserError(f"quantize: smooth must be in [0, 1], got {self.smooth!r}.")
+        object.__setattr__(self, "exclude", tuple(self.exclude))
+        blind = self._dynamic and not self.smooth and not self.correct_bias
+        needs = set() if blind else {"calibration"}
+        if self.max_drop is not None:
+            parse_drop(self.max_drop)
+            needs |= {"score", "validation"}
+        object.__setattr__(self, "needs", frozenset(needs))
+
+    @property
+    def form(self) -> str:
+        return self.scheme
+
+    @property
+    def _dynamic(self) -> bool:
+        return self.scheme == "int8-dynamic"
+
+    def apply(self, model: Model, task: Task) -> Model:
+        if any(node.target not in LOW_BITS for node in quantizers(model.graph)):
+            raise UserError("quantize: the model is quantized already.")
+        if self.max_drop is not None:
+            return self.settle(model, task, Target()).apply(model, task)
+        made = model.copy().eval()
+        fold_computed_weights(made)
+        prepare(made)
+        fold_batch_norm(made.graph)
+        regroup(made)
+        skipped = self._skipped(made)
+        regions = find_regions(made, skipped)
+        if not regions.sites:
+            kinds = "linear layer" if self._dynamic else "convolution or linear layer"
+            raise UserError(f"quantize: no {kinds} is left to run on integers.")
+        with torch.no_grad(), channels_last(made):
+            if self.smooth and not made.shared:
+                equalize(made, task, [site.weight for site in regions.sites], self.smooth)
+            found = {} if self._dynamic else self._ranges(made, task, regions)
+            # Low-bit weights may change in place as quantizers come in; others keep their values.
+            exact = made.copy() if quantizers(made.graph) else made.frozen()
+            if self._dynamic:
+                insert_dynamic(made, regions.sites)
+            else:
+                insert_quantizers(made, regions, found, self._bits(made))
+            if self.embedding_bits:
+                insert_tables(made, self.embedding_bits, {*skipped, *made.shared})
+            if self.correct_bias:
+                correct_biases(exact, made, task)
+        return made
+
+    def settle(self, model: Model, task: Task, target: Target) -> Quantize:
+        """The same step with the layers named that stay in float, so that it repeats.
+
+        Raises:
+            UserError: the score falls by more than ``max_drop`` with one layer quantized.
+        """
+        if self.max_drop is None:
+            return self
+        plain = replace(self, max_drop=None)
+
+        def without(floats: Sequence[str]) -> Quantize:
+            return replace(plain, exclude=(*self.exclude, *map(glob.escape, floats)))
+
+        def quantize(floats: Sequence[str]) -> Model:
+            return without(floats).apply(model, task)
+
+        floats = mixed.choose(model, task, self.max_drop, quantize)
+        say(f"  {len(floats)} layers stay in float" + (f": {', '.join(floats)}" if floats else ""))
+        return without(floats)
+
+    def _ranges(self, model: Model, task: Task, regions: Regions) -> dict[str, Range]:
+        statistics = observe(model, task, regions.own, histogram=self.ranges != "minmax")
+        return {name: self._range(each) for name, each in statistics.items()}
+
+    def _range(self, statistics: Statistics) -> Range:
+        if self.ranges == "percentile":
+            return percentile_range(statistics, self.percentile)
+        return RANGES[self.ranges](statistics)
+
+    def _skipped(self, model: Model) -> set[str]:
+        weights = [site.weight for site in sites(model.graph)]
+        skipped = set()
+        for pattern in self.exclude:
+            matched = {name for name in weights if fnmatch.fnmatchcase(name, pattern)}
+            if not matched:
+                near = difflib.get_close_matches(pattern, weights, 1, 0.0)
+                raise UserError(
+                    f"quantize: exclude {pattern!r} is no layer; the nearest is {near}."
+                )
+            skipped |= matched
+        layers = _layers(model)
+        skipped |= set(layers[:1] if not self.first else ())
+        skipped |= set(layers[-1:] if not self.last else ())
+        if self._dynamic:
+            skipped |= {site.weight for site in sites(model.graph) if site.kind == "conv"}
+        return skipped
+
+    def _bits(self, model: Model) -> dict[str, int]:
+        """Bits of each layer's weight."""
+        layers = _layers(model)
+        edges = dict.fromkeys((layers[0], layers[-1]), self.edge_bits)
+        return dict.fromkeys(layers, SCHEMES[self.scheme]) | (
+            edges if self.scheme == "int4" else {}
+        )
+
+
+def _layers(model: Model) -> list[str]:
+    """The weights of the layers with integer kernels, in the order they run."""
+    return [s.weight for s in sites(model.graph) if s.kind in INTEGER_KINDS]

@@ -1,0 +1,242 @@
+"""A recipe is a list of steps: check it against a task, apply it, write it as TOML."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+import torch
+from torch import nn
+
+from paredown.core import progress
+from paredown.core.errors import UserError
+from paredown.core.task import Target, Task
+from paredown.graph.capture import capture
+from paredown.graph.model import Model
+from paredown.graph.shared import apart
+from paredown.steps import STEPS, step_class
+from paredown.steps.step import FORMS, Step
+from paredown.targets.artifact import digest
+from paredown.targets.runtimes import RUNTIMES, runtime
+from paredown.train.distill.teacher import started_from
+
+NONE = "none"  # TOML has no null
+
+
+def apply(model: Model | nn.Module, steps: Sequence[Step], task: Task) -> Model:
+    """Apply a recipe without a run folder; the input is left as it was.
+
+    Raises:
+        UserError: a step lacks what it needs (all such problems at once, before any work), or
+            has nothing to change.
+
+    Example:
+        >>> import torch, paredown
+        >>> task = paredown.Task(example=(torch.zeros(1, 4),), score=None)
+        >>> pruned = apply(torch.nn.Linear(4, 2), [paredown.PruneWeights(0.5)], task)
+        >>> int((pruned.state_dict()["weight"] == 0).sum())
+        4
+    """
+    made = capture(model, task.example, task.dynamic)
+    found = problems(steps, task)
+    if found:
+        raise UserError("\n".join(found))
+    with started_from(made):
+        for step in steps:
+            progress.say(f"  {line(step)}")
+            made = apply_step(made, step, task)
+    return made
+
+
+def settle(step: Step, model: Model, task: Task, target: Target) -> Step:
+    """The step with all amounts that must be measured on the target found, so that it repeats."""
+    settled: Step = step.settle(model, task, target) if hasattr(step, "settle") else step
+    return settled
+
+
+def apply_step(model: Model, step: Step, task: Task) -> Model:
+    """One step, and the check that pruned weights stayed zero through it, and shared ones equal."""
+    try:
+        made = step.apply(model, task)
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # of the user's loss or data, or an op the step does not know
+        raise UserError(f"{line(step)}: failed: {type(error).__name__}: {error}") from error
+    broken = next(apart(made), None)
+    if broken is not None:
+        raise UserError(f"{line(step)}: weights of {broken!r} that shared a value came apart.")
+    state = made.state_dict()
+    for name, mask in made.masks.items():
+        if name in state and bool((state[name][~mask] != 0).any()):
+            raise UserError(f"{line(step)}: weights of {name!r} that were pruned came back.")
+    for name, tensor in state.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise UserError(f"{line(step)}: {name!r} became NaN or infinite.")
+    return made
+
+
+def problems(steps: Sequence[Step], task: Task, target: Target | None = None) -> list[str]:
+    """What the task, and the target's runtime, lack for these steps, one sentence each."""
+    found = []
+    for step in steps:
+        lacking = task.missing(step.needs)
+        if lacking:
+            found.append(f"{line(step)}: needs {' and '.join(lacking)} of the task.")
+        seen = step.problems() if hasattr(step, "problems") else []
+        found += [f"{line(step)}: {problem}" for problem in seen]
+    return found + (_unwritable(steps, target.runtime) if target else [])
+
+
+def files(steps: Sequence[Step]) -> dict[str, str]:
+    """Path -> SHA-256 of each file that a step reads, such as a teacher's."""
+    named = [path for step in steps if hasattr(step, "files") for path in step.files()]
+    return {path: digest(Path(path)) for path in named}
+
+
+def _unwritable(steps: Sequence[Step], name: str) -> list[str]:
+    """Steps whose result the runtime cannot write, each with what would do."""
+    can = runtime(name).FORMS
+    able = {other: runtime(other).FORMS for other in RUNTIMES}
+    found = []
+    for step in steps:
+        form = getattr(step, "form", None)
+        if form is not None and form not in can:
+            others = [other for other, forms in able.items() if form in forms]
+            here = " or ".join(FORMS[each] for each in FORMS if each in can)
+            elsewhere = f", or the runtime {' or '.join(others)}" if others else ""
+            found.append(f"{line(step)}: {name} cannot run {form}; use {here}{elsewhere}.")
+    return found
+
+
+def name(step: Step) -> str:
+    """The name under which a step stands in `STEPS`."""
+    spelled = f"{type(step).__module__}:{type(step).__qualname__}"
+    for key, value in STEPS.items():
+        if value == spelled:
+            return key
+    raise UserError(f"step: {type(step).__name__} is not one of {', '.join(STEPS)}.")
+
+
+def settings(step: Step) -> dict[str, Any]:
+    """A step's settings that differ from their defaults, and those without one."""
+    found = {}
+    for field in dataclasses.fields(step):  # type: ignore[arg-type]
+        value = getattr(step, field.name)
+        if value != field.default:
+            plain = list(value) if isinstance(value, tuple) else value
+            found[field.name] = NONE if plain is None else plain
+    return found
+
+
+def line(step: Step) -> str:
+    """A step as a person would type it.
+
+    Example:
+        >>> from paredown.steps.quantization.quantize import Quantize
+        >>> line(Quantize(ranges="entropy"))
+        "Quantize(ranges='entropy')"
+    """
+    inside = ", ".join(f"{key}={value!r}" for key, value in settings(step).items())
+    return f"{type(step).__name__}({inside})"
+
+
+def to_toml(steps: Sequence[Step]) -> str:
+    """A recipe as TOML: one ``[[step]]`` table each.
+
+    Example:
+        >>> from paredown.steps.quantization.quantize import Quantize
+        >>> print(to_toml([Quantize(last=False)]).strip())
+        [[step]]
+        name = "quantize"
+        last = false
+    """
+    tables = [tomli_w.dumps({"name": name(step), **settings(step)}) for step in steps]
+    return "\n".join(f"[[step]]\n{table}" for table in tables)
+
+
+def from_toml(text: str, where: str = "recipe") -> list[Step]:
+    """The steps of a recipe; names come from `STEPS` alone and nothing is evaluated.
+
+    Raises:
+        UserError: not TOML, an unknown step or setting, or a value that the step refuses.
+    """
+    try:
+        tables = tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise UserError(f"{where}: not a recipe in TOML: {error}.") from error
+    steps = tables.pop("step", [])
+    if tables or not isinstance(steps, list) or not all(isinstance(step, dict) for step in steps):
+        other = f", found {next(iter(tables))!r}" if tables else ""
+        raise UserError(f"{where}: expected [[step]] tables and nothing else{other}.")
+    made, wrong = [], []
+    for number, step in enumerate(steps, 1):
+        try:
+            made.append(_step(dict(step)))
+        except (UserError, TypeError, ValueError) as error:
+            wrong.append(f"{where}, step {number}: {error}")
+    if wrong:
+        raise UserError("\n".join(wrong))
+    return made
+
+
+def load(path: str | Path) -> list[Step]:
+    """The steps of a recipe file.
+
+    Raises:
+        UserError: as `from_toml`, or the file cannot be read or holds no step.
+    """
+    path = Path(path)
+    try:
+        steps = from_toml(path.read_text(encoding="utf-8"), str(path))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not a recipe in TOML: it is not UTF-8 text.") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}.") from error
+    if not steps:
+        raise UserError(f"{path}: holds no [[step]].")
+    return steps
+
+
+def _step(table: dict[str, Any]) -> Step:
+    named = table.pop("name", None)
+    if not isinstance(named, str):
+        raise UserError('has no name = "...".')
+    kind = step_class(named)
+    known = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    unknown = sorted(set(table) - known)
+    if unknown:
+        raise UserError(
+            f"{named} has no setting {unknown[0]!r}; it has {', '.join(sorted(known))}."
+        )
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in table.items()}
+    values = {k: None if v == NONE else v for k, v in values.items()}
+    for field in dataclasses.fields(kind):  # type: ignore[arg-type]
+        if field.name in values:
+            _check_type(field.name, values[field.name], str(field.type))
+    return kind(**values)
+
+
+_TYPES = {
+    "float": ((int, float), "a number"),
+    "int": ((int,), "a whole number"),
+    "str": ((str,), "a text"),
+    "bool": ((bool,), "true or false"),
+    "tuple[str, ...]": ((tuple,), "a list of texts"),
+    "None": ((type(None),), '"none"'),
+}
+
+
+def _check_type(name: str, value: Any, annotation: str) -> None:
+    """That a value from TOML is of a type that its setting takes."""
+    allowed = [_TYPES[part] for part in annotation.split(" | ") if part in _TYPES]
+    fits = [
+        isinstance(value, kinds) and (not isinstance(value, bool) or bool in kinds)
+        for kinds, _ in allowed
+    ]
+    if allowed and not any(fits):
+        expected = " or ".join(words for _, words in allowed)
+        raise UserError(f"{name}: expected {expected}, got {value!r}.")

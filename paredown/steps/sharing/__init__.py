@@ -1,0 +1,1 @@
+"""Fewer distinct numbers."""

@@ -1,0 +1,1 @@
+"""Where a file runs, and what is written for it."""

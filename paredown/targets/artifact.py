@@ -1,0 +1,68 @@
+"""An exported file: written, its parts, its size and digest."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from paredown.core.results import Artifact
+from paredown.core.task import Target
+from paredown.targets.runtimes import RUNTIMES, ready, runtime
+
+if TYPE_CHECKING:
+    from paredown.graph.model import Model
+
+
+def size_bytes(file: Path) -> int:
+    """Bytes on disk: the file with its companions, or all files of a folder."""
+    if file.is_dir():
+        return sum(each.stat().st_size for each in file.rglob("*") if each.is_file())
+    weights = file.with_name(file.name + ".data")  # of an ONNX file that others made
+    return sum(part.stat().st_size for part in [*parts(file), weights] if part.is_file())
+
+
+def parts(path: Path) -> list[Path]:
+    """The files that an artifact is made of: the one that is opened, then its companions.
+
+    Example:
+        >>> [each.name for each in parts(Path("model.onnx"))]
+        ['model.onnx']
+    """
+    found = [runtime(name) for name in RUNTIMES]
+    beside = {chosen.SUFFIX: chosen.COMPANIONS for chosen in found}.get(path.suffix, ())
+    return [path, *(path.with_suffix(suffix) for suffix in beside)]
+
+
+def digest(path: Path) -> str:
+    """SHA-256 over all bytes of an artifact, those of its companions last.
+
+    Raises:
+        OSError: one of its files cannot be read.
+    """
+    made = hashlib.sha256()
+    for part in parts(path):
+        with part.open("rb") as file:
+            while block := file.read(2**20):
+                made.update(block)
+    return made.hexdigest()
+
+
+def export(model: Model, target: Target, path: str | Path) -> Artifact:
+    """Write the model as a file of the target's runtime; the file is checked against the model.
+
+    Raises:
+        UserError: the runtime is not installed or cannot take the model, or the file differs from
+            it or cannot be written.
+
+    Example:
+        >>> import tempfile, torch, paredown
+        >>> model = paredown.capture(torch.nn.Linear(4, 2), (torch.zeros(1, 4),))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     artifact = export(model, Target(), f"{folder}/model.onnx")
+        ...     open(artifact.path)(torch.zeros(3, 4).numpy())[0].shape
+        (3, 2)
+    """
+    written: Path = ready(target.runtime).lower(model, path)
+    size = sum(part.stat().st_size for part in parts(written))
+    return Artifact(str(written), target.runtime, digest(written), size, "")

@@ -1,0 +1,227 @@
+"""This machine as a device: one child process for each file that is measured."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from paredown.core.errors import UserError
+from paredown.targets.devices import probe
+from paredown.targets.devices.device import TIMEOUT_S, Device
+
+MAX_ANSWER = 2**26  # bytes of one line
+MAX_FILE = 2**34  # bytes that a child may write into one file
+THREADS = (
+    "OMP_NUM_THREADS",
+    "OPENBLAS_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "VECLIB_MAXIMUM_THREADS",
+    "NUMEXPR_NUM_THREADS",
+)
+
+
+def connect(address: str) -> Device:
+    """This machine, whose address is ``local``.
+
+    Raises:
+        UserError: something stands behind that.
+    """
+    if address != "local":
+        raise UserError(f"device: {address!r}: this machine is 'local', and nothing else.")
+    return Probe
+
+
+class Probe:
+    """An exported file, opened by its runtime in a fresh process for as long as the block lasts.
+
+    Args:
+        file: the exported file.
+        runtime_file: the Python file of the runtime, with ``open(path, threads)``.
+        threads: threads of one inference.
+        timeout_s: the longest that one request may take, in seconds.
+        memory_bytes: the most memory the process may allocate; by default all there is.
+
+    Raises:
+        UserError: the file cannot be opened, or the process crashed, hung or answered with an
+            error; names the file and what happened.
+    """
+
+    def __init__(
+        self,
+        file: Path,
+        runtime_file: Path,
+        threads: int = 1,
+        timeout_s: float = TIMEOUT_S,
+        memory_bytes: int | None = None,
+    ) -> None:
+        self.file = file
+        self.runtime_file = runtime_file
+        self.threads = threads
+        self.timeout_s = timeout_s
+        self.memory_bytes = memory_bytes or physical_memory()
+        self.input_names: list[str] = []
+        self.output_names: list[str] = []
+
+    def __enter__(self) -> Probe:
+        if not self.file.exists():
+            raise UserError(f"{self.file}: no such file.")
+        self._stderr = tempfile.TemporaryFile()
+        self._pending = b""
+        self._child = subprocess.Popen(
+            [sys.executable, "-I", probe.__file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._stderr,
+            env={**os.environ, **dict.fromkeys(THREADS, str(self.threads))},
+            start_new_session=True,
+        )
+        try:
+            limit(self._child.pid, self.memory_bytes)
+            names = self._ask(
+                "open",
+                file=str(self.file.absolute()),
+                runtime_file=str(self.runtime_file.absolute()),
+                threads=self.threads,
+            )
+        except BaseException:
+            self._kill()
+            raise
+        self.input_names, self.output_names = names["inputs"], names["outputs"]
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._kill()
+
+    @property
+    def pid(self) -> int:
+        return self._child.pid
+
+    def run(self, inputs: Path, outputs: Path) -> list[list[np.ndarray]]:
+        """Run every batch of the npz file ``inputs``; the outputs pass through ``outputs``."""
+        self._ask("run", inputs=str(inputs.absolute()), outputs=str(outputs.absolute()))
+        return list(probe.read_batches(str(outputs)))
+
+    def time(self, inputs: Path, count: int, warmup: int = 0) -> tuple[np.ndarray, float | None]:
+        """Latencies in ms (count,), cycling through the batches, and mJ per inference or None."""
+        answer = self._ask("time", inputs=str(inputs.absolute()), warmup=warmup, count=count)
+        return np.array(answer["latencies_ms"], dtype=np.float64), answer["energy_mj"]
+
+    def memory(self) -> int | None:
+        """Peak resident bytes since just before the file was opened; None where unknown."""
+        peak: int | None = self._ask("memory")["peak_bytes"]
+        return peak
+
+    def describe(self) -> dict[str, str]:
+        """The device and what runs on it: cpu, cores, os, python, runtime."""
+        return {"device": "local", **self._ask("versions"), "threads": str(self.threads)}
+
+    def _ask(self, command: str, **values: Any) -> dict[str, Any]:
+        line = json.dumps({"command": command, **values}).encode() + b"\n"
+        assert self._child.stdin is not None
+        if self._stderr.closed:
+            raise UserError(f"{self.file}: its process has ended; open it again.")
+        with contextlib.suppress(BrokenPipeError):  # told by the answer that does not come
+            self._child.stdin.write(line)
+            self._child.stdin.flush()
+        answer: dict[str, Any] = json.loads(self._line(command))
+        if "error" in answer:
+            raise UserError(f"{self.file}: {DOING[command]} failed: {answer['error']}")
+        return answer
+
+    def _line(self, command: str) -> bytes:
+        """The next line of the child's standard output."""
+        assert self._child.stdout is not None
+        until = time.monotonic() + self.timeout_s
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._child.stdout, selectors.EVENT_READ)
+            while b"\n" not in self._pending:
+                if not selector.select(max(0.0, until - time.monotonic())):
+                    self._kill()
+                    raise UserError(
+                        f"{self.file}: {DOING[command]} took more than {self.timeout_s:g} s "
+                        "and was stopped."
+                    )
+                part = os.read(self._child.stdout.fileno(), 2**16)
+                if not part or len(self._pending) > MAX_ANSWER:
+                    raise UserError(f"{self.file}: {DOING[command]} {self._ending()}.")
+                self._pending += part
+        line, _, self._pending = self._pending.partition(b"\n")
+        return line
+
+    def _ending(self) -> str:
+        """How the child ended, and its last words."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._child.wait(5)
+        code, said = self._child.returncode, self._last_words()
+        self._kill()
+        if code is None:
+            how = "gave no answer"
+        elif code < 0:
+            how = f"crashed ({signal.Signals(-code).name})"
+        else:
+            how = f"ended with exit code {code}"
+        return f"{how}: {said}" if said else how
+
+    def _last_words(self) -> str:
+        size = os.fstat(self._stderr.fileno()).st_size
+        text = os.pread(self._stderr.fileno(), 2000, max(0, size - 2000)).decode(errors="replace")
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        return lines[-1][:300] if lines else ""
+
+    def _kill(self) -> None:
+        """End the child and whatever it started."""
+        if self._stderr.closed:
+            return
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._child.pid, signal.SIGKILL)
+        self._child.wait()
+        for stream in (self._child.stdin, self._child.stdout):
+            with contextlib.suppress(BrokenPipeError):
+                if stream is not None:
+                    stream.close()
+        self._stderr.close()
+
+
+DOING = {
+    "open": "opening it",
+    "run": "running it",
+    "time": "timing it",
+    "memory": "reading its memory",
+    "versions": "reading the device",
+}
+
+
+def limit(pid: int, memory_bytes: int) -> None:
+    """Bound a child's memory and files, and let it leave no core; where the system can."""
+    import resource
+
+    if not hasattr(resource, "prlimit"):
+        return
+    bounds = ((resource.RLIMIT_DATA, memory_bytes), (resource.RLIMIT_FSIZE, MAX_FILE))
+    with contextlib.suppress(ProcessLookupError, PermissionError, ValueError):
+        for kind, most in (*bounds, (resource.RLIMIT_CORE, 0)):
+            hard = resource.prlimit(pid, kind)[1]
+            most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+            resource.prlimit(pid, kind, (most, most))
+
+
+def physical_memory() -> int:
+    """Bytes of memory in this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,0 +1,1 @@
+"""A model as a .pte file for XNNPACK."""

@@ -1,0 +1,1 @@
+"""A model as OpenVINO's .xml and .bin."""

@@ -1,0 +1,179 @@
+"""ONNX Runtime, the default runtime: ``lower`` writes an ONNX file, ``open`` runs one.
+
+The probe loads this file by its path in a process without PyTorch, so the module imports numpy
+alone; what lowering needs stands in ``paredown/targets/formats/onnx/write.py``.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Collection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from paredown.core.measurement import Census
+    from paredown.graph.model import Model
+
+
+SUFFIX, COMPANIONS = ".onnx", ()
+# besides float32; see paredown.steps.step.Step
+FORMS = frozenset(
+    {
+        *("int8", "int8-dynamic", "int4", "int8-weights", "int4-weights"),
+        *("binary", "ternary", "fp16"),
+    }
+)
+INT8_BYTES = (8, 1050)  # of scales, and of nodes and their names, as found in conv nets
+PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+
+# What an operator of the optimised graph computes in; the others move or cast data.
+INTEGER_OPS = frozenset(
+    {
+        *("QLinearConv", "QLinearMatMul", "QGemm", "QLinearAdd", "QLinearMul", "QLinearConcat"),
+        *("QLinearAveragePool", "QLinearGlobalAveragePool", "QLinearSigmoid", "QLinearLeakyRelu"),
+        *("QLinearSoftmax", "QLinearWhere", "MatMulIntegerToFloat", "ConvInteger", "MatMulInteger"),
+        *("DynamicQuantizeMatMul", "QAttention", "MatMulNBits", "GatherBlockQuantized"),
+    }
+)
+# Ops with an integer kernel; what only moves values is not counted.
+FUSABLE_OPS = frozenset(
+    {
+        *("Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "Add", "Mul"),
+        *("Concat", "AveragePool", "GlobalAveragePool", "Sigmoid", "LeakyRelu", "MaxPool"),
+    }
+)
+SINGLE_OPS = frozenset({"AveragePool", "GlobalAveragePool", "Sigmoid", "LeakyRelu", "MaxPool"})
+PACKED = frozenset({"int4", "uint4"})  # two to a byte
+ALWAYS_FUSED = frozenset({"Conv", "FusedConv", "Gemm", "FusedGemm"})  # whatever takes their output
+# Functions that unpack weights of one bit and two -> what the weights are.
+LOW_BITS = {"UnpackBinary": "binary", "UnpackTernary": "ternary"}
+UNPACKED = (
+    "ONNX Runtime unpacks {} weights when it opens the file: from there on memory and kernels are "
+    "those of float weights, or of int8 ones where the layer's input is int8 too."
+)
+
+
+class Predictor:
+    """An open ONNX file: call it with one array per input, get a tuple of arrays."""
+
+    def __init__(self, session: Any) -> None:
+        self._session = session
+        self.input_names = [item.name for item in session.get_inputs()]
+        self.output_names = [item.name for item in session.get_outputs()]
+
+    def __call__(self, *arrays: np.ndarray) -> tuple[np.ndarray, ...]:
+        feeds = dict(zip(self.input_names, arrays, strict=True))
+        return tuple(self._session.run(None, feeds))
+
+
+def open(path: Path | str, threads: int = 1) -> Predictor:
+    """Open an ONNX file on the CPU with that many threads."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(
+        str(path), session_options(threads), providers=["CPUExecutionProvider"]
+    )
+    return Predictor(session)
+
+
+def session_options(threads: int) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    return options
+
+
+def version() -> str:
+    import onnxruntime
+
+    return f"onnxruntime {onnxruntime.__version__}"
+
+
+def lower(model: Model, path: Path | str) -> Path:
+    """Write the model as an ONNX file that holds weights and graph only, and check it.
+
+    Raises:
+        UserError: an op has no ONNX form, or the file's outputs differ from the model's; names
+            the tensor that differs most.
+    """
+    from paredown.core.errors import UserError
+    from paredown.core.files import write_atomically
+    from paredown.targets import parity
+    from paredown.targets.formats.onnx import values, write
+
+    path = Path(path)
+    write_atomically(path, write.encode(model))
+    try:
+        parity.check(model, path, open(path), values.worst_tensor)
+    except UserError:
+        path.unlink()
+        raise
+    return path
+
+
+def open_inside(model: Model, path: Path | str, names: Collection[str]) -> Any:
+    """What runs a file made of ``model`` and gives its outputs and the values of those nodes."""
+    from paredown.targets.formats.onnx import values
+
+    return values.open_inside(model, Path(path), names)
+
+
+def census(path: Path | str) -> Census:
+    """Count the ops that ONNX Runtime really runs for this file."""
+    import onnx
+    import onnxruntime
+
+    from paredown.core.measurement import Census
+
+    with tempfile.TemporaryDirectory() as folder:
+        options = session_options(1)
+        options.optimized_model_filepath = f"{folder}/optimised.onnx"
+        onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        nodes = list(onnx.load(options.optimized_model_filepath).graph.node)
+    loaded = onnx.load(str(path)).graph
+    low = {n.input[0]: LOW_BITS[n.op_type] for n in loaded.node if n.op_type in LOW_BITS}
+    weights: dict[str, int] = {}
+    for tensor in loaded.initializer:
+        kind = onnx.TensorProto.DataType.Name(tensor.data_type).lower()
+        array = onnx.numpy_helper.to_array(tensor)
+        held = -(-array.size // 2) if kind in PACKED else array.nbytes
+        kind = low.get(tensor.name, kind)
+        weights[kind] = weights.get(kind, 0) + held
+    integer: dict[str, int] = {}
+    floating: dict[str, int] = {}
+    for node in nodes:
+        counts = integer if node.op_type in INTEGER_OPS else floating
+        counts[node.op_type] = counts.get(node.op_type, 0) + 1
+    notes = (UNPACKED.format(" and ".join(sorted(set(low.values())))),) if low else ()
+    names = {tensor.name for tensor in loaded.initializer}
+    return Census(integer, floating, weights, tuple(_unfused(nodes, names)), notes)
+
+
+def _unfused(nodes: list[Any], held: set[str]) -> list[str]:
+    """Ops that could run on integers and do not; weights of the file, ``held`` in it as integers,
+    that are dequantized at every inference."""
+    made_by = {output: node.op_type for node in nodes for output in node.output}
+    used_by: dict[str, set[str]] = {}
+    for node in nodes:
+        for name in node.input:
+            used_by.setdefault(name, set()).add(node.op_type)
+    found = []
+    for node in nodes:
+        if node.op_type == "DequantizeLinear" and node.input[0] in held:
+            found.append(f"DequantizeLinear {node.input[0]}")
+        if node.op_type not in FUSABLE_OPS:
+            continue
+        sources = [made_by[name] for name in node.input if name in made_by]
+        operands = 1 if node.op_type in SINGLE_OPS else 2  # constants in float do not fuse
+        users = set().union(*(used_by.get(name, set()) for name in node.output))
+        between = node.op_type in ALWAYS_FUSED or users == {"QuantizeLinear"}
+        integers = len(sources) >= operands and set(sources) == {"DequantizeLinear"}
+        if integers and between:
+            found.append(f"{node.op_type} {node.output[0]}")
+    return found

@@ -1,0 +1,149 @@
+"""PyTorch itself: ``lower`` writes the captured model, ``open`` runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+
+    from paredown.core.measurement import Census
+    from paredown.graph.model import Model
+
+
+SUFFIX, COMPANIONS = ".safetensors", ()
+# besides float32, all run as simulated; see paredown.steps.step.Step
+FORMS = frozenset(
+    {
+        *("int8", "int8-dynamic", "int4", "int8-weights", "int4-weights"),
+        *("binary", "ternary", "fp16", "bf16"),
+    }
+)
+INT8_BYTES = None  # weights stay float
+PACKAGES = ("torch", "safetensors")
+KINDS = {1: "binary", 2: "ternary"}  # by bits
+UNPACKED = "PyTorch unpacks {} weights when it opens the file, and runs them in float."
+
+
+class Predictor:
+    """An open model file: call it with one array per input, get a tuple of arrays."""
+
+    def __init__(self, model: Model) -> None:
+        from paredown.graph import structure
+
+        self._model = model
+        self.input_names = [item.name for item in model.inputs]
+        self.output_names = [
+            n.replace(".", "_") or "output" for n in structure.names(model.outputs)
+        ]
+
+    def __call__(self, *arrays: np.ndarray) -> tuple[np.ndarray, ...]:
+        import torch
+
+        with torch.inference_mode():
+            outputs = self._model.graph(*[torch.from_numpy(array) for array in arrays])
+        return tuple(_plain(output) for output in outputs)
+
+
+def _plain(tensor: Any) -> np.ndarray:
+    import torch
+
+    wide = tensor.float() if tensor.dtype is torch.bfloat16 else tensor
+    return wide.numpy()  # type: ignore[no-any-return]
+
+
+def lower(model: Model, path: Path | str) -> Path:
+    """Write the model in evaluation mode as one safetensors file, low-bit weights packed.
+
+    Raises:
+        UserError: the file cannot be written, or holds something that cannot be saved.
+    """
+    from paredown.graph.edit import erase_counters
+    from paredown.graph.quantized.packed import pack_weights
+
+    shipped = model.copy().eval()
+    erase_counters(shipped.graph)
+    pack_weights(shipped)
+    for node in shipped.graph.graph.nodes:  # lines of the user's sources, and where they lie
+        node.meta.pop("stack_trace", None)
+    shipped.save(path)
+    return Path(path)
+
+
+def open(path: Path | str, threads: int = 1) -> Predictor:
+    """Open a model file on the CPU with that many threads."""
+    import torch
+
+    from paredown.graph.model import Model
+    from paredown.graph.quantized.packed import unpack_weights
+
+    torch.set_num_threads(threads)
+    model = Model.load(path)
+    unpack_weights(model)
+    return Predictor(model)
+
+
+def census(path: Path | str) -> Census:
+    """Count the ATen ops of the graph, all in float, and the bytes of its tensors."""
+    from collections import Counter
+
+    from paredown.core.measurement import Census
+    from paredown.graph.model import Model
+    from paredown.graph.quantized.packed import UNPACK
+    from paredown.graph.shared_store import stored
+    from paredown.graph.state import getattr_or_none
+
+    model = Model.load(path)
+    nodes = model.graph.graph.nodes
+    ops = Counter(n.target.__name__ for n in nodes if n.op == "call_function")
+    low = {n.args[0].target: KINDS[n.args[3]] for n in nodes if n.target is UNPACK}
+    weights: Counter[str] = Counter()
+    state = {id(tensor): (name, tensor) for name, tensor in model.state_dict().items()}
+    tied = {id(getattr_or_none(model.graph, name)) for name in model.shared}
+    for name, tensor in state.values():
+        if id(tensor) not in tied:
+            weights[low.get(name, _kind(tensor))] += tensor.nbytes
+    for tensor in stored(model)[1].values():
+        weights[_kind(tensor)] += tensor.nbytes
+    notes = (UNPACKED.format(" and ".join(sorted(set(low.values())))),) if low else ()
+    return Census({}, dict(ops), dict(weights), notes=notes)
+
+
+def _kind(tensor: torch.Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def open_inside(model: Model, path: Path | str, names: Collection[str]) -> Any:
+    """What runs a file made of ``model`` and gives its outputs and the values of those nodes."""
+    import torch
+    from torch import fx
+
+    from paredown.graph.model import Model
+
+    found: dict[str, torch.Tensor] = {}
+
+    class Recorder(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            value = super().run_node(n)
+            if n.name in names and isinstance(value, torch.Tensor):
+                found[n.name] = value.clone()
+            return value
+
+    recorder = Recorder(Model.load(path).graph)
+
+    def values(leaves: Sequence[torch.Tensor]) -> Any:
+        with torch.no_grad():
+            outputs = list(recorder.run(*[leaf.clone() for leaf in leaves]))
+        return outputs, dict(found)
+
+    return values
+
+
+def version() -> str:
+    import torch
+
+    return f"torch {torch.__version__}"

@@ -1,0 +1,178 @@
+"""The model that teaches: the recipe's original or a file, and what it says, kept on disk."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from paredown.core import progress
+from paredown.core.errors import UserError
+from paredown.core.task import Task
+from paredown.core.units import human
+from paredown.data import batches, splits
+from paredown.graph import structure
+from paredown.graph.capture import capture
+from paredown.graph.model import Model
+
+ORIGINAL = "original"
+TAUGHT = "paredown.taught"  # where a kept example has what the teacher says of it
+original: ContextVar[Model | None] = ContextVar("original", default=None)  # of the recipe
+
+
+@contextlib.contextmanager
+def started_from(model: Model) -> Iterator[None]:
+    """Within the block this is the model that the recipe started from."""
+    token = original.set(model)
+    try:
+        yield
+    finally:
+        original.reset(token)
+
+
+def find(name: str, student: Model, task: Task) -> Model:
+    """The teacher, a copy in evaluation mode: of the recipe's original (of the model itself where
+    there is no recipe), or of what `capture` makes of a file.
+
+    Raises:
+        UserError: the file is no model, or its outputs are others than the student's.
+    """
+    if name == ORIGINAL:
+        return (original.get() or student).copy().eval()
+    try:
+        made = capture(Path(name), task.example, task.dynamic)
+    except UserError as error:
+        raise UserError(f"teacher: {error}") from error
+    return made.copy().eval()
+
+
+def check_file(name: str) -> str:
+    """What is wrong with the name of a teacher; "" where nothing is."""
+    if name == ORIGINAL or Path(name).is_file():
+        return ""
+    return (
+        f"teacher: {name}: no such file; name a saved model (.safetensors, .pt2), a Python file "
+        f'that defines model(), or "{ORIGINAL}".'
+    )
+
+
+def check_outputs(student: Model, ours: list[Tensor], teacher: Model, theirs: list[Tensor]) -> None:
+    """Refuse a teacher whose outputs are not as many, or of other shapes, than the student's.
+
+    Raises:
+        UserError: says what the student gives and what the teacher gives.
+    """
+    if [t.shape for t in ours] != [t.shape for t in theirs]:
+        raise UserError(
+            f"teacher: expected outputs as the model's, {_spelled(student, ours)}; got "
+            f"{_spelled(teacher, theirs)}."
+        )
+
+
+def _spelled(model: Model, found: list[Tensor]) -> str:
+    names = structure.names(model.outputs)
+    pairs = zip(names, found, strict=True)
+    return ", ".join(f"{name} {tuple(t.shape)}".strip() for name, t in pairs)
+
+
+# --- kept on disk ----------------------------------------------------------------------------
+
+Says = Callable[[Any], list[Tensor]]  # inputs of a batch -> what the teacher says, batch first
+
+
+class Taught(Dataset[Any]):
+    """A split whose targets also hold what the teacher says of each example."""
+
+    def __init__(self, split: Dataset[Any], kept: list[np.ndarray[Any, Any]]):
+        self.split, self.kept = split, kept
+
+    def __len__(self) -> int:
+        return splits.size(self.split)
+
+    def __getitem__(self, index: int) -> Any:
+        inputs, target = splits.pair(self.split[index])
+        rows = [torch.from_numpy(np.array(each[index])) for each in self.kept]
+        labels = {} if target is None else {"target": target}
+        return inputs, {TAUGHT: rows, **labels}
+
+
+def keep(split: Dataset[Any], size: int, fixed: bool, says: Says, folder: Path) -> Taught:
+    """Ask the teacher once about every example, ``size`` at a time, and keep it in ``folder``.
+
+    Raises:
+        UserError: the data give other inputs each time, what the teacher says differs in shape
+            from example to example, or the disk is full.
+    """
+    _check_repeats(split)
+    count, paths = splits.size(split), None
+    kept: list[Any] = []
+    done = 0
+    asked = progress.track(splits.batches(split, size), "asking the teacher", -(-count // size))
+    for inputs, _ in asked:
+        here = batches.count(inputs)
+        rows = [t.cpu() for t in says(batches.padded(inputs, size) if fixed else inputs)]
+        if paths is None:
+            paths = [folder / f"teacher-{number}.npy" for number in range(len(rows))]
+            kept = _opened(paths, rows, count)
+        for array, row in zip(kept, rows, strict=True):
+            _check_rows(array, row, size if fixed else here)
+            array[done : done + here] = row[:here].numpy()
+        done += here
+    total = human("size", sum(array.nbytes for array in kept))
+    progress.say(f"  what the teacher says of {count} examples is kept on disk: {total}")
+    return Taught(split, kept)
+
+
+def _opened(paths: list[Path], rows: list[Tensor], count: int) -> list[Any]:
+    """Arrays on disk for all examples, each like ``rows``."""
+    shapes = [(count, *row.shape[1:]) for row in rows]
+    needed = sum(row[0].nbytes * count for row in rows)
+    free = shutil.disk_usage(paths[0].parent).free
+    if needed > free:
+        raise UserError(
+            f"cache: what the teacher says takes {human('size', needed)}, and the disk has "
+            f"{human('size', free)} left; make room, or leave cache off."
+        )
+    made = zip(paths, shapes, rows, strict=True)
+    return [
+        np.lib.format.open_memmap(path, "w+", row.numpy().dtype, shape) for path, shape, row in made
+    ]
+
+
+def _check_rows(array: Any, row: Tensor, count: int) -> None:
+    if row.shape[1:] != array.shape[1:] or len(row) != count:
+        raise UserError(
+            f"cache: what the teacher says has shape {tuple(row.shape)} for {count} examples, "
+            f"expected ({count}, {', '.join(map(str, array.shape[1:]))}): only values of one shape "
+            "with the batch first can be kept; leave cache off."
+        )
+
+
+def _check_repeats(split: Dataset[Any]) -> None:
+    """That the first examples are the same when they are read again."""
+    for index in range(min(8, splits.size(split))):
+        once, again = (structure.flatten(splits.pair(split[index])[0])[0] for _ in range(2))
+        if not all(map(torch.equal, once, again)):
+            raise UserError(
+                "cache: the training data give another input each time (augmentation?), of which "
+                "the teacher has to be asked anew; leave cache off."
+            )
+
+
+@contextlib.contextmanager
+def room(folder: Path | None) -> Iterator[Path]:
+    """The folder to keep things in: the run's, or one that is gone afterwards."""
+    if folder is not None:
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as made:
+        yield Path(made)

@@ -1,0 +1,263 @@
+"""The one training loop: seeded, resumable, and true to what is pruned and what is shared."""
+
+from __future__ import annotations
+
+import math
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from paredown.core import progress
+from paredown.core.errors import UserError
+from paredown.core.task import Task
+from paredown.data import batches, splits
+from paredown.data.evaluate import evaluate
+from paredown.graph import machine
+from paredown.graph.model import Model
+from paredown.train import qat
+from paredown.train.checkpoint import State, mark_of, resume, write
+from paredown.train.lasso import Lasso, units_of
+from paredown.train.masks import Masks
+from paredown.train.objective import Objective, TaskLoss
+from paredown.train.parameters import copy_into, tensors, trainable
+from paredown.train.settings import Training, learning_rate
+from paredown.train.ties import Ties
+
+scratch: ContextVar[Path | None] = ContextVar("scratch", default=None)  # folder for checkpoints
+
+
+def fit(
+    model: Model,
+    task: Task,
+    settings: Training,
+    checkpoint: Path | None = None,
+    objective: Objective | None = None,
+) -> list[dict[str, Any]]:
+    """Train the model's graph in place; it ends in evaluation mode, on the device it came from.
+
+    Args:
+        checkpoint: a file written after each epoch. Where it holds this same training (model,
+            settings and data sizes), it goes on from there, to the same bits; else it is replaced.
+        objective: what is minimised; None is the task's own loss.
+
+    Returns:
+        One row for each epoch: ``epoch``, ``loss`` (mean), ``lr`` and, with a validation split,
+        ``score`` (mean).
+
+    Raises:
+        UserError: no training data or loss, nothing to train (or, with ``group_lasso``, to
+            shrink), a loss that is not finite, a group that the lasso has driven to zero, or not
+            enough memory for one example.
+    """
+    _check(model, task, settings, objective)
+    objective = objective or TaskLoss(task)
+    home, device = machine.device_of(model), machine.device(settings.device)
+    mark = mark_of(model, task, settings, objective.mark()) if checkpoint else ""
+    lasso = units_of(model, settings.group_lasso) if settings.group_lasso else None
+    try:
+        qat.attach(model, settings.quantizers)
+        machine.move(model, device)
+        objective.to(device)
+        lasso = lasso and lasso.to(device)
+        with machine.repeatable(device):
+            state = _start(model, task, settings, objective.extra)
+            if checkpoint is not None:
+                resume(checkpoint, mark, model, state)
+            while state.epoch < math.ceil(settings.epochs) and not _stopped(state, settings):
+                _one_epoch(model, task, settings, state, objective, lasso)
+                if checkpoint is not None:
+                    write(checkpoint, mark, model, state)
+        if settings.patience is not None:
+            copy_into(tensors(model.graph), state.best)
+    finally:
+        model.eval()
+        qat.bake(model)
+        machine.move(model, home)
+    return state.history
+
+
+# --- one epoch, one step ---------------------------------------------------------------------
+
+
+def _one_epoch(
+    model: Model,
+    task: Task,
+    settings: Training,
+    state: State,
+    objective: Objective,
+    lasso: Lasso | None,
+) -> None:
+    """Epoch ``state.epoch``: every step, the validation score, the row of the history."""
+    split = splits.split(task, "train")
+    per_epoch = batches.per_epoch(splits.size(split), state.batch, model.fixed_batch)
+    total = max(1, round(settings.epochs * per_epoch))
+    first = state.epoch * per_epoch
+    seed = settings.seed * 1_000_003 + state.epoch  # so a resumed epoch draws the same numbers
+    machine.seed(seed)
+    model.train()
+    masks, ties = Masks(model), Ties(model)
+    weights = _weights(model)
+    losses, rate = [], 0.0
+    order = splits.batches(split, state.batch, shuffle=True, seed=seed)
+    steps = min(per_epoch, total - first)
+    what = f"training, epoch {state.epoch + 1}"
+    for index, batch in enumerate(progress.track(batches.first(order, steps), what, steps)):
+        rate = learning_rate(first + index, total, settings.lr, settings.warmup)
+        for group in state.optimizer.param_groups:
+            group["lr"] = rate
+        losses.append(_loss_and_gradients(model, objective, batch, state))
+        _check_loss(losses[-1], state.epoch, index, rate)
+        _update(weights, settings, state, masks, ties)
+        if lasso is not None:
+            lasso.shrink(rate)
+            ties.hold()
+    _check_weights(model, state.epoch)
+    model.eval()
+    qat.hold(model)
+    row = {"epoch": state.epoch + 1, "loss": math.fsum(losses) / len(losses), "lr": rate}
+    if task.validation is not None:
+        row["score"] = float(evaluate(model, task.validation, task).double().mean())
+        _remember(model, state, row["score"], settings)
+    state.history.append(row)
+    state.epoch += 1
+    score = f", validation score {row['score']:.4g}" if "score" in row else ""
+    gone = f", {lasso.zeros()} of {len(lasso.group)} units at zero" if lasso is not None else ""
+    progress.say(f"  epoch {state.epoch}: loss {row['loss']:.4g}{score}{gone}")
+
+
+def _loss_and_gradients(model: Model, objective: Objective, batch: Any, state: State) -> float:
+    """Of one batch; where memory is short, in chunks whose gradients add up to it."""
+    device = machine.device_of(model)
+    while True:
+        state.optimizer.zero_grad()
+        try:
+            return _gradients(model, objective, batch, state.chunk, device)
+        except Exception as error:
+            if not machine.no_memory(error):
+                raise
+        _halve(model, state, batches.count(batch))
+
+
+def _weights(model: Model) -> list[nn.Parameter]:
+    """What is trained, but for the changes of scales, whose gradients have a bound of their own."""
+    changes = qat.changes(model)
+    return [p for p in trainable(model).values() if id(p) not in changes]
+
+
+def _update(
+    weights: list[nn.Parameter], settings: Training, state: State, masks: Masks, ties: Ties
+) -> None:
+    masks.hold_gradients()
+    gradients = ties.gradients(weights)
+    if settings.clip_norm is not None:
+        norm = nn.utils.get_total_norm(gradients)
+        nn.utils.clip_grads_with_norm_(weights, settings.clip_norm, norm)
+    state.optimizer.step()
+    masks.hold_weights()
+    ties.hold()
+
+
+def _gradients(
+    model: Model, objective: Objective, batch: Any, chunk: int, device: torch.device
+) -> float:
+    count, total = batches.count(batch), 0.0
+    for part in batches.chunks(batch, chunk):
+        loss = objective(model, *batches.to(part, device))
+        share = batches.count(part) / count
+        (loss * share if share < 1 else loss).sum().backward()
+        total += float(loss.detach()) * share
+    return total
+
+
+def _halve(model: Model, state: State, count: int) -> None:
+    """After the handler has let go of the failed pass, so that its memory is free again."""
+    machine.free_memory()
+    size = min(state.chunk, count)
+    if size == 1 or model.fixed_batch:
+        raise UserError(
+            f"training: out of memory at a batch of {size}, which cannot be split; use smaller "
+            "inputs, a device with more memory, or optimizer='sgd', which keeps fewer numbers."
+        )
+    state.chunk = -(-size // 2)
+    progress.say(
+        f"out of memory at a batch of {size}: going on with {state.chunk} at a time, gradients "
+        f"added up to the same batch of {state.batch}"
+    )
+
+
+def _check_loss(loss: float, epoch: int, index: int, rate: float) -> None:
+    if not math.isfinite(loss):
+        raise UserError(
+            f"training: the loss is {loss} at epoch {epoch + 1}, batch {index + 1} "
+            f"(lr {rate:.3g}); use a smaller lr, set clip_norm, and check the data for NaN."
+        )
+
+
+def _check_weights(model: Model, epoch: int) -> None:
+    for name, parameter in trainable(model).items():
+        if not torch.isfinite(parameter).all():
+            raise UserError(
+                f"training: {name} became NaN or infinite in epoch {epoch + 1}; use a smaller "
+                "lr and set clip_norm."
+            )
+
+
+def _remember(model: Model, state: State, score: float, settings: Training) -> None:
+    scores = [row["score"] for row in state.history]
+    if settings.patience is not None and (not scores or score > max(scores)):
+        state.best = {name: t.detach().clone() for name, t in tensors(model.graph).items()}
+        state.best_epoch = state.epoch
+
+
+def _stopped(state: State, settings: Training) -> bool:
+    """Whether the score has not risen for ``patience`` epochs."""
+    if settings.patience is None or not state.history:
+        return False
+    return state.epoch - 1 - state.best_epoch >= settings.patience
+
+
+# --- the start -------------------------------------------------------------------------------
+
+
+def _check(model: Model, task: Task, settings: Training, objective: Objective | None) -> None:
+    splits.split(task, "train")
+    if task.loss is None and objective is None:
+        raise UserError("task: has no loss, which training needs: loss(output, target) -> ().")
+    if settings.patience is not None and task.validation is None:
+        raise UserError("patience: stopping early needs a validation split, which the task lacks.")
+    learning = trainable(model)
+    if not learning:
+        raise UserError(
+            "model: has nothing to train: no floating-point parameter with requires_grad."
+        )
+    half = [name for name, parameter in learning.items() if parameter.dtype == torch.float16]
+    if half:
+        raise UserError(
+            f"model: {half[0]} is float16, in which training does not converge; "
+            'train before Cast("fp16").'
+        )
+
+
+def _start(model: Model, task: Task, settings: Training, extra: dict[str, nn.Parameter]) -> State:
+    parameters = [*trainable(model).values(), *extra.values()]
+    groups = [
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": settings.weight_decay},
+        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    optimizer: torch.optim.Optimizer
+    if settings.optimizer == "sgd":
+        optimizer = torch.optim.SGD(groups, settings.lr, settings.momentum, fused=True)
+    else:
+        optimizer = torch.optim.AdamW(groups, settings.lr, fused=True)
+    batch = model.fixed_batch or settings.batch_size or task.batch_size
+    count = splits.size(splits.split(task, "train"))
+    if model.fixed_batch and count < batch:
+        raise UserError(
+            f"model: was captured with a fixed batch of {batch}; the train split has only {count} "
+            "examples."
+        )
+    return State(optimizer, batch, batch, extra)
