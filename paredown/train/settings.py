@@ -24,8 +24,8 @@ class Training:
         batch_size: examples per optimiser step; None takes the task's.
         group_lasso: strength of a group lasso over the units that `PruneChannels` can cut, so that
             it later finds units at nothing (`paredown.train.lasso`); 0 is off. Each step takes
-            ``lr * group_lasso`` of its group's mean norm from the strongest unit, 16 times that from
-            the weakest, for each group that a weight belongs to.
+            ``lr * group_lasso`` of its group's mean norm from the strongest unit, 16 times that
+            from the weakest, for each group that a weight belongs to.
         quantizers: what the scales of a quantized model do: "learned" trains them with the weights
             (LSQ, arXiv 1902.08153), "average" lets them follow the moving average of the ranges
             (arXiv 1712.05877), "frozen" leaves them. No effect on a model in float.
