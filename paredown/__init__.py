@@ -1,5 +1,7 @@
 """paredown pares a trained model down to a budget, and proves it."""
 
+from typing import Any
+
 from paredown.core.errors import UserError
 from paredown.core.goals import Goals
 from paredown.core.measurement import Measurement
@@ -17,42 +19,20 @@ from paredown.run.replay import replay
 from paredown.search.plan import plan
 from paredown.ship.open import open
 from paredown.ship.pack.container import pack, unpack
-from paredown.steps.low_rank.low_rank import LowRank
-from paredown.steps.pruning.prune_channels import PruneChannels
-from paredown.steps.pruning.prune_layers import PruneLayers
-from paredown.steps.pruning.prune_weights import PruneWeights
-from paredown.steps.quantization.binarize import Binarize
-from paredown.steps.quantization.cast import Cast
-from paredown.steps.quantization.quantize import Quantize
-from paredown.steps.quantization.quantize_weights import QuantizeWeights
+from paredown.steps import public_names, step_class
 from paredown.steps.recipe import apply
-from paredown.steps.sharing.hash_weights import HashWeights
-from paredown.steps.sharing.share_weights import ShareWeights
 from paredown.steps.step import Step
-from paredown.steps.training.distill import Distill
-from paredown.steps.training.fine_tune import FineTune
 from paredown.targets.artifact import export
 
+_STEPS = public_names()
 __all__ = [
     "Artifact",
-    "Binarize",
-    "Cast",
-    "Distill",
     "Exactness",
-    "FineTune",
     "Goals",
-    "HashWeights",
     "Limit",
-    "LowRank",
     "Measurement",
     "Model",
-    "PruneChannels",
-    "PruneLayers",
-    "PruneWeights",
-    "Quantize",
-    "QuantizeWeights",
     "Run",
-    "ShareWeights",
     "Step",
     "Target",
     "Task",
@@ -73,4 +53,16 @@ __all__ = [
     "token_accuracy",
     "unpack",
     "verify",
+    *_STEPS,
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """The class of a step, imported when it is first asked for."""
+    if name not in _STEPS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return step_class(_STEPS[name])
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -32,7 +32,7 @@ from paredown.ship import open
 from paredown.steps import STEPS, recipe, step_class
 from paredown.steps.pruning.criteria import CRITERIA
 from paredown.steps.quantization.cast import Cast
-from paredown.steps.step import FORMS, Step
+from paredown.steps.step import ALONE, FORMS, Step
 from paredown.targets import artifact, runtimes
 from paredown.targets.runtimes import RUNTIMES, onnxruntime, runtime
 from tests.architectures.blocks import EncoderBlock
@@ -388,13 +388,13 @@ def test_it_trains_on(name, kind, built, applied):
 # --- what a step needs -----------------------------------------------------------------------
 
 
-class Witness:
+class Witness(Step):
     """A step that would show that work had begun."""
 
     needs = frozenset()
     ran = False
 
-    def apply(self, model, task):
+    def apply(self, model, task, setting=ALONE):
         Witness.ran = True
         return model
 
@@ -548,10 +548,10 @@ def test_every_criterion_and_amount_keeps_the_promise(name, settings_, kind, bui
 
 def test_weights_that_come_back_are_told(built, applied):
     @dataclasses.dataclass(frozen=True)
-    class Revive:
+    class Revive(Step):
         needs = frozenset()
 
-        def apply(self, model, task):
+        def apply(self, model, task, setting=ALONE):
             made = model.copy()
             with torch.no_grad():
                 for parameter in made.parameters():
@@ -559,10 +559,10 @@ def test_weights_that_come_back_are_told(built, applied):
             return made
 
     @dataclasses.dataclass(frozen=True)
-    class Spoil:
+    class Spoil(Step):
         needs = frozenset()
 
-        def apply(self, model, task):
+        def apply(self, model, task, setting=ALONE):
             made = model.copy()
             with torch.no_grad():
                 next(iter(made.parameters())).fill_(float("nan"))

@@ -18,13 +18,13 @@ from paredown.core.task import Task
 from paredown.graph import taps
 from paredown.graph.model import Model
 from paredown.steps import recipe
+from paredown.steps.step import Setting
 from paredown.train import loop
 from paredown.train.distill import losses, teacher
 from paredown.train.distill.inner_values import View
 from paredown.train.distill.lesson import Teaching, prepare
 from paredown.train.distill.outputs import outputs_of
-from paredown.train.distill.teacher import started_from
-from paredown.train.loop import fit, scratch
+from paredown.train.loop import fit
 from paredown.train.settings import Training
 from tests.architectures import ARCHITECTURES, make
 from tests.architectures.blocks import EncoderBlock
@@ -411,8 +411,7 @@ def test_a_loss_of_classes_needs_classes(loss):
 def test_it_works_through_the_rounding(master, said):
     rounded = Quantize("int8").apply(PruneWeights(0.7).apply(master, TASK), TASK)
     step = Distill(alpha=0, internal=("hints", "attention_transfer"), **LONG)
-    with started_from(master):
-        made = step.apply(rounded, TASK)
+    made = step.apply(rounded, TASK, Setting(original=master))
     assert error(made, master) < 0.7 * error(rounded, master)
     scales = [key for key in made.state_dict() if "scale" in key]
     assert scales and set(made.state_dict()) == set(rounded.state_dict())
@@ -503,11 +502,8 @@ def test_a_teacher_that_is_asked_once_teaches_the_same(master, student, tmp_path
     settings = {**FAST, "teacher": str(tmp_path / "teacher.safetensors"), "epochs": 2}
     step = Distill(internal=("hints",), **settings)
     (tmp_path / "scratch").mkdir()
-    token = scratch.set(tmp_path / "scratch")
-    try:
-        kept = replace(step, cache=True).apply(student, task)
-    finally:
-        scratch.reset(token)
+    setting = Setting(scratch=tmp_path / "scratch")
+    kept = replace(step, cache=True).apply(student, task, setting)
     asked = step.apply(student, task)
     for key, value in asked.state_dict().items():
         torch.testing.assert_close(kept.state_dict()[key], value, rtol=1e-3, atol=1e-4)
@@ -573,8 +569,9 @@ def test_every_architecture_learns_from_its_original(name):
     step = Distill(
         epochs=1, batch_size=4, alpha=0, internal=("hints", "similarity"), lr=1e-5, device="cpu"
     )
-    with started_from(model):
-        made = step.apply(changed, task)  # which raises where a loss is not finite
+    made = step.apply(
+        changed, task, Setting(original=model)
+    )  # which raises where a loss is not finite
     leaves = [item.example for item in model.inputs]
     with torch.no_grad():
         ours, theirs = (m.graph(*[leaf.clone() for leaf in leaves]) for m in (made, model))

@@ -22,6 +22,7 @@ from paredown.graph.quantized.quantizers import quantized_weights
 from paredown.steps.quantization.cast import Cast
 from paredown.steps.quantization.quantize import Quantize
 from paredown.steps.quantization.quantize_weights import QuantizeWeights
+from paredown.steps.step import Setting
 from paredown.targets import parity
 from paredown.targets.devices.local import Probe
 from paredown.targets.formats.litert import write
@@ -153,8 +154,8 @@ def test_weights_of_4_bits_are_stored_and_multiplied_so(group, tables, most, tmp
     task = Task(example=(ids[:1],), score=None, calibration=TensorDataset(ids, torch.zeros(16)))
     model = paredown.capture(Words().eval(), (ids[:1],))
     step = QuantizeWeights(4, group=group, embedding_bits=tables)
-    settled = step.settle(model, task, paredown.Target("litert"))
-    assert settled.zero_point is False and step.settle(model, task, paredown.Target()) is step
+    settled = step.settle(model, task, Setting(target=paredown.Target("litert")))
+    assert settled.zero_point is False and step.settle(model, task, Setting()) is step
     made = settled.apply(model, task)
     path = litert.lower(made, tmp_path / "words.tflite")
     whole = litert.lower(model, tmp_path / "float.tflite").stat().st_size

@@ -21,6 +21,7 @@ from paredown.steps.low_rank.low_rank import Ground, replaced
 from paredown.steps.low_rank.ranks import Option, Ranks, front, hull, penalty
 from paredown.steps.low_rank.rejoin import rejoin
 from paredown.steps.low_rank.sensitivity import sensitivities
+from paredown.steps.step import Setting
 from paredown.targets.runtimes import onnxruntime
 from tests.architectures import ARCHITECTURES, make, with_batch
 from tests.test_architectures import QUICK, run, tensors
@@ -394,9 +395,9 @@ def test_the_exported_file_is_quicker_where_latency_was_asked():
     layers = [nn.Linear(512, 512) for _ in range(4)]
     model = capture(nn.Sequential(*layers).eval(), (torch.randn(16, 512),))
     step = LowRank(0.4, "latency", whiten=False, reconstruct=False)
-    settled = step.settle(model, None, Target())
+    settled = step.settle(model, None, Setting())
     assert settled.amount == "macs" and 0 < settled.ratio < 1
-    assert settled.settle(model, None, Target()) is settled
+    assert settled.settle(model, None, Setting()) is settled
     assert speedup(model, settled.apply(model, None), Target(), rounds=2).estimate > 1.2
 
 

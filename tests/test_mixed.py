@@ -10,16 +10,16 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import paredown
-from paredown.core import notes
 from paredown.core.errors import UserError
 from paredown.core.goals import Goals
-from paredown.core.task import Target, Task
+from paredown.core.task import Task
 from paredown.graph.capture import capture
 from paredown.graph.quantized.quantizers import quantized_weights
 from paredown.report.mixed import mixed_precision
 from paredown.steps import recipe
 from paredown.steps.quantization.mixed import least_floats, mean_score, sensitivities
 from paredown.steps.quantization.quantize import Quantize
+from paredown.steps.step import Setting
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -91,8 +91,8 @@ def test_as_few_as_needed_stay_in_float(made):
     whole = mean_score(Quantize(**INT4).apply(model, task), task)
     assert whole < 0.97
     step = Quantize(**INT4, max_drop="3%")
-    with notes.collected() as noted:
-        settled = step.settle(model, task, Target())
+    noted: list = []
+    settled = step.settle(model, task, Setting(note=noted.append))
     assert settled.max_drop is None and "layers.2.weight" in settled.exclude
     quantized = settled.apply(model, task)
     held = quantized_weights(quantized.graph)
@@ -109,7 +109,7 @@ def test_as_few_as_needed_stay_in_float(made):
 
 def test_nothing_stays_in_float_where_int8_does(made):
     model, task = made
-    settled = Quantize("int8", max_drop="10%").settle(model, task, Target())
+    settled = Quantize("int8", max_drop="10%").settle(model, task, Setting())
     assert settled == Quantize("int8")
 
 
@@ -121,7 +121,7 @@ def test_a_drop_that_cannot_be_kept_is_told(made):
         task, score=lambda out, y: -(out - y).abs().amax(1), validation=exact
     )
     with pytest.raises(UserError, match=r"with all layers but .* in float the score is"):
-        Quantize(**INT4, max_drop=1e-9).settle(model, worse, Target())
+        Quantize(**INT4, max_drop=1e-9).settle(model, worse, Setting())
     with pytest.raises(UserError, match="max_drop: cannot read 'much'"):
         Quantize(max_drop="much")
     [said] = recipe.problems([Quantize(max_drop="1%")], Task(task.example, None))

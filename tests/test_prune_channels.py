@@ -28,7 +28,7 @@ from paredown.steps.pruning.ladder import comparable, ladder, largest, prices, w
 from paredown.steps.pruning.prune_channels import PruneChannels
 from paredown.steps.pruning.prune_weights import PruneWeights
 from paredown.steps.quantization.quantize import Quantize
-from paredown.steps.step import Step
+from paredown.steps.step import Setting, Step
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -650,9 +650,9 @@ def test_latency_is_settled_as_multiply_adds():
     module = nn.Sequential(*layers, nn.Conv2d(64, 8, 3, padding=1))
     model = capture(module.eval(), (torch.randn(1, 3, 48, 48),))
     step = PruneChannels(0.4, "latency", scope="uniform", reconstruct=False)
-    settled = step.settle(model, None, Target())
+    settled = step.settle(model, None, Setting())
     assert settled == dataclasses.replace(step, amount="macs", ratio=settled.ratio)
-    assert settled.settle(model, None, Target()) is settled
+    assert settled.settle(model, None, Setting()) is settled
     assert speedup(model, settled.apply(model, None), Target()).estimate > 1.3
     with pytest.raises(UserError, match=r"of the latency was asked; the smallest model"):
-        dataclasses.replace(step, ratio=0.99, min_width=32).settle(model, None, Target())
+        dataclasses.replace(step, ratio=0.99, min_width=32).settle(model, None, Setting())

@@ -15,9 +15,10 @@ from paredown.data import batches
 from paredown.data.evaluate import evaluate
 from paredown.graph.capture import capture
 from paredown.graph.model import Model
+from paredown.steps.step import Setting
 from paredown.steps.training.fine_tune import FineTune
 from paredown.train import loop
-from paredown.train.loop import fit, scratch
+from paredown.train.loop import fit
 from paredown.train.settings import Training, learning_rate
 
 torch.set_num_threads(1)
@@ -397,11 +398,7 @@ def test_fine_tune_has_the_settings_of_training_and_leaves_its_input(model, tmp_
         (f.name, f.default) for f in fields(Training)
     ]
     before, step = model.copy(), FineTune(**asdict(FAST))
-    token = scratch.set(tmp_path)
-    try:
-        tuned = step.apply(model, TASK)
-    finally:
-        scratch.reset(token)
+    tuned = step.apply(model, TASK, Setting(scratch=tmp_path))
     assert (tmp_path / "fine_tune.safetensors").exists()
     assert same(before, model) and not same(tuned, model)
     model.save(tmp_path / "m.safetensors")

@@ -12,16 +12,16 @@ from torch import nn
 from paredown.core import progress
 from paredown.core.errors import UserError
 from paredown.core.results import Artifact, Run
-from paredown.core.task import Task
+from paredown.core.task import Target, Task
 from paredown.graph.capture import capture
 from paredown.graph.model import Model
 from paredown.graph.store import encode
 from paredown.run.folder import changed_task, load_run
 from paredown.run.identity import model_digest
 from paredown.steps import recipe
+from paredown.steps.step import Setting
 from paredown.targets.artifact import digest
 from paredown.targets.runtimes import runtime
-from paredown.train.distill.teacher import started_from
 
 
 def replay(
@@ -38,13 +38,16 @@ def replay(
     changed = next(_changed(run, captured, task), None)
     if changed:
         raise UserError(f"{folder}: {changed} is not the one of the run.")
+    setting = Setting(original=captured, target=Target(**run.target))
     forked = torch.random.fork_rng(devices=[])
-    with forked, tempfile.TemporaryDirectory() as made, started_from(captured):
+    with forked, tempfile.TemporaryDirectory() as made:
         for step in recipe.from_toml(run.artifact.recipe, "the run's recipe"):
             torch.manual_seed(run.seed)
             progress.say(f"  {recipe.line(step)}")
             # through the stored form, as in the run
-            captured = Model.decode(encode(recipe.apply_step(captured, step, task)), "replay")
+            captured = Model.decode(
+                encode(recipe.apply_step(captured, step, task, setting)), "replay"
+            )
         chosen = runtime(run.artifact.runtime)
         path = chosen.lower(captured, Path(made) / f"replay{chosen.SUFFIX}")
         return run.artifact, digest(path)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from paredown.core import notes, progress
+from paredown.core import progress
 from paredown.core.errors import UserError
 from paredown.core.goals import Goals
 from paredown.core.measurement import Comparison, Measurement
@@ -27,11 +27,9 @@ from paredown.search import decide
 from paredown.search.offers import Attempt
 from paredown.ship.pack.container import packed_bytes
 from paredown.steps import recipe
-from paredown.steps.step import Step
+from paredown.steps.step import Setting, Step
 from paredown.targets.artifact import parts
 from paredown.targets.runtimes import runtime
-from paredown.train import loop
-from paredown.train.distill.teacher import started_from
 
 
 @dataclass
@@ -199,9 +197,10 @@ def _apply(
         scratch = state.ledger.folder / "scratch" / partial
         if record is None:
             model = _stored(state.ledger, stage) if stage else best.model
-            with notes.collected() as found:
-                step = recipe.settle(step, model, state.task, state.target)
-                made = _apply_step(state, model, step, scratch)
+            found: list[dict[str, Any]] = []
+            setting = Setting(state.original, state.target, scratch, found.append)
+            step = step.settle(model, state.task, setting)
+            made = _apply_step(state, model, step, setting)
             record = {"stage": state.ledger.put(encode(made), MODEL), "suffix": MODEL}
             record |= {"recipe": recipe.to_toml([step]), "findings": found}
             state.ledger.finish(partial, record)
@@ -212,16 +211,12 @@ def _apply(
     return stage, "\n".join(settled), noted
 
 
-def _apply_step(state: State, model: Model, step: Step, scratch: Path) -> Model:
-    """One step, whose checkpoints stand in ``scratch`` until its stage is kept."""
-    scratch.mkdir(parents=True, exist_ok=True)
-    token = loop.scratch.set(scratch)
-    try:
-        torch.manual_seed(state.seed)
-        with started_from(state.original):
-            return recipe.apply_step(model, step, state.task)
-    finally:
-        loop.scratch.reset(token)
+def _apply_step(state: State, model: Model, step: Step, setting: Setting) -> Model:
+    """One step, whose checkpoints stand in its scratch folder until its stage is kept."""
+    assert setting.scratch is not None
+    setting.scratch.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(state.seed)
+    return recipe.apply_step(model, step, state.task, setting)
 
 
 def _stored(ledger: Ledger, stage: str) -> Model:

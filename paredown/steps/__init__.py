@@ -1,4 +1,4 @@
-"""Techniques by name; adding one is a new file here and a line in this dict."""
+"""Techniques by name; adding one is a new file in a folder here and a line in this dict."""
 
 from __future__ import annotations
 
@@ -8,20 +8,30 @@ import importlib
 from paredown.core.errors import UserError
 from paredown.steps.step import Step
 
-STEPS = {
-    "prune_weights": "paredown.steps.pruning.prune_weights:PruneWeights",
+STEPS = {  # in the order of the README's table
+    "quantize": "paredown.steps.quantization.quantize:Quantize",
     "prune_channels": "paredown.steps.pruning.prune_channels:PruneChannels",
     "prune_layers": "paredown.steps.pruning.prune_layers:PruneLayers",
-    "low_rank": "paredown.steps.low_rank.low_rank.low_rank:LowRank",
+    "low_rank": "paredown.steps.low_rank.low_rank:LowRank",
+    "prune_weights": "paredown.steps.pruning.prune_weights:PruneWeights",
     "fine_tune": "paredown.steps.training.fine_tune:FineTune",
     "distill": "paredown.steps.training.distill:Distill",
-    "quantize": "paredown.steps.quantization.quantize:Quantize",
-    "binarize": "paredown.steps.quantization.binarize:Binarize",
     "quantize_weights": "paredown.steps.quantization.quantize_weights:QuantizeWeights",
+    "binarize": "paredown.steps.quantization.binarize:Binarize",
     "share_weights": "paredown.steps.sharing.share_weights:ShareWeights",
     "hash_weights": "paredown.steps.sharing.hash_weights:HashWeights",
     "cast": "paredown.steps.quantization.cast:Cast",
 }
+
+
+def public_names() -> dict[str, str]:
+    """The name of each step's class -> its name here.
+
+    Example:
+        >>> public_names()["PruneLayers"]
+        'prune_layers'
+    """
+    return {value.rpartition(":")[2]: name for name, value in STEPS.items()}
 
 
 def step_class(name: str) -> type[Step]:

@@ -19,16 +19,21 @@ from paredown.graph.capture import capture
 from paredown.graph.model import Model
 from paredown.graph.shared import apart
 from paredown.steps import STEPS, step_class
-from paredown.steps.step import FORMS, Step
+from paredown.steps.step import ALONE, FORMS, Setting, Step
 from paredown.targets.artifact import digest
 from paredown.targets.runtimes import RUNTIMES, runtime
-from paredown.train.distill.teacher import started_from
 
 NONE = "none"  # TOML has no null
 
 
-def apply(model: Model | nn.Module, steps: Sequence[Step], task: Task) -> Model:
+def apply(
+    model: Model | nn.Module, steps: Sequence[Step], task: Task, target: Target | None = None
+) -> Model:
     """Apply a recipe without a run folder; the input is left as it was.
+
+    Args:
+        target: where the result is to run, for steps whose amounts are measured there, and for
+            what its kernels take. None is the default target, and refuses no form.
 
     Raises:
         UserError: a step lacks what it needs (all such problems at once, before any work), or
@@ -42,26 +47,20 @@ def apply(model: Model | nn.Module, steps: Sequence[Step], task: Task) -> Model:
         4
     """
     made = capture(model, task.example, task.dynamic)
-    found = problems(steps, task)
+    found = problems(steps, task, target)
     if found:
         raise UserError("\n".join(found))
-    with started_from(made):
-        for step in steps:
-            progress.say(f"  {line(step)}")
-            made = apply_step(made, step, task)
+    setting = Setting(original=made, target=target or Target())
+    for step in steps:
+        progress.say(f"  {line(step)}")
+        made = apply_step(made, step.settle(made, task, setting), task, setting)
     return made
 
 
-def settle(step: Step, model: Model, task: Task, target: Target) -> Step:
-    """The step with all amounts that must be measured on the target found, so that it repeats."""
-    settled: Step = step.settle(model, task, target) if hasattr(step, "settle") else step
-    return settled
-
-
-def apply_step(model: Model, step: Step, task: Task) -> Model:
+def apply_step(model: Model, step: Step, task: Task, setting: Setting = ALONE) -> Model:
     """One step, and the check that pruned weights stayed zero through it, and shared ones equal."""
     try:
-        made = step.apply(model, task)
+        made = step.apply(model, task, setting)
     except (UserError, MemoryError):
         raise
     except Exception as error:  # of the user's loss or data, or an op the step does not know
@@ -86,14 +85,13 @@ def problems(steps: Sequence[Step], task: Task, target: Target | None = None) ->
         lacking = task.missing(step.needs)
         if lacking:
             found.append(f"{line(step)}: needs {' and '.join(lacking)} of the task.")
-        seen = step.problems() if hasattr(step, "problems") else []
-        found += [f"{line(step)}: {problem}" for problem in seen]
+        found += [f"{line(step)}: {problem}" for problem in step.problems()]
     return found + (_unwritable(steps, target.runtime) if target else [])
 
 
 def files(steps: Sequence[Step]) -> dict[str, str]:
     """Path -> SHA-256 of each file that a step reads, such as a teacher's."""
-    named = [path for step in steps if hasattr(step, "files") for path in step.files()]
+    named = [path for step in steps for path in step.files()]
     return {path: digest(Path(path)) for path in named}
 
 
@@ -103,7 +101,7 @@ def _unwritable(steps: Sequence[Step], name: str) -> list[str]:
     able = {other: runtime(other).FORMS for other in RUNTIMES}
     found = []
     for step in steps:
-        form = getattr(step, "form", None)
+        form = step.form
         if form is not None and form not in can:
             others = [other for other, forms in able.items() if form in forms]
             here = " or ".join(FORMS[each] for each in FORMS if each in can)

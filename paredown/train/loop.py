@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +24,6 @@ from paredown.train.objective import Objective, TaskLoss
 from paredown.train.parameters import copy_into, tensors, trainable
 from paredown.train.settings import Training, learning_rate
 from paredown.train.ties import Ties
-
-scratch: ContextVar[Path | None] = ContextVar("scratch", default=None)  # folder for checkpoints
 
 
 def fit(

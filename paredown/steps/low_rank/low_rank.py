@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from paredown.core import progress
 from paredown.core.errors import UserError
-from paredown.core.task import Target, Task
+from paredown.core.task import Task
 from paredown.core.units import human
 from paredown.graph.computed import fold_computed_weights
 from paredown.graph.coupling.coupling import Costs, analyze
@@ -29,6 +29,7 @@ from paredown.steps.low_rank.factored import factor
 from paredown.steps.low_rank.ranks import Option, Ranks, front
 from paredown.steps.low_rank.rejoin import Joined, check_free, rejoin
 from paredown.steps.low_rank.sensitivity import sensitivities
+from paredown.steps.step import ALONE, Entry, Setting, Step
 from paredown.train.reconstruct import reconstruct
 
 AMOUNTS = ("parameters", "macs", "energy", "latency")
@@ -36,7 +37,7 @@ LOOSER = "method, round_to, include or exclude"  # the settings that allow more
 
 
 @dataclass(frozen=True)
-class LowRank:
+class LowRank(Step):
     """Replace weights by products of smaller ones (low-rank factorization).
 
     It pays in large linear layers, embeddings and wide convolutions whose outputs lie near a
@@ -87,6 +88,17 @@ class LowRank:
 
     # Which data it needs depends on its settings; see `PruneChannels`.
     needs: ClassVar[frozenset[str]] = frozenset()
+    table: ClassVar[tuple[Entry, ...]] = (
+        Entry(
+            call="LowRank(0.5)",
+            does="a weight as the product of two or three smaller ones: SVD whitened by what "
+            "the layer reads, spatial and Tucker-2 for convolutions, ranks over all layers "
+            "at once, to a share of parameters, multiply-adds or measured latency",
+            pays="parameters of convolutions, linear layers and embeddings, with little or no "
+            "training",
+            does_not="narrow, depthwise and recurrent layers; latency where the ops are small",
+        ),
+    )
 
     ratio: float = 0.25
     amount: str = "parameters"
@@ -118,10 +130,10 @@ class LowRank:
         needs = {"calibration"} if self.whiten or self.reconstruct else set()
         object.__setattr__(self, "needs", frozenset(needs))
 
-    def apply(self, model: Model, task: Task) -> Model:
+    def apply(self, model: Model, task: Task, setting: Setting = ALONE) -> Model:
         """A copy with factors in place of weights; those of an earlier step may become smaller."""
         if self.amount == "latency" and self.rank is None:
-            return self.settle(model, task, Target()).apply(model, task)
+            return self.settle(model, task, setting).apply(model, task, setting)
         ground = Ground.of(self, model)
         choice = self._choice(self._ranks(ground, task), ground)
         made = replaced(ground, choice)
@@ -130,7 +142,7 @@ class LowRank:
         progress.say(_told(ground, made, choice))
         return made
 
-    def settle(self, model: Model, task: Task, target: Target) -> LowRank:
+    def settle(self, model: Model, task: Task, setting: Setting) -> LowRank:
         """The same step with the share of multiply-adds that removes ``ratio`` of the latency.
 
         The share is found once and kept, so that the settled step gives the same bytes again. It
@@ -147,7 +159,7 @@ class LowRank:
 
         def removed(share: float) -> float:
             made = replaced(ground, ranks.choice(share * total + owed))
-            return 1 - 1 / speedup(model, made, target).estimate
+            return 1 - 1 / speedup(model, made, setting.target).estimate
 
         most = math.floor((ranks.most - owed) / total * 1000) / 1000
         share = search(removed, self.ratio, most, LOOSER)

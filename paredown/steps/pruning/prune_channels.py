@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from paredown.core import progress
 from paredown.core.errors import UserError
-from paredown.core.task import Target, Task
+from paredown.core.task import Task
 from paredown.core.units import human
 from paredown.graph.coupling.coupling import Choice, Coupling, analyze
 from paredown.graph.coupling.cut import cut
@@ -21,6 +21,7 @@ from paredown.measure.timing import speedup
 from paredown.steps.latency import search
 from paredown.steps.pruning import criteria
 from paredown.steps.pruning.ladder import CHANNELS, WIDE, Ladder, ladder, widths
+from paredown.steps.step import ALONE, Entry, Setting, Step
 from paredown.train.reconstruct import reconstruct
 
 AMOUNTS = ("channels", "parameters", "macs", "latency")
@@ -28,7 +29,7 @@ LOOSER = "min_width, max_ratio, round_to, exclude or exact_only"  # what allows 
 
 
 @dataclass(frozen=True)
-class PruneChannels:
+class PruneChannels(Step):
     """Cut whole channels, neurons and attention heads out of the model (structured).
 
     It pays on every runtime and device, in size, latency and memory alike, since what is left
@@ -77,6 +78,16 @@ class PruneChannels:
     # What a step needs depends on its criterion. `Step` reads it off an instance, which shadows
     # this with its own; the class itself promises only what every instance needs.
     needs: ClassVar[frozenset[str]] = frozenset()
+    table: ClassVar[tuple[Entry, ...]] = (
+        Entry(
+            call="PruneChannels(0.5)",
+            does="cuts whole channels, neurons and heads by seven criteria, to a share of "
+            "units, parameters, multiply-adds or measured latency; refits what reads them",
+            pays="a smaller dense model: size, latency and memory on every runtime, and int8 "
+            "multiplies with it",
+            does_not="models without slack; layers that are tiny already",
+        ),
+    )
 
     ratio: float = 0.5
     amount: str = "channels"
@@ -109,10 +120,10 @@ class PruneChannels:
         needs |= {"calibration"} if self.reconstruct else set()
         object.__setattr__(self, "needs", needs)
 
-    def apply(self, model: Model, task: Task) -> Model:
+    def apply(self, model: Model, task: Task, setting: Setting = ALONE) -> Model:
         """A smaller copy; ``kept`` says what it still has of the original."""
         if self.amount == "latency":
-            return self.settle(model, task, Target()).apply(model, task)
+            return self.settle(model, task, setting).apply(model, task, setting)
         coupling = analyze(model, self.attention, self.group_norm)
         choice = self.choose(model, task, coupling)
         made = cut(model, coupling, choice)
@@ -196,7 +207,7 @@ class PruneChannels:
             f"more by {LOOSER}."
         )
 
-    def settle(self, model: Model, task: Task, target: Target) -> PruneChannels:
+    def settle(self, model: Model, task: Task, setting: Setting) -> PruneChannels:
         """The same step with the share of multiply-adds that removes ``ratio`` of the latency.
 
         Measured latencies differ from run to run, so the share that they lead to is found once
@@ -212,7 +223,7 @@ class PruneChannels:
         cuts = self.cuts(model, task, coupling)
 
         def removed(choice: Choice) -> float:
-            return 1 - 1 / speedup(model, cut(model, coupling, choice), target).estimate
+            return 1 - 1 / speedup(model, cut(model, coupling, choice), setting.target).estimate
 
         def by_macs(share: float) -> Choice:
             return cuts.choice(cuts.first(lambda c: _saved(coupling, c, "macs") >= share))

@@ -36,6 +36,7 @@ from paredown.steps.pruning.residual import (
     units,
     without,
 )
+from paredown.steps.step import ALONE, Entry, Setting, Step
 
 aten = torch.ops.aten
 
@@ -179,7 +180,7 @@ def _spans(unit: Unit) -> list[tuple[str, str]]:
 
 
 @dataclass(frozen=True)
-class PruneLayers:
+class PruneLayers(Step):
     """Remove whole residual blocks: in ``x + f(x)``, f goes and x stays (layer or depth pruning).
 
     It pays on every runtime and device, since what is removed is neither stored nor run. It needs
@@ -220,6 +221,14 @@ class PruneLayers:
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"calibration"})
+    table: ClassVar[tuple[Entry, ...]] = (
+        Entry(
+            call="PruneLayers(1)",
+            does="removes the residual blocks that change the output least",
+            pays="deep models, for latency",
+            does_not="a few blocks that each matter",
+        ),
+    )
 
     count: int | None = 1
     ratio: float | None = None
@@ -246,7 +255,7 @@ class PruneLayers:
         elif self.count not in (None, 1):
             raise UserError(f"count: got {self.count!r} beside ratio={self.ratio!r}; give one.")
 
-    def apply(self, model: Model, task: Task) -> Model:
+    def apply(self, model: Model, task: Task, setting: Setting = ALONE) -> Model:
         """A copy without the blocks, and without the parameters that only they used."""
         pruned = prepared(model)
         few = _first(task, max(self.examples, pruned.fixed_batch or 0))

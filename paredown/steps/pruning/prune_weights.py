@@ -19,7 +19,7 @@ from paredown.graph.quantized.low_bits import BINARY
 from paredown.graph.quantized.quantizers import quantized_weights
 from paredown.graph.sites import Site, sites
 from paredown.graph.state import tensor_of
-from paredown.steps.step import Step
+from paredown.steps.step import ALONE, Entry, Setting, Step
 
 # --- mathematics -----------------------------------------------------------------------------
 
@@ -104,7 +104,7 @@ def cubic_sparsity(final: float, steps: int, initial: float = 0.0) -> list[float
 
 
 @dataclass(frozen=True)
-class PruneWeights:
+class PruneWeights(Step):
     """Set the smallest weights of convolutions and linear layers to zero (unstructured).
 
     It pays where the file is packed (`paredown pack` codes a zero in a fraction of a bit) and,
@@ -131,6 +131,14 @@ class PruneWeights:
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
+    table: ClassVar[tuple[Entry, ...]] = (
+        Entry(
+            call="PruneWeights(0.5)",
+            does="magnitude pruning, per layer or global, N:M such as 2:4, gradual schedule",
+            pays="entropy-coded delivery, kernels that skip zeros",
+            does_not="an ONNX file stores zeros as any other number: neither smaller nor faster",
+        ),
+    )
 
     sparsity: float = 0.5
     scope: str = "layer"
@@ -158,7 +166,7 @@ class PruneWeights:
             )
         object.__setattr__(self, "sparsity", 1 - n / m)
 
-    def apply(self, model: Model, task: Task) -> Model:
+    def apply(self, model: Model, task: Task, setting: Setting = ALONE) -> Model:
         """A copy with the weights at zero and their masks in ``masks``."""
         pruned = model.copy()
         fold_computed_weights(pruned)

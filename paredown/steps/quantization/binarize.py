@@ -21,13 +21,14 @@ from paredown.graph.quantized.quantizers import quantizers
 from paredown.graph.shared import refuse_shared
 from paredown.graph.sites import Site, sites
 from paredown.graph.state import getattr_or_none, tensor_of
+from paredown.steps.step import ALONE, Entry, Setting, Step
 
 FORMS = {"binary": BINARY, "ternary": TERNARY}
 KINDS = ("conv", "conv_transpose", "linear", "matmul")
 
 
 @dataclass(frozen=True)
-class Binarize:
+class Binarize(Step):
     """Weights to signs with one scale for each output channel (XNOR-Net, arXiv 1603.05279), or to
     signs and zeros (ternary weight networks, arXiv 1605.04711).
 
@@ -59,6 +60,16 @@ class Binarize:
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
+    table: ClassVar[tuple[Entry, ...]] = (
+        Entry(
+            call='Binarize("binary")',
+            does='signs with a scale for each channel, one bit a weight, or `"ternary"`, two; '
+            "trained on with `FineTune`",
+            pays="the size of wide convolutional and linear layers: 1/32 or 1/16 of their bytes",
+            does_not="without training; latency is that of float, or of int8 with `Quantize` "
+            "behind it",
+        ),
+    )
 
     form: str = "binary"
     first: bool = False
@@ -73,7 +84,7 @@ class Binarize:
             raise UserError(f"exclude: expected a tuple of names, got the text {self.exclude!r}.")
         object.__setattr__(self, "exclude", tuple(self.exclude))
 
-    def apply(self, model: Model, task: Task) -> Model:
+    def apply(self, model: Model, task: Task, setting: Setting = ALONE) -> Model:
         """A copy whose weights pass through signs."""
         if quantizers(model.graph):
             raise UserError("Binarize: the model is quantized already; binarize before.")

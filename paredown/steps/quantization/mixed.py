@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from paredown.core import notes
 from paredown.core.errors import UserError
 from paredown.core.progress import say, track
 from paredown.core.task import Task
@@ -27,6 +26,7 @@ from paredown.graph.quantized.quantizers import quantized_weights, quantizers, s
 from paredown.graph.quantized.runner import Runner, all_quantizers
 from paredown.graph.sites import sites
 from paredown.graph.state import tensor_of
+from paredown.steps.step import forget
 
 EXAMPLES = 256  # on which layers are told apart; candidates are scored on the whole split
 
@@ -81,12 +81,17 @@ def least_floats(
 
 
 def choose(
-    model: Model, task: Task, max_drop: float | str, quantize: Callable[[Sequence[str]], Model]
+    model: Model,
+    task: Task,
+    max_drop: float | str,
+    quantize: Callable[[Sequence[str]], Model],
+    note: Callable[[dict[str, Any]], None] = forget,
 ) -> list[str]:
     """The weights that stay in float so that the score falls by at most ``max_drop``.
 
     Args:
         quantize: the quantized model, with these weights in float.
+        note: takes what was tried, for the report.
 
     Raises:
         UserError: the score falls by more even with all but the last layer in float.
@@ -115,15 +120,17 @@ def choose(
             f"score is {tried[-1].score:.4g}, {original - tried[-1].score:.4g} below the "
             "original's; allow a larger drop, or fine-tune after Quantize without max_drop."
         )
-    notes.note(
-        "mixed precision",
-        original=original,
-        allowed=allowed,
-        tried=sorted([each.floats, each.bytes, each.score] for each in tried),
-        layers=[
-            [each.weight, each.drop, each.noise, each.saved_bytes, each.weight in chosen]
-            for each in ranked
-        ],
+    note(
+        {
+            "kind": "mixed precision",
+            "original": original,
+            "allowed": allowed,
+            "tried": sorted([each.floats, each.bytes, each.score] for each in tried),
+            "layers": [
+                [each.weight, each.drop, each.noise, each.saved_bytes, each.weight in chosen]
+                for each in ranked
+            ],
+        }
     )
     return chosen
 

@@ -13,7 +13,7 @@ import torch
 
 from paredown.core.errors import UserError
 from paredown.core.progress import say
-from paredown.core.task import Target, Task
+from paredown.core.task import Task
 from paredown.core.units import parse_drop
 from paredown.data.observe import Statistics, channels_last, observe
 from paredown.graph.computed import fold_computed_weights
@@ -30,12 +30,13 @@ from paredown.steps.quantization.correct import correct_biases
 from paredown.steps.quantization.equalize import equalize
 from paredown.steps.quantization.insert import insert_dynamic, insert_quantizers, insert_tables
 from paredown.steps.quantization.ranges import RANGES, Range, percentile_range
+from paredown.steps.step import ALONE, Entry, Setting, Step
 
 SCHEMES = {"int8": 8, "int4": 4, "int8-dynamic": 8}  # bits of the weights
 
 
 @dataclass(frozen=True)
-class Quantize:
+class Quantize(Step):
     """Weights to int8 or int4 per channel and activations to uint8 per tensor, after training.
 
     Good for convolutional networks and the linear layers of transformers: the file shrinks to
@@ -83,6 +84,35 @@ class Quantize:
 
     # What is needed depends on the scheme, and stands on the instance; see `PruneChannels`.
     needs: ClassVar[frozenset[str]] = frozenset()
+    table: ClassVar[tuple[Entry, ...]] = (
+        Entry(
+            call='Quantize("int8")',
+            does="post-training static quantization, int8 weights per channel, uint8 "
+            "activations, int8 tables",
+            pays="convolutions, linear layers and embeddings: about a quarter of the size, 2x "
+            "and more faster",
+            does_not="tiny layers; recurrent layers stay in float",
+        ),
+        Entry(
+            call='Quantize("int8-dynamic")',
+            does="int8 weights, activations rounded by the range that each inference has; "
+            "linear layers alone",
+            pays="transformers whose ranges differ from input to input; without any data",
+            does_not="convolutions, which stay in float",
+        ),
+        Entry(
+            call='Quantize("int8", max_drop="0.5%")',
+            does="mixed precision: as few layers as possible stay in float, found on the score",
+            pays="models of which a few layers cannot be rounded",
+            does_not="where int8 alone does: then nothing stays in float",
+        ),
+        Entry(
+            call='Quantize("int4")',
+            does="the same with weights of 4 bits",
+            pays="about half of int8's file on the same kernels; with fine-tuning behind it",
+            does_not="speed: kernels compute on bytes all the same",
+        ),
+    )
 
     scheme: str = "int8"
     ranges: str = "lp"
@@ -129,11 +159,11 @@ class Quantize:
     def _dynamic(self) -> bool:
         return self.scheme == "int8-dynamic"
 
-    def apply(self, model: Model, task: Task) -> Model:
+    def apply(self, model: Model, task: Task, setting: Setting = ALONE) -> Model:
         if any(node.target not in LOW_BITS for node in quantizers(model.graph)):
             raise UserError("quantize: the model is quantized already.")
         if self.max_drop is not None:
-            return self.settle(model, task, Target()).apply(model, task)
+            return self.settle(model, task, setting).apply(model, task, setting)
         made = model.copy().eval()
         fold_computed_weights(made)
         prepare(made)
@@ -160,7 +190,7 @@ class Quantize:
                 correct_biases(exact, made, task)
         return made
 
-    def settle(self, model: Model, task: Task, target: Target) -> Quantize:
+    def settle(self, model: Model, task: Task, setting: Setting) -> Quantize:
         """The same step with the layers named that stay in float, so that it repeats.
 
         Raises:
@@ -176,7 +206,7 @@ class Quantize:
         def quantize(floats: Sequence[str]) -> Model:
             return without(floats).apply(model, task)
 
-        floats = mixed.choose(model, task, self.max_drop, quantize)
+        floats = mixed.choose(model, task, self.max_drop, quantize, setting.note)
         say(f"  {len(floats)} layers stay in float" + (f": {', '.join(floats)}" if floats else ""))
         return without(floats)
 

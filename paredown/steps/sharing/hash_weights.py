@@ -14,12 +14,13 @@ from paredown.graph.model import Model
 from paredown.graph.shared import hold
 from paredown.graph.sharing import MASK, Sharing
 from paredown.steps.sharing.shareable import keep_zeros, shareable
+from paredown.steps.step import ALONE, Entry, Setting, Step
 
 NOTE_BYTES = 200  # that a file takes to say that a weight is hashed, and how
 
 
 @dataclass(frozen=True)
-class HashWeights:
+class HashWeights(Step):
     """Give each weight the value of the bucket that a hash of its place picks, times a hashed sign
     (HashedNets, arXiv 1504.04788). Only the buckets and a seed need to be kept: ``model.save``, and
     the PyTorch runtime's file, hold nothing else of these weights.
@@ -51,6 +52,15 @@ class HashWeights:
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
+    table: ClassVar[tuple[Entry, ...]] = (
+        Entry(
+            call="HashWeights(0.25)",
+            does="each weight is a hashed bucket times a hashed sign; buckets train, and they "
+            "and a seed are all that `model.save` keeps",
+            pays="the PyTorch runtime's file, to any share of its size",
+            does_not="untrained; beside pruning and `ShareWeights` at the same bytes",
+        ),
+    )
 
     ratio: float = 0.25
     seed: int = 0
@@ -65,7 +75,7 @@ class HashWeights:
             raise UserError(f"exclude: expected a tuple of names, got the text {self.exclude!r}.")
         object.__setattr__(self, "exclude", tuple(self.exclude))
 
-    def apply(self, model: Model, task: Task) -> Model:
+    def apply(self, model: Model, task: Task, setting: Setting = ALONE) -> Model:
         """A copy whose weights are those of the buckets, with ``shared`` saying which."""
         made = model.copy().eval()
         fold_computed_weights(made)

@@ -20,13 +20,14 @@ from paredown.graph.rows import from_rows, rows
 from paredown.graph.sharing import Sharing, small
 from paredown.steps.sharing.kmeans import cluster_blocks, cluster_line, nearest
 from paredown.steps.sharing.shareable import Shareable, flat, keep_zeros, shareable
+from paredown.steps.step import ALONE, Entry, Setting, Step
 
 SCOPES = ("layer", "channels", "global")
 FLOOR = 0.01  # of the mean importance: inputs that calibration never saw count a little too
 
 
 @dataclass(frozen=True)
-class ShareWeights:
+class ShareWeights(Step):
     """Give each weight one of a few values, found by k-means (Deep Compression, arXiv 1510.00149),
     or each block of a row one of a few codewords (product quantization, arXiv 1907.05686).
 
@@ -64,6 +65,16 @@ class ShareWeights:
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
+    table: ClassVar[tuple[Entry, ...]] = (
+        Entry(
+            call="ShareWeights(k=16)",
+            does="k-means codebooks for each layer, group of channels or all layers, or "
+            "codewords for blocks; values stay shared through `FineTune`",
+            pays="entropy-coded delivery: alone 8x, behind pruning 72x smaller on LeNet's "
+            "digits; the PyTorch runtime's file",
+            does_not="an ONNX file stores a shared value as any other: neither smaller nor faster",
+        ),
+    )
 
     k: int = 16
     scope: str = "layer"
@@ -88,7 +99,7 @@ class ShareWeights:
             raise UserError(f"exclude: expected a tuple of names, got the text {self.exclude!r}.")
         object.__setattr__(self, "exclude", tuple(self.exclude))
 
-    def apply(self, model: Model, task: Task) -> Model:
+    def apply(self, model: Model, task: Task, setting: Setting = ALONE) -> Model:
         """A copy whose weights are those of the codebooks, with ``shared`` saying which."""
         made = model.copy().eval()
         fold_computed_weights(made)

@@ -7,12 +7,13 @@ from typing import ClassVar
 
 from paredown.core.task import Task
 from paredown.graph.model import Model
-from paredown.train.loop import fit, scratch
+from paredown.steps.step import ALONE, Entry, Setting, Step
+from paredown.train.loop import fit
 from paredown.train.settings import Training
 
 
 @dataclass(frozen=True)
-class FineTune:
+class FineTune(Step):
     """Train the model on the task's training data; pruned weights stay zero.
 
     It pays after every step that loses accuracy, and between the steps of a gradual schedule.
@@ -34,6 +35,14 @@ class FineTune:
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"train", "loss"})
+    table: ClassVar[tuple[Entry, ...]] = (
+        Entry(
+            call="FineTune(epochs=1)",
+            does="trains the compressed graph; pruned weights stay zero; `group_lasso=` drives "
+            "whole units to zero",
+            pays="after every step that loses accuracy",
+        ),
+    )
 
     # the names again, so that a recipe stays flat; defaults and checks are Training's
     epochs: float = Training.epochs
@@ -56,8 +65,8 @@ class FineTune:
     def training(self) -> Training:
         return Training(**asdict(self))
 
-    def apply(self, model: Model, task: Task) -> Model:
+    def apply(self, model: Model, task: Task, setting: Setting = ALONE) -> Model:
         trained = model.copy()
-        folder = scratch.get()
-        fit(trained, task, self.training(), folder and folder / "fine_tune.safetensors")
+        checkpoint = setting.scratch and setting.scratch / "fine_tune.safetensors"
+        fit(trained, task, self.training(), checkpoint)
         return trained

@@ -6,7 +6,6 @@ import contextlib
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -26,28 +25,17 @@ from paredown.graph.model import Model
 
 ORIGINAL = "original"
 TAUGHT = "paredown.taught"  # where a kept example has what the teacher says of it
-original: ContextVar[Model | None] = ContextVar("original", default=None)  # of the recipe
 
 
-@contextlib.contextmanager
-def started_from(model: Model) -> Iterator[None]:
-    """Within the block this is the model that the recipe started from."""
-    token = original.set(model)
-    try:
-        yield
-    finally:
-        original.reset(token)
-
-
-def find(name: str, student: Model, task: Task) -> Model:
-    """The teacher, a copy in evaluation mode: of the recipe's original (of the model itself where
-    there is no recipe), or of what `capture` makes of a file.
+def find(name: str, original: Model, task: Task) -> Model:
+    """The teacher, a copy in evaluation mode: of the recipe's original, or of what `capture` makes
+    of a file.
 
     Raises:
         UserError: the file is no model, or its outputs are others than the student's.
     """
     if name == ORIGINAL:
-        return (original.get() or student).copy().eval()
+        return original.copy().eval()
     try:
         made = capture(Path(name), task.example, task.dynamic)
     except UserError as error:
