@@ -16,6 +16,7 @@ from paredown.core.task import Task
 from paredown.data import splits
 from paredown.graph import structure
 from paredown.graph.model import Model
+from paredown.measure import inputs
 from paredown.targets.devices.device import Opened, write_batches
 
 MAX_PREDICTIONS = 20_000
@@ -44,9 +45,9 @@ def score_files(
     total = -(-count // size)
     with tempfile.TemporaryDirectory(prefix="paredown-") as folder:
         given, made = Path(folder) / "inputs.npz", Path(folder) / "outputs.npz"
-        for inputs, target in track(splits.batches(examples, size), f"scoring {split}", total):
-            length = len(structure.flatten(inputs)[0][0])
-            leaves = inputs.leaves(model, inputs, f"task: its {split} split", fixed)
+        for batch, target in track(splits.batches(examples, size), f"scoring {split}", total):
+            length = len(structure.flatten(batch)[0][0])
+            leaves = inputs.leaves(model, batch, f"task: its {split} split", fixed)
             write_batches(given, [inputs.arrays(model, leaves)])
             for name, probe in probes.items():
                 [arrays] = probe.run(given, made)

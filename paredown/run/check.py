@@ -24,6 +24,7 @@ from paredown.graph.capture import capture
 from paredown.graph.doors.python_file import load_file, made_model, made_task
 from paredown.graph.model import Model
 from paredown.graph.sites import sites
+from paredown.measure import inputs
 from paredown.measure.measure import measure
 from paredown.steps import recipe
 from paredown.steps.step import Step
@@ -146,8 +147,8 @@ def _first_batch(model: Model, task: Task, split: str) -> tuple[Any, Any]:
 
 def _fits(model: Model, task: Task, split: str) -> bool:
     """Whether the inputs of a split are those of the example; the last batch may be shorter."""
-    inputs, _ = _first_batch(model, task, split)
-    inputs.leaves(model, inputs, f"task: its {split} split", model.fixed_batch)
+    batch, _ = _first_batch(model, task, split)
+    inputs.leaves(model, batch, f"task: its {split} split", model.fixed_batch)
     return True
 
 
