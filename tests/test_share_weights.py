@@ -18,8 +18,10 @@ import paredown
 from paredown import Cast, FineTune, HashWeights, PruneWeights, Quantize, ShareWeights, UserError
 from paredown.core.goals import Goals
 from paredown.core.task import Target, Task
-from paredown.graph import shared, sharing, store
+from paredown.graph import store
 from paredown.graph.capture import capture
+from paredown.graph.holds import shared, sharing
+from paredown.graph.holds.every import HOLDS
 from paredown.graph.model import Model
 from paredown.graph.quantized.quantizers import quantized_weights, rounded
 from paredown.graph.sites import sites
@@ -391,7 +393,7 @@ def test_a_step_that_parts_shared_weights_is_told(built):
     from paredown.steps.training.fine_tune import FineTune as Kind
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Kind, "apply", lambda self, model, task: broken)
+        patch.setattr(Kind, "apply", lambda self, model, task, setting: broken)
         with pytest.raises(
             UserError, match=r"weights of 'fc1.weight' that shared a value came apart"
         ):
@@ -649,10 +651,7 @@ def two_steps(made: Model) -> Model:
     """Trained on its own example towards zero, without a task."""
     inputs = [item.example for item in made.inputs]
     trained = made.copy()
-    from paredown.train.masks import Masks
-    from paredown.train.ties import Ties
-
-    masks, ties = Masks(trained), Ties(trained)
+    keepers = [each.keeper(trained) for each in HOLDS]
     parameters = [p for p in trained.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, 1e-4)
     trained.train()
@@ -661,11 +660,12 @@ def two_steps(made: Model) -> Model:
         outputs = trained.graph(*[leaf.clone() for leaf in inputs])
         floats = [t for t in outputs if t.is_floating_point() and t.requires_grad]
         sum(t[t.isfinite()].square().mean() for t in floats).backward()
-        masks.hold_gradients()
-        ties.gradients(parameters)
+        free = parameters
+        for keeper in keepers:
+            free, _ = keeper.gradients(free)
         optimizer.step()
-        masks.hold_weights()
-        ties.hold()
+        for keeper in keepers:
+            keeper.hold()
     trained.eval()
     assert list(shared.apart(trained)) == []
     both = [[tensor_of(m.graph, key) for key in made.shared] for m in (trained, made)]

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from paredown.graph.holds.every import held_names
 from paredown.graph.model import Model
 from paredown.graph.sites import weight_places
 from paredown.graph.state import getattr_or_none, remove_state, set_parameter, tensor_of
@@ -67,7 +68,7 @@ def _fold(model: Model, weight: fx.Node) -> str | None:
         return None
     leaves = {str(node.target): node for node in found if node.op == "get_attr"}
     graph = model.graph
-    if not _alone(graph, leaves, found) or leaves.keys() & {*model.masks, *model.shared}:
+    if not _alone(graph, leaves, found) or leaves.keys() & held_names(model):
         return None
     with torch.no_grad():
         value = _value(graph, found, weight)

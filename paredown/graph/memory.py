@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 
 from torch import Tensor, fx
 
+from paredown.graph.holds.every import forget
 from paredown.graph.mode import is_counter
 from paredown.graph.model import Model
 from paredown.graph.names import owner, read_by
@@ -109,6 +110,5 @@ def remove_unread(model: Model, read: set[str]) -> None:
     unread -= {id(state[n]) for n in still if n in state}
     for name in [n for n, tensor in state.items() if id(tensor) in unread]:
         remove_state(graph, name)
-        model.masks.pop(name, None)
-        model.shared.pop(name, None)
+        forget(model, name)
         model.kept.pop(name, None)

@@ -14,8 +14,8 @@ from torch import Tensor, fx, nn
 from paredown.core.errors import UserError
 from paredown.core.files import write_atomically
 from paredown.graph import mode, store, structure
+from paredown.graph.holds.sharing import Sharing
 from paredown.graph.parts import Input
-from paredown.graph.sharing import Sharing
 from paredown.graph.state import owner_of
 
 

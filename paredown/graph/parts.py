@@ -7,7 +7,7 @@ from typing import Protocol
 
 from torch import Tensor, fx
 
-from paredown.graph.sharing import Sharing
+from paredown.graph.holds.sharing import Sharing
 from paredown.graph.structure import Structure
 
 

@@ -68,3 +68,10 @@ def tensor_of(graph: fx.GraphModule, name: str) -> Tensor:
         found = getattr(found, part)
     assert isinstance(found, Tensor)
     return found
+
+
+def taken(tensor: Tensor, keep: dict[int, Tensor]) -> Tensor:
+    """The tensor with only these indices of each dimension named."""
+    for dim, indices in keep.items():
+        tensor = tensor.index_select(dim, indices.to(tensor.device))
+    return tensor.contiguous()

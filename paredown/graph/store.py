@@ -18,8 +18,9 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, fx, nn
 
 from paredown.core.errors import UserError
-from paredown.graph import shared_store, structure
+from paredown.graph import structure
 from paredown.graph.graph_json import graph_from_json, graph_to_json
+from paredown.graph.holds.every import HOLDS
 from paredown.graph.parts import Input, Parts
 from paredown.graph.quantized import packed, quantizers  # noqa: F401  (they register ops)
 from paredown.graph.state import keep_state, owner_of
@@ -46,15 +47,15 @@ def encode(model: Parts) -> bytes:
         "transient": sorted(_transient(model.graph)),
     }
     stored = {f"state:{name}": tensor for name, tensor in tensors.items()}
-    stored |= {f"mask:{name}": mask for name, mask in model.masks.items()}
     for name, dims in model.kept.items():
         stored |= {f"kept:{dim}:{name}": indices for dim, indices in dims.items()}
     stored |= {f"example:{n}": item.example for n, item in enumerate(model.inputs)}
-    if model.shared:  # each value once, in the place of the weights
-        header["shared"], values = shared_store.stored(model)
-        for name in header["shared"]:
+    for hold in HOLDS:
+        told, parts, besides = hold.stored(model)
+        header |= {} if told is None else {hold.field: told}
+        for name in besides:
             stored.pop(f"state:{ties.get(name, name)}")
-        stored |= values
+        stored |= parts
     contiguous = {k: stored[k].detach().cpu().contiguous().clone() for k in sorted(stored)}
     return to_bytes(contiguous, {"paredown": json.dumps(header)})
 
@@ -94,14 +95,15 @@ def load(path: Path, make: Callable[..., M]) -> M:
 
 
 def decode(data: bytes, path: str, make: Callable[..., M]) -> M:
-    """The model in the file's bytes: ``make`` of its `Parts`, in their order.
+    """The model in the file's bytes: ``make`` of its `Parts`, by their names.
 
     Raises:
         UserError: they are damaged, or not a paredown model.
     """
     try:
         header, tensors = _read(data)
-        tied = shared_store.restored(header.get("shared", {}), header["ties"], tensors)
+        ties = header["ties"]
+        held = {h.field: h.restored(header.get(h.field), ties, tensors) for h in HOLDS}
         _refuse_nan(tensors)
         graph = _module(header, tensors)
         examples = [tensors[f"example:{n}"] for n in range(len(header["inputs"]))]
@@ -109,10 +111,9 @@ def decode(data: bytes, path: str, make: Callable[..., M]) -> M:
             Input(item["name"], example, {int(d): n for d, n in item["dynamic"].items()})
             for item, example in zip(header["inputs"], examples, strict=True)
         )
-        masks = {k.removeprefix("mask:"): v for k, v in tensors.items() if k.startswith("mask:")}
         arguments, outputs = header["arguments"], header["outputs"]
         notes, kept = tuple(header["notes"]), _kept(tensors)
-        model = make(graph, inputs, arguments, outputs, masks, kept, notes, tied)
+        model = make(graph, inputs, arguments, outputs, kept=kept, notes=notes, **held)
         _check(model)
         return model
     except Exception as error:  # there is no end to what a damaged file can fail with

@@ -16,8 +16,8 @@ from paredown.core import progress
 from paredown.core.errors import UserError
 from paredown.core.task import Target, Task
 from paredown.graph.capture import capture
+from paredown.graph.holds.every import HOLDS
 from paredown.graph.model import Model
-from paredown.graph.shared import apart
 from paredown.steps import STEPS, step_class
 from paredown.steps.step import ALONE, FORMS, Setting, Step
 from paredown.targets.artifact import digest
@@ -58,21 +58,18 @@ def apply(
 
 
 def apply_step(model: Model, step: Step, task: Task, setting: Setting = ALONE) -> Model:
-    """One step, and the check that pruned weights stayed zero through it, and shared ones equal."""
+    """One step, and the check that all that later steps must hold was held through it."""
     try:
         made = step.apply(model, task, setting)
     except (UserError, MemoryError):
         raise
     except Exception as error:  # of the user's loss or data, or an op the step does not know
         raise UserError(f"{line(step)}: failed: {type(error).__name__}: {error}") from error
-    broken = next(apart(made), None)
-    if broken is not None:
-        raise UserError(f"{line(step)}: weights of {broken!r} that shared a value came apart.")
-    state = made.state_dict()
-    for name, mask in made.masks.items():
-        if name in state and bool((state[name][~mask] != 0).any()):
-            raise UserError(f"{line(step)}: weights of {name!r} that were pruned came back.")
-    for name, tensor in state.items():
+    for hold in HOLDS:
+        broken = next(hold.broken(made), None)
+        if broken is not None:
+            raise UserError(f"{line(step)}: {broken}")
+    for name, tensor in made.state_dict().items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise UserError(f"{line(step)}: {name!r} became NaN or infinite.")
     return made

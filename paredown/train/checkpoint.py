@@ -17,6 +17,7 @@ from paredown.core import progress
 from paredown.core.files import write_atomically
 from paredown.core.task import Task
 from paredown.data import splits
+from paredown.graph.holds.every import HOLDS
 from paredown.graph.model import Model
 from paredown.train.parameters import copy_into, tensors, trainable
 
@@ -45,10 +46,7 @@ def mark_of(model: Model, task: Task, settings: Training, objective: str = "") -
     asked = [asdict(settings), sizes, task.batch_size, objective]
     digest = hashlib.sha256(json.dumps(asked).encode())
     digest.update(model.graph.code.encode())
-    for name, tied in sorted(model.shared.items()):
-        digest.update(f"{name}{tied.book}{tied.size}{tied.seed}{tied.block}".encode())
-    codes = {name: tied.codes for name, tied in model.shared.items() if tied.codes is not None}
-    also = _named("mask:", model.masks) | _named("codes:", codes)
+    also = {f"{hold.field}:{name}": t for hold in HOLDS for name, t in hold.mark(model)}
     for name, tensor in sorted({**tensors(model.graph), **also}.items()):
         digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
         flat = tensor.detach().cpu().contiguous().reshape(-1)

@@ -15,15 +15,15 @@ from paredown.core.task import Task
 from paredown.data import batches, splits
 from paredown.data.evaluate import evaluate
 from paredown.graph import machine
+from paredown.graph.holds.every import HOLDS
+from paredown.graph.holds.hold import Keeper
 from paredown.graph.model import Model
 from paredown.train import qat
 from paredown.train.checkpoint import State, mark_of, resume, write
 from paredown.train.lasso import Lasso, units_of
-from paredown.train.masks import Masks
 from paredown.train.objective import Objective, TaskLoss
 from paredown.train.parameters import copy_into, tensors, trainable
 from paredown.train.settings import Training, learning_rate
-from paredown.train.ties import Ties
 
 
 def fit(
@@ -95,7 +95,7 @@ def _one_epoch(
     seed = settings.seed * 1_000_003 + state.epoch  # so a resumed epoch draws the same numbers
     machine.seed(seed)
     model.train()
-    masks, ties = Masks(model), Ties(model)
+    keepers = [hold.keeper(model) for hold in HOLDS]
     weights = _weights(model)
     losses, rate = [], 0.0
     order = splits.batches(split, state.batch, shuffle=True, seed=seed)
@@ -107,10 +107,11 @@ def _one_epoch(
             group["lr"] = rate
         losses.append(_loss_and_gradients(model, objective, batch, state))
         _check_loss(losses[-1], state.epoch, index, rate)
-        _update(weights, settings, state, masks, ties)
+        _update(weights, settings, state, keepers)
         if lasso is not None:
             lasso.shrink(rate)
-            ties.hold()
+            for keeper in keepers:
+                keeper.hold()
     _check_weights(model, state.epoch)
     model.eval()
     qat.hold(model)
@@ -145,16 +146,19 @@ def _weights(model: Model) -> list[nn.Parameter]:
 
 
 def _update(
-    weights: list[nn.Parameter], settings: Training, state: State, masks: Masks, ties: Ties
+    weights: list[nn.Parameter], settings: Training, state: State, keepers: list[Keeper]
 ) -> None:
-    masks.hold_gradients()
-    gradients = ties.gradients(weights)
+    free, gradients = weights, []
+    for keeper in keepers:
+        free, instead = keeper.gradients(free)
+        gradients += instead
+    gradients = [p.grad for p in free if p.grad is not None] + gradients
     if settings.clip_norm is not None:
         norm = nn.utils.get_total_norm(gradients)
         nn.utils.clip_grads_with_norm_(weights, settings.clip_norm, norm)
     state.optimizer.step()
-    masks.hold_weights()
-    ties.hold()
+    for keeper in keepers:
+        keeper.hold()
 
 
 def _gradients(

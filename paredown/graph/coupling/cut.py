@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from paredown.graph.coupling.coupling import Choice, Coupling
 from paredown.graph.coupling.rules import rewrite_of
 from paredown.graph.coupling.sizes import Cut
+from paredown.graph.holds.every import HOLDS
 from paredown.graph.model import Model
-from paredown.graph.state import owner_of, tensor_of
+from paredown.graph.state import owner_of, taken, tensor_of
 from paredown.graph.values import give_values
 
 
@@ -63,17 +64,11 @@ def _slice(model: Model, coupling: Coupling, choice: Choice) -> None:
         if not keep:
             continue
         old = tensor_of(model.graph, tensor.name)
-        new = _taken(old.detach(), keep)
+        new = taken(old.detach(), keep)
         placed = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
         for name in aliases[id(old)]:
             _place(model.graph, name, placed)
             _note(model, name, keep)
-
-
-def _taken(tensor: Tensor, keep: dict[int, Tensor]) -> Tensor:
-    for dim, indices in keep.items():
-        tensor = tensor.index_select(dim, indices.to(tensor.device))
-    return tensor.contiguous()
 
 
 def _aliases(graph: nn.Module) -> dict[int, list[str]]:
@@ -96,10 +91,9 @@ def _place(graph: nn.Module, name: str, tensor: Tensor) -> None:
 
 
 def _note(model: Model, name: str, keep: dict[int, Tensor]) -> None:
-    """Masks are cut as their weights are; what is kept counts in the original's indices."""
-    model.shared.pop(name, None)  # blocks and hashes do not outlive a cut
-    if name in model.masks:
-        model.masks[name] = _taken(model.masks[name], keep)
+    """What is held of a weight is cut with it; what is kept counts in the original's indices."""
+    for hold in HOLDS:
+        hold.cut(model, name, keep)
     before = model.kept.setdefault(name, {})
     for dim, indices in keep.items():
         before[dim] = before[dim][indices] if dim in before else indices

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from paredown.graph.edit import keep_meta
+from paredown.graph.holds.every import forget
 from paredown.graph.parts import Parts
 from paredown.graph.quantized.low_bits import LOW_BITS
 from paredown.graph.quantized.rounding import spread
@@ -85,7 +86,7 @@ def pack_weights(model: Parts) -> None:
         node.replace_all_uses_with(made)
         graph.graph.erase_node(node)
         remove_state(graph, name)
-        model.masks.pop(name, None)
+        forget(model, name)
     graph.recompile()
 
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from paredown.core.errors import UserError
+from paredown.graph.holds.shared import refuse_shared
 from paredown.graph.model import Model
 from paredown.graph.names import fits, with_layer
-from paredown.graph.shared import refuse_shared
 from paredown.graph.sites import Site
 from paredown.graph.state import tensor_of
 from paredown.steps.low_rank.factor_layers import FactorLayer, in_groups

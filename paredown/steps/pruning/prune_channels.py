@@ -13,10 +13,10 @@ from paredown.core.units import human
 from paredown.graph.coupling.coupling import Choice, Coupling, analyze
 from paredown.graph.coupling.cut import cut
 from paredown.graph.coupling.groups import Group
+from paredown.graph.holds.shared import refuse_shared
 from paredown.graph.model import Model
 from paredown.graph.names import check_choice, check_exclude, fits, with_layer
 from paredown.graph.quantized.quantizers import quantizers
-from paredown.graph.shared import refuse_shared
 from paredown.measure.timing import speedup
 from paredown.steps.latency import search
 from paredown.steps.pruning import criteria

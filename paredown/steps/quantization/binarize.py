@@ -13,12 +13,12 @@ from paredown.core.errors import UserError
 from paredown.core.task import Task
 from paredown.graph.computed import fold_computed_weights
 from paredown.graph.edit import keep_meta
+from paredown.graph.holds.shared import refuse_shared
 from paredown.graph.model import Model
 from paredown.graph.names import check_exclude, fits, with_layer
 from paredown.graph.ops import arguments
 from paredown.graph.quantized.low_bits import BINARY, TERNARY
 from paredown.graph.quantized.quantizers import quantizers
-from paredown.graph.shared import refuse_shared
 from paredown.graph.sites import Site, sites
 from paredown.graph.state import getattr_or_none, tensor_of
 from paredown.steps.step import ALONE, Entry, Setting, Step

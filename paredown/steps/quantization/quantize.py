@@ -18,12 +18,12 @@ from paredown.core.units import parse_drop
 from paredown.data.observe import Statistics, channels_last, observe
 from paredown.graph.computed import fold_computed_weights
 from paredown.graph.fold import fold_batch_norm
+from paredown.graph.holds.shared import regroup
 from paredown.graph.model import Model
 from paredown.graph.quantized.low_bits import LOW_BITS
 from paredown.graph.quantized.quantizers import quantizers
 from paredown.graph.quantized.regions import INTEGER_KINDS, Regions, find_regions, prepare
 from paredown.graph.quantized.scales import WEIGHT_GRIDS
-from paredown.graph.shared import regroup
 from paredown.graph.sites import sites
 from paredown.steps.quantization import mixed
 from paredown.steps.quantization.correct import correct_biases

@@ -10,8 +10,8 @@ from paredown.core import progress
 from paredown.core.errors import UserError
 from paredown.core.task import Task
 from paredown.graph.computed import fold_computed_weights
+from paredown.graph.holds.shared import refuse_shared
 from paredown.graph.model import Model
-from paredown.graph.shared import refuse_shared
 from paredown.steps.quantization.gptq_layers import round_in_order, solvable
 from paredown.steps.quantization.weight_layers import (
     Rounding,

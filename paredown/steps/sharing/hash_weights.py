@@ -10,9 +10,9 @@ from paredown.core import progress
 from paredown.core.errors import UserError
 from paredown.core.task import Task
 from paredown.graph.computed import fold_computed_weights
+from paredown.graph.holds.shared import hold
+from paredown.graph.holds.sharing import MASK, Sharing
 from paredown.graph.model import Model
-from paredown.graph.shared import hold
-from paredown.graph.sharing import MASK, Sharing
 from paredown.steps.sharing.shareable import keep_zeros, shareable
 from paredown.steps.step import ALONE, Entry, Setting, Step
 

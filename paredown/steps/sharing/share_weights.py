@@ -14,10 +14,10 @@ from paredown.core.errors import UserError
 from paredown.core.task import Task
 from paredown.data import observe
 from paredown.graph.computed import fold_computed_weights
+from paredown.graph.holds.sharing import Sharing, small
 from paredown.graph.model import Model
 from paredown.graph.quantized.regions import INTEGER_KINDS
 from paredown.graph.rows import from_rows, rows
-from paredown.graph.sharing import Sharing, small
 from paredown.steps.sharing.kmeans import cluster_blocks, cluster_line, nearest
 from paredown.steps.sharing.shareable import Shareable, flat, keep_zeros, shareable
 from paredown.steps.step import ALONE, Entry, Setting, Step

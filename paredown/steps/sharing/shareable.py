@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from paredown.core.errors import UserError
+from paredown.graph.holds.shared import refuse_shared
 from paredown.graph.model import Model
 from paredown.graph.names import check_exclude, fits, with_layer
 from paredown.graph.quantized.quantizers import quantizers
-from paredown.graph.shared import refuse_shared
 from paredown.graph.sites import Site, sites
 from paredown.graph.state import tensor_of
 

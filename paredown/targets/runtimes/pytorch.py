@@ -92,9 +92,9 @@ def census(path: Path | str) -> Census:
     from collections import Counter
 
     from paredown.core.measurement import Census
+    from paredown.graph.holds.shared_store import stored
     from paredown.graph.model import Model
     from paredown.graph.quantized.packed import UNPACK
-    from paredown.graph.shared_store import stored
     from paredown.graph.state import getattr_or_none
 
     model = Model.load(path)

@@ -5,23 +5,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from paredown.graph.model import Model
-from paredown.graph.shared import Book, Part, books
-from paredown.graph.sharing import member_sums
+from paredown.graph.holds.shared import Book, Part, books
+from paredown.graph.holds.sharing import member_sums
+from paredown.graph.parts import Parts
 
 
 class Ties:
     """Weights that share a value move as that value would: along the sum of their gradients (Deep
     Compression, arXiv 1510.00149), with one momentum, to one place."""
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Parts) -> None:
         self.books: list[Book] = [
             book for book in books(model) if any(part.weight.requires_grad for part in book.parts)
         ]
 
-    def gradients(self, weights: list[nn.Parameter]) -> list[Tensor]:
-        """The gradients of what trains: of shared weights one for each value. Each shared weight
-        is left with the gradient of its value."""
+    def gradients(self, weights: list[nn.Parameter]) -> tuple[list[nn.Parameter], list[Tensor]]:
+        """The weights that are not shared, and one gradient for each value of the others, which
+        are left with the gradient of their value."""
         summed: list[Tensor] = []
         tied: set[int] = set()
         for book in self.books:
@@ -33,8 +33,7 @@ class Ties:
                 part.weight.grad = part.expanded(total)
             summed.append(total)
             tied |= {id(part.weight) for part in parts}
-        own = [p.grad for p in weights if p.grad is not None and id(p) not in tied]
-        return [*own, *summed]
+        return [p for p in weights if id(p) not in tied], summed
 
     def hold(self) -> None:
         """Equal to the last bit, whichever kernel has moved them."""

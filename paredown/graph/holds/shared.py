@@ -2,9 +2,9 @@
 
 A model keeps shared weights as plain tensors under their own names, so that every op, step and
 runtime sees what it always sees; ``Model.shared`` says which of their elements are equal, as
-``Model.masks`` says which are zero. Training holds it (`paredown.train.ties`), a step that breaks
-it is refused (`paredown.steps.recipe`), and a file keeps the values and their numbers alone
-(`paredown.graph.shared_store`).
+``Model.masks`` says which are zero. Training holds it (`paredown.graph.holds.ties`), a step that
+breaks it is refused, and a file keeps the values and their numbers alone
+(`paredown.graph.holds.shared_store`).
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from paredown.core.errors import UserError
+from paredown.graph.holds.sharing import Sharing, member_sums, small
 from paredown.graph.parts import Parts
 from paredown.graph.rows import rows
-from paredown.graph.sharing import Sharing, member_sums, small
 from paredown.graph.sites import sites
 from paredown.graph.state import getattr_or_none, tensor_of
 

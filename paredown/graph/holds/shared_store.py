@@ -1,17 +1,19 @@
-"""Shared weights in a file: each value of a codebook once, and the numbers of the values."""
+"""Weights that share values stay equal; a file holds each value once, and the values' numbers."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from paredown.core.errors import UserError
+from paredown.graph.holds.shared import Part, apart, books
+from paredown.graph.holds.sharing import Sharing
+from paredown.graph.holds.ties import Ties
 from paredown.graph.parts import Parts
-from paredown.graph.shared import Part, apart, books
-from paredown.graph.sharing import Sharing
 
 MOST_WEIGHTS = 2**31  # of a tensor, so that a file cannot ask for any amount of memory
 
@@ -91,3 +93,35 @@ def _check(
         fits = fits and (int(codes.max()) + 1) * block <= size
     if not fits:
         raise ValueError(f"what {name!r} shares does not fit it")
+
+
+class SharedValues:
+    """The `paredown.graph.holds.hold.Hold` of weights that are one value."""
+
+    field = "shared"
+
+    def broken(self, model: Parts) -> Iterator[str]:
+        for name in apart(model):
+            yield f"weights of {name!r} that shared a value came apart."
+
+    def keeper(self, model: Parts) -> Ties:
+        return Ties(model)
+
+    def mark(self, model: Parts) -> Iterator[tuple[str, Tensor]]:
+        for name, tied in sorted(model.shared.items()):
+            told = f"{name}:{tied.book}:{tied.size}:{tied.seed}:{tied.block}"
+            yield told, torch.empty(0) if tied.codes is None else tied.codes
+
+    def cut(self, model: Parts, name: str, keep: dict[int, Tensor]) -> None:
+        model.shared.pop(name, None)  # blocks and hashes do not outlive a cut
+
+    def stored(self, model: Parts) -> tuple[Any, dict[str, Tensor], Collection[str]]:
+        if not model.shared:
+            return None, {}, ()
+        told, tensors = stored(model)
+        return told, tensors, told.keys()
+
+    def restored(
+        self, told: Any, ties: dict[str, str], tensors: dict[str, Tensor]
+    ) -> dict[str, Sharing]:
+        return restored(told or {}, ties, tensors)
