@@ -27,6 +27,7 @@ from paredown.core.task import Target, Task
 from paredown.graph.doors.python_file import load as load_user
 from paredown.run import compress
 from paredown.run import stages as stages_of_runs
+from paredown.run.folder import load_run
 from paredown.run.ledger import RECORDS, Ledger
 from paredown.steps import recipe
 from paredown.targets.devices import device, local, probe
@@ -116,7 +117,7 @@ class Here(local.Probe):
         return {"device": "local", **self.session.versions(), "threads": str(self.threads)}
 
 
-HERE = "tests.test_run:here_at"
+BY_NAME = f"{__name__}:here_at"
 
 
 def here_at(address):
@@ -125,7 +126,7 @@ def here_at(address):
 
 def main():
     """The command line on `Here`, killed at a failpoint by its number, or counting them."""
-    device.DEVICES["local"] = HERE
+    device.DEVICES["local"] = BY_NAME
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell ignores it
     kill_at, count_in, passed = int(os.environ.get(KILL_AT, 0)), os.environ.get(COUNT_IN), 0
 
@@ -146,7 +147,7 @@ def main():
 
 @pytest.fixture
 def here(monkeypatch):
-    monkeypatch.setitem(device.DEVICES, "local", HERE)
+    monkeypatch.setitem(device.DEVICES, "local", BY_NAME)
     monkeypatch.setattr(torch, "set_num_threads", lambda _: None)  # the runtime's, not the tests'
 
 
@@ -179,7 +180,7 @@ def paredown_cli(here, monkeypatch, capsys):
 
 
 def load(folder):
-    return folder.load_run(folder)
+    return load_run(folder)
 
 
 def stages(folder):

@@ -40,7 +40,7 @@ from paredown.train.loop import fit
 from paredown.train.settings import Training
 from tests.architectures import ARCHITECTURES, make, with_batch
 from tests.test_architectures import ROOT, call, run, tensors
-from tests.test_run import HERE
+from tests.test_run import BY_NAME
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -556,7 +556,7 @@ def test_nothing_to_share_is_told(built):
 
 
 def test_a_recipe_that_pays_only_packed_is_kept_and_says_so(built, tmp_path, monkeypatch):
-    monkeypatch.setitem(device.DEVICES, "local", HERE)
+    monkeypatch.setitem(device.DEVICES, "local", BY_NAME)
     model, task = built
     goals, steps = Goals(max_drop="90%"), [ShareWeights(k=4)]
     run = compress(model, task, goals, Target(), steps, tmp_path / "run")
