@@ -20,6 +20,7 @@ from paredown.graph.quantized.quantizers import PER_CHANNEL, quantized_weights
 from paredown.graph.state import tensor_of
 from paredown.steps.pruning.prune_channels import PruneChannels
 from paredown.steps.quantization.quantize import Quantize
+from paredown.steps.quantization.ranges import range_method
 from paredown.steps.step import Step
 from paredown.steps.training.fine_tune import FineTune
 
@@ -34,10 +35,6 @@ SHARE = 0.25  # of a layer's own noise that must come from where the cause is,
 FELT = 0.05  # and of all the noise that has reached its result
 COARSE_DB = 26.0  # a layer's own noise is 5 % of its result; at 8 bits it is about 1 %
 PLACES = 256  # values of a channel that must have been seen before it is called constant
-
-# ranges -> those to take instead where they are too wide, and where they clip too much
-NARROWER = {"minmax": "percentile", "lp": "percentile", "percentile": "lp", "entropy": "lp"}
-WIDER = {"lp": "minmax", "minmax": "lp", "percentile": "lp", "entropy": "lp"}
 
 Reach = Callable[[Sequence[str]], Mapping[str, tuple[float, float]]]  # node -> range in calibration
 
@@ -59,9 +56,10 @@ class Context:
         """The recipe's last `Quantize`."""
         return next((s for s in reversed(self.steps) if isinstance(s, Quantize)), Quantize())
 
-    def ranges(self, others: Mapping[str, str]) -> Remedy:
-        """The ranges that come after those used."""
-        name = others[self.used.ranges]
+    def ranges(self, wider: bool) -> Remedy:
+        """The ranges to try after those used."""
+        method = range_method(self.used.ranges)
+        name = method.wider if wider else method.narrower
         step = dataclasses.replace(self.used, ranges=name, percentile=Quantize.percentile)
         return Remedy(step, ("ranges",))
 
@@ -166,7 +164,7 @@ def _range_fault(context: Context, rounded: Rounded, names: tuple[str, ...]) -> 
     if rounded.outside < 0.5 * total:
         levels = max(1, round(255 * (high - low) / rounded.span))
         words = f"of 255 levels between {rounded.low:.3g} and {rounded.high:.3g} only {levels} pay"
-        return Cause("wide_range", names, words, context.ranges(NARROWER), gain)
+        return Cause("wide_range", names, words, context.ranges(wider=False), gain)
     beyond = f"{rounded.beyond / rounded.values:.2%} of the values lie beyond {ranges}"
     reached = context.reach([rounded.source.name]).get(rounded.source.name)
     least, most = statistics.low, statistics.high
@@ -180,7 +178,7 @@ def _range_fault(context: Context, rounded: Rounded, names: tuple[str, ...]) -> 
         advice = "Task(calibration=...): more examples, and such as these"
         return Cause("saturation", names, words, advice, gain)
     words = f"{beyond} and make {rounded.outside / total:.0%} of its error"
-    return Cause("clipped_range", names, words, context.ranges(WIDER), gain)
+    return Cause("clipped_range", names, words, context.ranges(wider=True), gain)
 
 
 def _spans(rounded: Rounded) -> Tensor | None:

@@ -35,25 +35,6 @@ def check_exclude(
             raise UserError(f"{setting}: no {kind} is called {pattern!r}{hint}")
 
 
-def check_choice(name: str, value: object, known: Sequence[str]) -> None:
-    """Refuse a setting that is none of those that are known.
-
-    Raises:
-        UserError: it is not, with the one that comes nearest.
-
-    Example:
-        >>> check_choice("kind", "globl", ("global", "one"))
-        Traceback (most recent call last):
-            ...
-        paredown.core.errors.UserError: k: 'gobal' is not one of global, one; did you mean 'global'?
-    """
-    if value not in known:
-        near = difflib.get_close_matches(str(value), known, 1, 0.0)[0]
-        raise UserError(
-            f"{name}: {value!r} is not one of {', '.join(known)}; did you mean {near!r}?"
-        )
-
-
 def fits(names: Iterable[str], patterns: Sequence[str]) -> bool:
     """Whether one of the patterns fits one of the names.
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import difflib
-import importlib
 
 from paredown.core.errors import UserError
+from paredown.core.named import named
 from paredown.steps.step import Step
 
 STEPS = {  # in the order of the README's table
@@ -47,5 +47,4 @@ def step_class(name: str) -> type[Step]:
     if name not in STEPS:
         near = difflib.get_close_matches(name, STEPS, 1, 0.0)[0]
         raise UserError(f"step: {name!r} is not one of {', '.join(STEPS)}; did you mean {near!r}?")
-    module, _, attribute = STEPS[name].partition(":")
-    return getattr(importlib.import_module(module), attribute)  # type: ignore[no-any-return]
+    return named(STEPS[name])  # type: ignore[no-any-return]

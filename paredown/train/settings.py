@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
-from paredown.core.errors import UserError
+from paredown.core.settings import require
 from paredown.train import qat
 
 
@@ -53,32 +52,27 @@ class Training:
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        _require("epochs", self.epochs, 0 < self.epochs < math.inf, "a number above 0")
-        _require("optimizer", self.optimizer, self.optimizer in _OPTIMIZERS, '"adamw" or "sgd"')
-        _require("lr", self.lr, 0 < self.lr < math.inf, "a number above 0, such as 5e-4")
-        _require("momentum", self.momentum, 0 <= self.momentum < 1, "from 0 up, below 1")
+        require("epochs", self.epochs, 0 < self.epochs < math.inf, "a number above 0")
+        require("optimizer", self.optimizer, self.optimizer in _OPTIMIZERS, '"adamw" or "sgd"')
+        require("lr", self.lr, 0 < self.lr < math.inf, "a number above 0, such as 5e-4")
+        require("momentum", self.momentum, 0 <= self.momentum < 1, "from 0 up, below 1")
         decay = self.weight_decay
-        _require("weight_decay", decay, 0 <= decay < math.inf, "a number from 0 up")
-        _require("warmup", self.warmup, 0 <= self.warmup < 1, "a share of the steps, below 1")
+        require("weight_decay", decay, 0 <= decay < math.inf, "a number from 0 up")
+        require("warmup", self.warmup, 0 <= self.warmup < 1, "a share of the steps, below 1")
         norm, size = self.clip_norm, self.batch_size
-        _require("clip_norm", norm, norm is None or norm > 0, "a number above 0, or None")
-        _require("batch_size", size, size is None or size >= 1, "a whole number from 1 up")
+        require("clip_norm", norm, norm is None or norm > 0, "a number above 0, or None")
+        require("batch_size", size, size is None or size >= 1, "a whole number from 1 up")
         lasso = self.group_lasso
-        _require("group_lasso", lasso, 0 <= lasso < math.inf, "a strength from 0 up; 0 is off")
+        require("group_lasso", lasso, 0 <= lasso < math.inf, "a strength from 0 up; 0 is off")
         kinds = ", ".join(f'"{kind}"' for kind in qat.KINDS)
-        _require("quantizers", self.quantizers, self.quantizers in qat.KINDS, f"one of {kinds}")
+        require("quantizers", self.quantizers, self.quantizers in qat.KINDS, f"one of {kinds}")
         stop = self.patience
-        _require("patience", stop, stop is None or stop >= 1, "a whole number of epochs from 1 up")
+        require("patience", stop, stop is None or stop >= 1, "a whole number of epochs from 1 up")
         devices = ("cpu", "cuda", "auto")
-        _require("device", self.device, self.device in devices, '"cpu", "cuda" or "auto"')
+        require("device", self.device, self.device in devices, '"cpu", "cuda" or "auto"')
 
 
 _OPTIMIZERS = ("adamw", "sgd")
-
-
-def _require(name: str, value: Any, holds: bool, expected: str) -> None:
-    if not holds:
-        raise UserError(f"{name}: expected {expected}, got {value!r}.")
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:

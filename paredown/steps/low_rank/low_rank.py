@@ -6,16 +6,17 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from paredown.core import progress
 from paredown.core.errors import UserError
+from paredown.core.settings import check_choice, check_count, names_of
 from paredown.core.task import Task
 from paredown.core.units import human
 from paredown.graph.computed import fold_computed_weights
 from paredown.graph.coupling.coupling import Costs, analyze
 from paredown.graph.model import Model
-from paredown.graph.names import check_choice, check_exclude, with_layer
+from paredown.graph.names import check_exclude, with_layer
 from paredown.graph.quantized.quantizers import quantizers
 from paredown.graph.sites import sites
 from paredown.graph.state import tensor_of
@@ -118,13 +119,10 @@ class LowRank(Step):
         check_choice("method", self.method, METHODS)
         for name, value in (("rank", self.rank), ("round_to", self.round_to)):
             if value is not None:
-                _check_count(name, value, 1)
-        _check_count("examples", self.examples, 2)
+                check_count(name, value, 1)
+        check_count("examples", self.examples, 2)
         for name in ("include", "exclude"):
-            value = getattr(self, name)
-            if isinstance(value, str):
-                raise UserError(f"{name}: expected a tuple of names, got the text {value!r}.")
-            object.__setattr__(self, name, tuple(value))
+            object.__setattr__(self, name, names_of(name, getattr(self, name)))
         if self.rank is not None and not self.include:
             raise UserError('rank: name the layers that it is for, as in include=("fc",).')
         needs = {"calibration"} if self.whiten or self.reconstruct else set()
@@ -331,8 +329,3 @@ def _told(ground: Ground, made: Model, choice: dict[int, Option]) -> str:
         f"{human('count', old.macs)} to {human('count', new.macs)} multiply-adds"
         + (f"; the others{left.replace('too narrow', 'better whole')}" if left else "")
     )
-
-
-def _check_count(name: str, value: Any, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise UserError(f"{name}: expected a whole number from {least} up, got {value!r}.")

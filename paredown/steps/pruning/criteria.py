@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from paredown.core.errors import UserError
+from paredown.core.settings import check_choice
 from paredown.core.task import Task
 from paredown.data import observe, splits
 from paredown.graph.coupling.groups import Group, Member
 from paredown.graph.model import Model
-from paredown.graph.names import check_choice
 from paredown.graph.sites import Site, sites
 from paredown.graph.state import tensor_of
 

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from paredown.core import progress
 from paredown.core.errors import UserError
+from paredown.core.settings import check_choice, check_count, names_of
 from paredown.core.task import Task
 from paredown.core.units import human
 from paredown.graph.coupling.coupling import Choice, Coupling, analyze
@@ -15,7 +16,7 @@ from paredown.graph.coupling.cut import cut
 from paredown.graph.coupling.groups import Group
 from paredown.graph.holds.shared import refuse_shared
 from paredown.graph.model import Model
-from paredown.graph.names import check_choice, check_exclude, fits, with_layer
+from paredown.graph.names import check_exclude, fits, with_layer
 from paredown.graph.quantized.quantizers import quantizers
 from paredown.measure.timing import speedup
 from paredown.steps.latency import search
@@ -110,12 +111,10 @@ class PruneChannels(Step):
         check_choice("scope", self.scope, ("global", "uniform"))
         check_choice("attention", self.attention, ("heads", "head_dim"))
         check_choice("group_norm", self.group_norm, ("groups", "within"))
-        _check_count("min_width", self.min_width)
+        check_count("min_width", self.min_width)
         if self.round_to is not None:
-            _check_count("round_to", self.round_to)
-        if isinstance(self.exclude, str):
-            raise UserError(f"exclude: expected a tuple of names, got the text {self.exclude!r}.")
-        object.__setattr__(self, "exclude", tuple(self.exclude))
+            check_count("round_to", self.round_to)
+        object.__setattr__(self, "exclude", names_of("exclude", self.exclude))
         needs = criteria.criterion(self.criterion).needs
         needs |= {"calibration"} if self.reconstruct else set()
         object.__setattr__(self, "needs", needs)
@@ -236,11 +235,6 @@ class PruneChannels(Step):
 def _check_share(name: str, value: float, holds: bool, expected: str) -> None:
     if not (holds and value > 0):  # NaN holds nothing
         raise UserError(f"{name}: expected a share {expected}, got {value!r}.")
-
-
-def _check_count(name: str, value: int) -> None:
-    if not isinstance(value, int) or value < 1:
-        raise UserError(f"{name}: expected a whole number from 1 up, got {value!r}.")
 
 
 def _eligible(step: PruneChannels, model: Model, coupling: Coupling) -> list[Group]:

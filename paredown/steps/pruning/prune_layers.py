@@ -15,6 +15,7 @@ from torch.utils.data import Subset
 
 from paredown.core import progress
 from paredown.core.errors import UserError
+from paredown.core.settings import check_count, names_of
 from paredown.core.task import Task
 from paredown.data import observe, splits
 from paredown.graph.memory import sweep
@@ -238,10 +239,8 @@ class PruneLayers(Step):
     examples: int = 64
 
     def __post_init__(self) -> None:
-        if isinstance(self.exclude, str):
-            raise UserError(f"exclude: expected a tuple of names, got the text {self.exclude!r}.")
-        object.__setattr__(self, "exclude", tuple(self.exclude))
-        _check_count("examples", self.examples)
+        object.__setattr__(self, "exclude", names_of("exclude", self.exclude))
+        check_count("examples", self.examples)
         if self.unit not in ("block", "branch"):
             raise UserError(f'unit: expected "block" or "branch", got {self.unit!r}.')
         if self.criterion not in ("output_change", "cosine"):
@@ -249,7 +248,7 @@ class PruneLayers(Step):
                 f'criterion: expected "output_change" or "cosine", got {self.criterion!r}.'
             )
         if self.ratio is None:
-            _check_count("count", self.count)
+            check_count("count", self.count)
         elif not isinstance(self.ratio, (int, float)) or not 0 < self.ratio < 1:
             raise UserError(f"ratio: expected above 0 and below 1, got {self.ratio!r}.")
         elif self.count not in (None, 1):
@@ -293,11 +292,6 @@ class PruneLayers(Step):
 
 
 _KINDS = {"block": "blocks", "branch": "branches"}
-
-
-def _check_count(name: str, value: Any) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise UserError(f"{name}: expected a whole number from 1 up, got {value!r}.")
 
 
 def prepared(model: Model) -> Model:

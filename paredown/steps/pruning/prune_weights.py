@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from paredown.core.errors import UserError
+from paredown.core.settings import names_of
 from paredown.core.task import Task
 from paredown.graph.computed import fold_computed_weights
 from paredown.graph.model import Model
@@ -146,9 +147,7 @@ class PruneWeights(Step):
     exclude: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if isinstance(self.exclude, str):
-            raise UserError(f"exclude: expected a tuple of names, got the text {self.exclude!r}.")
-        object.__setattr__(self, "exclude", tuple(self.exclude))
+        object.__setattr__(self, "exclude", names_of("exclude", self.exclude))
         if not 0 < self.sparsity < 1:
             raise UserError(f"sparsity: expected above 0 and below 1, got {self.sparsity!r}.")
         if self.scope not in ("layer", "global"):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from paredown.core.errors import UserError
+from paredown.core.settings import names_of
 from paredown.core.task import Task
 from paredown.graph.computed import fold_computed_weights
 from paredown.graph.edit import keep_meta
@@ -80,9 +81,7 @@ class Binarize(Step):
     def __post_init__(self) -> None:
         if self.form not in FORMS:
             raise UserError(f'form: expected "binary" or "ternary", got {self.form!r}.')
-        if isinstance(self.exclude, str):
-            raise UserError(f"exclude: expected a tuple of names, got the text {self.exclude!r}.")
-        object.__setattr__(self, "exclude", tuple(self.exclude))
+        object.__setattr__(self, "exclude", names_of("exclude", self.exclude))
 
     def apply(self, model: Model, task: Task, setting: Setting = ALONE) -> Model:
         """A copy whose weights pass through signs."""

@@ -27,7 +27,7 @@ from paredown.graph.quantized.scales import (
 from paredown.graph.sites import Site
 from paredown.graph.state import set_buffer, tensor_of
 from paredown.steps.quantization import weight_layers
-from paredown.steps.quantization.ranges import Range
+from paredown.steps.quantization.range_methods import Range
 from paredown.steps.quantization.weight_layers import Rounding
 
 

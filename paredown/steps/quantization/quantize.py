@@ -13,9 +13,10 @@ import torch
 
 from paredown.core.errors import UserError
 from paredown.core.progress import say
+from paredown.core.settings import names_of
 from paredown.core.task import Task
 from paredown.core.units import parse_drop
-from paredown.data.observe import Statistics, channels_last, observe
+from paredown.data.observe import channels_last, observe
 from paredown.graph.computed import fold_computed_weights
 from paredown.graph.fold import fold_batch_norm
 from paredown.graph.holds.shared import regroup
@@ -29,7 +30,8 @@ from paredown.steps.quantization import mixed
 from paredown.steps.quantization.correct import correct_biases
 from paredown.steps.quantization.equalize import equalize
 from paredown.steps.quantization.insert import insert_dynamic, insert_quantizers, insert_tables
-from paredown.steps.quantization.ranges import RANGES, Range, percentile_range
+from paredown.steps.quantization.range_methods import Range
+from paredown.steps.quantization.ranges import RANGES, range_method
 from paredown.steps.step import ALONE, Entry, Setting, Step
 
 SCHEMES = {"int8": 8, "int4": 4, "int8-dynamic": 8}  # bits of the weights
@@ -143,7 +145,7 @@ class Quantize(Step):
             )
         if not 0 <= self.smooth <= 1:
             raise UserError(f"quantize: smooth must be in [0, 1], got {self.smooth!r}.")
-        object.__setattr__(self, "exclude", tuple(self.exclude))
+        object.__setattr__(self, "exclude", names_of("exclude", self.exclude))
         blind = self._dynamic and not self.smooth and not self.correct_bias
         needs = set() if blind else {"calibration"}
         if self.max_drop is not None:
@@ -211,13 +213,9 @@ class Quantize(Step):
         return without(floats)
 
     def _ranges(self, model: Model, task: Task, regions: Regions) -> dict[str, Range]:
-        statistics = observe(model, task, regions.own, histogram=self.ranges != "minmax")
-        return {name: self._range(each) for name, each in statistics.items()}
-
-    def _range(self, statistics: Statistics) -> Range:
-        if self.ranges == "percentile":
-            return percentile_range(statistics, self.percentile)
-        return RANGES[self.ranges](statistics)
+        method = range_method(self.ranges)
+        statistics = observe(model, task, regions.own, histogram=method.histogram)
+        return {name: method.choose(seen, self.percentile) for name, seen in statistics.items()}
 
     def _skipped(self, model: Model) -> set[str]:
         weights = [site.weight for site in sites(model.graph)]

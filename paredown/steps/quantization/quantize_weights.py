@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from paredown.core import progress
-from paredown.core.errors import UserError
+from paredown.core.settings import names_of, require
 from paredown.core.task import Task
 from paredown.graph.computed import fold_computed_weights
 from paredown.graph.holds.shared import refuse_shared
@@ -84,18 +84,16 @@ class QuantizeWeights(Step):
     examples: int = 512
 
     def __post_init__(self) -> None:
-        _require("bits", self.bits, self.bits in GROUPS, "4 or 8")
+        require("bits", self.bits, self.bits in GROUPS, "4 or 8")
         power = self.group is not None and self.group >= 16 and self.group.bit_count() == 1
         fits = self.group is None or self.group == 0 or power
-        _require("group", self.group, fits, "a power of 2 from 16 up, or 0 for whole channels")
+        require("group", self.group, fits, "a power of 2 from 16 up, or 0 for whole channels")
         tables = self.embedding_bits
-        _require("embedding_bits", tables, tables in (*GROUPS, 0), "8, 4, or 0 for float")
-        _require("method", self.method, self.method in METHODS, '"gptq" or "rtn"')
-        _require("damping", self.damping, 0 <= self.damping < math.inf, "a share from 0 up")
-        _require("examples", self.examples, self.examples >= 1, "a whole number from 1 up")
-        if isinstance(self.exclude, str):
-            raise UserError(f"exclude: expected a tuple of names, got the text {self.exclude!r}.")
-        object.__setattr__(self, "exclude", tuple(self.exclude))
+        require("embedding_bits", tables, tables in (*GROUPS, 0), "8, 4, or 0 for float")
+        require("method", self.method, self.method in METHODS, '"gptq" or "rtn"')
+        require("damping", self.damping, 0 <= self.damping < math.inf, "a share from 0 up")
+        require("examples", self.examples, self.examples >= 1, "a whole number from 1 up")
+        object.__setattr__(self, "exclude", names_of("exclude", self.exclude))
         needs = {"calibration"} if self.method == "gptq" else set()
         object.__setattr__(self, "needs", frozenset(needs))
 
@@ -140,8 +138,3 @@ class QuantizeWeights(Step):
         tables = sum(each.rounding.bits != self.bits for each in chosen)
         more = f"; {tables} looked up, to {self.embedding_bits} bits" if tables else ""
         return f"  {len(chosen)} weights to {self.bits} bits, {', '.join(how)}{more}"
-
-
-def _require(name: str, value: object, holds: bool, expected: str) -> None:
-    if not holds:
-        raise UserError(f"{name}: expected {expected}, got {value!r}.")

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from paredown.core import progress
 from paredown.core.errors import UserError
+from paredown.core.settings import names_of
 from paredown.core.task import Task
 from paredown.graph.computed import fold_computed_weights
 from paredown.graph.holds.shared import hold
@@ -71,9 +72,7 @@ class HashWeights(Step):
             raise UserError(f"ratio: expected above 0 and below 1, got {self.ratio!r}.")
         if not isinstance(self.seed, int) or isinstance(self.seed, bool) or self.seed < 0:
             raise UserError(f"seed: expected a whole number from 0 up, got {self.seed!r}.")
-        if isinstance(self.exclude, str):
-            raise UserError(f"exclude: expected a tuple of names, got the text {self.exclude!r}.")
-        object.__setattr__(self, "exclude", tuple(self.exclude))
+        object.__setattr__(self, "exclude", names_of("exclude", self.exclude))
 
     def apply(self, model: Model, task: Task, setting: Setting = ALONE) -> Model:
         """A copy whose weights are those of the buckets, with ``shared`` saying which."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from paredown.core import progress
 from paredown.core.errors import UserError
+from paredown.core.settings import check_count, names_of
 from paredown.core.task import Task
 from paredown.data import observe
 from paredown.graph.computed import fold_computed_weights
@@ -85,8 +86,8 @@ class ShareWeights(Step):
 
     def __post_init__(self) -> None:
         for name, value, least in (("k", self.k, 2), ("channels", self.channels, 1)):
-            _check_count(name, value, least)
-        _check_count("block", self.block, 1)
+            check_count(name, value, least)
+        check_count("block", self.block, 1)
         if self.scope not in SCOPES:
             known = ", ".join(f'"{scope}"' for scope in SCOPES)
             raise UserError(f"scope: expected one of {known}, got {self.scope!r}.")
@@ -95,9 +96,7 @@ class ShareWeights(Step):
                 f"block: blocks have a codebook for each layer; {self.scope!r} needs block=1, or "
                 'use scope="layer".'
             )
-        if isinstance(self.exclude, str):
-            raise UserError(f"exclude: expected a tuple of names, got the text {self.exclude!r}.")
-        object.__setattr__(self, "exclude", tuple(self.exclude))
+        object.__setattr__(self, "exclude", names_of("exclude", self.exclude))
 
     def apply(self, model: Model, task: Task, setting: Setting = ALONE) -> Model:
         """A copy whose weights are those of the codebooks, with ``shared`` saying which."""
@@ -258,8 +257,3 @@ def _spread(found: Shareable, square: Tensor) -> Tensor:
         groups = square.reshape(-1, inner)
         spread = groups.repeat_interleave(channels // len(groups), 0).repeat_interleave(kernel, 1)
     return spread / spread.mean().clamp(min=1e-30) + FLOOR
-
-
-def _check_count(name: str, value: int, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise UserError(f"{name}: expected a whole number from {least} up, got {value!r}.")

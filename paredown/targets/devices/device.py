@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Protocol
 import numpy as np
 
 from paredown.core.errors import UserError
+from paredown.core.named import named
 
 TIMEOUT_S = 600.0
 DEVICES = {  # scheme -> what connects to an address, and gives a `Device`
@@ -70,8 +70,7 @@ def device(address: str) -> Device:
     scheme = address.partition(":")[0]
     if scheme not in DEVICES:
         raise UserError(f"device: {address!r} is not one of {', '.join(DEVICES)}.")
-    module, _, attribute = DEVICES[scheme].partition(":")
-    made: Device = getattr(importlib.import_module(module), attribute)(address)
+    made: Device = named(DEVICES[scheme])(address)
     return made
 
 

@@ -1,0 +1,81 @@
+"""Checks of the settings that a user gives, each with one wording."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from typing import Any
+
+from paredown.core.errors import UserError
+
+
+def require(name: str, value: object, holds: bool, expected: str) -> None:
+    """Refuse a setting where ``holds`` is not true.
+
+    Raises:
+        UserError: says what was expected, and what came.
+
+    Example:
+        >>> require("lr", -1, -1 > 0, "a number above 0")
+        Traceback (most recent call last):
+            ...
+        paredown.core.errors.UserError: lr: expected a number above 0, got -1.
+    """
+    if not holds:
+        raise UserError(f"{name}: expected {expected}, got {value!r}.")
+
+
+def check_count(name: str, value: Any, least: int = 1) -> None:
+    """Refuse what is no whole number from ``least`` up; True and False are none.
+
+    Raises:
+        UserError: says what was expected, and what came.
+
+    Example:
+        >>> check_count("epochs", True)
+        Traceback (most recent call last):
+            ...
+        paredown.core.errors.UserError: epochs: expected a whole number from 1 up, got True.
+    """
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    require(name, value, whole and value >= least, f"a whole number from {least} up")
+
+
+def check_choice(name: str, value: object, known: Sequence[str]) -> None:
+    """Refuse a setting that is none of those that are known.
+
+    Raises:
+        UserError: it is not, with the one that comes nearest.
+
+    Example:
+        >>> check_choice("at", "gobal", ("global", "1"))
+        Traceback (most recent call last):
+            ...
+        paredown.core.errors.UserError: at: 'gobal' is not one of global, 1; did you mean 'global'?
+    """
+    if value not in known:
+        near = difflib.get_close_matches(str(value), known, 1, 0.0)[0]
+        raise UserError(
+            f"{name}: {value!r} is not one of {', '.join(known)}; did you mean {near!r}?"
+        )
+
+
+def names_of(name: str, value: Any) -> tuple[str, ...]:
+    """A setting that is a sequence of names, as a tuple.
+
+    Raises:
+        UserError: it is one text, or holds something else than texts.
+
+    Example:
+        >>> names_of("exclude", ["fc", "conv*"])
+        ('fc', 'conv*')
+        >>> names_of("exclude", "fc")
+        Traceback (most recent call last):
+            ...
+        paredown.core.errors.UserError: exclude: expected a tuple of names, got the text 'fc'.
+    """
+    if isinstance(value, str):
+        raise UserError(f"{name}: expected a tuple of names, got the text {value!r}.")
+    if not isinstance(value, (tuple, list)) or not all(isinstance(each, str) for each in value):
+        raise UserError(f"{name}: expected a tuple of names, got {value!r}.")
+    return tuple(value)
