@@ -207,6 +207,12 @@ def test_readme_shows_the_house_as_it_is():
     assert sorted(shown[1:]) == sorted([*ROOMS, "cli.py"]), "the tree has one line a room"
 
 
+def test_the_table_of_techniques_is_what_the_steps_say():
+    from docs.make_techniques import renewed
+
+    assert renewed(readme()) == readme(), "run python docs/make_techniques.py"
+
+
 def test_the_page_of_the_house_names_what_is_there():
     """docs/house.md: every room, and no file or folder that is gone."""
     text = (ROOT / "docs" / "house.md").read_text()
