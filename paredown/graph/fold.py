@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from paredown.graph.edit import aten, erase_counters
+from paredown.graph.ops import argument
 from paredown.graph.sites import sees_through, sites
 from paredown.graph.state import getattr_or_none, remove_state, set_parameter, tensor_of
 
@@ -24,7 +25,7 @@ def fold_batch_norm(graph: fx.GraphModule) -> list[str]:
     for site in sites(graph):
         norm = next(iter(site.node.users), None)
         plain = site.kind in ("conv", "linear") or (
-            site.kind == "conv_transpose" and _argument(site.node, 6, 1) == 1
+            site.kind == "conv_transpose" and argument(site.node, "groups") == 1
         )
         if (
             plain
@@ -47,10 +48,6 @@ def _channels_match(kind: str, norm: fx.Node) -> bool:
     """A linear layer's channels are the norm's only where its output is (B, C)."""
     value = norm.meta.get("val")
     return kind != "linear" or (isinstance(value, Tensor) and value.dim() == 2)
-
-
-def _argument(node: fx.Node, position: int, default: Any) -> Any:
-    return node.args[position] if len(node.args) > position else default
 
 
 def _uses(graph: fx.GraphModule) -> dict[str, int]:

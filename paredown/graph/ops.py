@@ -16,6 +16,11 @@ def arguments(node: fx.Node) -> dict[str, Any]:
     return found | dict(node.kwargs)
 
 
+def argument(node: fx.Node, name: str) -> Any:
+    """One of the op's `arguments`; None where its schema has none of that name."""
+    return arguments(node).get(name)
+
+
 def set_argument(node: fx.Node, name: str, value: Any) -> None:
     target: Any = node.target
     names = [item.name for item in target._schema.arguments]

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from paredown.graph.ops import argument
 from paredown.graph.quantized.decomposed import DEQUANTIZE, DEQUANTIZE_CHANNEL, QUANTIZE
 from paredown.graph.quantized.grouped import PER_GROUP
 from paredown.graph.quantized.regions import FOLLOWERS
@@ -37,10 +38,6 @@ LEAST_RATIO: dict[Any, float] = {
 }
 
 
-def argument(node: fx.Node, position: int, name: str, default: Any) -> Any:
-    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
-
-
 # --- integer ops -----------------------------------------------------------------------------
 
 
@@ -61,8 +58,8 @@ def _bounds(node: fx.Node) -> tuple[float, float]:
     if node.target in (aten.relu.default, aten.relu6.default):
         return 0.0, 6.0 if node.target is aten.relu6.default else UNBOUNDED
     tanh = node.target is aten.hardtanh.default
-    low = argument(node, 1, "min_val" if tanh else "min", -1.0 if tanh else None)
-    high = argument(node, 2, "max_val" if tanh else "max", 1.0 if tanh else None)
+    low = argument(node, "min_val" if tanh else "min")
+    high = argument(node, "max_val" if tanh else "max")
     return -UNBOUNDED if low is None else low, UNBOUNDED if high is None else high
 
 

@@ -17,6 +17,7 @@ from torch import fx
 from paredown.graph.computed import fold_computed_weights
 from paredown.graph.fold import fold_batch_norm
 from paredown.graph.model import Model
+from paredown.graph.ops import argument
 from paredown.graph.quantized.decomposed import DEQUANTIZE, QUANTIZE, decompose
 from paredown.graph.quantized.grouped import PER_GROUP
 from paredown.graph.quantized.regions import FOLLOWERS, MOVERS, prepare
@@ -25,7 +26,6 @@ from paredown.graph.state import tensor_of
 from paredown.targets.formats.executorch.integers import (
     LEAST_RATIO,
     PRODUCTS,
-    argument,
     drop_clamp,
     hold_integers,
     leave_integers,
@@ -124,7 +124,7 @@ _SCALAR_OPS: dict[Any, Callable[[float, float], float]] = {
 def _spell_attention(graph: fx.GraphModule, node: fx.Node) -> None:
     """Two products and a softmax, without the guards for rows that may see nothing at all."""
     query, key, value = node.args[:3]
-    mask = argument(node, 3, "attn_mask", None)
+    mask = argument(node, "attn_mask")
     if node.kwargs.get("enable_gqa", False):
         return
     scale = node.kwargs.get("scale") or 1 / math.sqrt(shape_of(query)[-1])
@@ -132,7 +132,7 @@ def _spell_attention(graph: fx.GraphModule, node: fx.Node) -> None:
     scores = add_before(
         node, aten.matmul.default, scaled, add_before(node, aten.transpose.int, key, -2, -1)
     )
-    if argument(node, 5, "is_causal", False):
+    if argument(node, "is_causal"):
         lengths = [add_before(node, aten.sym_size.int, each, -2) for each in (query, key)]
         hidden = add_before(node, aten.full.default, lengths, HIDDEN)
         scores = add_before(
@@ -173,13 +173,13 @@ def _pool_in_two(graph: fx.GraphModule, node: fx.Node) -> None:
     """A mean or maximum over blocks, which ExecuTorch lacks: over images, and then over depth."""
     x, kernel = args_of(node)[:2]
     op = POOLS_OF_BLOCKS[node.target]
-    stride = argument(node, 2, "stride", None) or kernel
-    padding = argument(node, 3, "padding", [0, 0, 0])
+    stride = argument(node, "stride") or kernel
+    padding = argument(node, "padding")
     sizes, made = shape_of(x), shape_of(node)
     if op is aten.avg_pool2d.default:
         odd = any(padding) or any(args_of(node)[4:5]) or any(args_of(node)[6:7])
     else:
-        odd = any(size != 1 for size in argument(node, 4, "dilation", [1])) or args_of(node)[5:6]
+        odd = any(size != 1 for size in argument(node, "dilation")) or args_of(node)[5:6]
     if odd or not len(sizes) == 5 == len(padding) + 2:
         return
     if len(kernel) != 3 or not all(isinstance(size, int) for size in (*sizes[1:], *made[1:])):
