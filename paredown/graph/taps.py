@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from paredown.graph.interpret import Note, Pass, Rule
+
 aten = torch.ops.aten
 ATTENTION = aten.scaled_dot_product_attention.default
 SOFTMAX = (aten.softmax.int, aten._softmax.default)
-
-Note = Callable[[fx.Node, Any], None]
 
 
 def attention_map(
@@ -46,23 +46,18 @@ def attention_map(
     return scores.softmax(-1)
 
 
-class _Tapped(fx.Interpreter):
-    """The graph, a node at a time; ``note`` is called with each node and its value.
+def _tapping(note: Note, wanted: Collection[str] | None = None) -> Rule:
+    """``note`` is called with each wanted node and its value; of an attention op, with its map."""
 
-    Of an attention op the value noted is its map.
-    """
-
-    def __init__(self, graph: fx.GraphModule, note: Note, wanted: Collection[str] | None):
-        super().__init__(graph)
-        self.note, self.wanted = note, wanted
-
-    def run_node(self, n: fx.Node) -> Any:
-        noted = self.wanted is None or n.name in self.wanted
-        seen = _map_of(*self.fetch_args_kwargs_from_env(n)) if noted and _attends(n) else None
-        value = super().run_node(n)
+    def rule(run: Pass, node: fx.Node) -> Any:
+        noted = wanted is None or node.name in wanted
+        seen = _map_of(*run.arguments(node)) if noted and _attends(node) else None
+        value = run.compute(node)
         if noted:
-            self.note(n, value if seen is None else seen)
+            note(node, value if seen is None else seen)
         return value
+
+    return rule
 
 
 def _attends(node: fx.Node) -> bool:
@@ -83,8 +78,7 @@ def _map_of(args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
 
 def walk(graph: fx.GraphModule, leaves: Sequence[Tensor], note: Note) -> None:
     """Run the graph on copies of its inputs; every node is noted with its value."""
-    with torch.no_grad():
-        _Tapped(graph, note, None).run(*[leaf.clone() for leaf in leaves])
+    Pass(graph, _tapping(note)).outputs(leaves)
 
 
 def read(
@@ -101,7 +95,6 @@ def read(
     if not names:
         return list(graph(*leaves)), []
     found: dict[str, Tensor] = {}
-    outputs = _Tapped(graph, lambda node, value: found.update({node.name: value}), set(names)).run(
-        *leaves
-    )
+    rule = _tapping(lambda node, value: found.update({node.name: value}), set(names))
+    outputs = Pass(graph, rule).run(*leaves)
     return list(outputs), [found[name] for name in names]

@@ -10,6 +10,7 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_map
 
 from paredown.core.errors import UserError
+from paredown.graph.interpret import Pass
 from paredown.graph.model import Model
 
 META = torch.device("meta")
@@ -35,42 +36,39 @@ def values_of(model: Model) -> dict[str, Any]:
     work, and the model is run on its example.
     """
     leaves = [wide(item.example, 0 in item.dynamic) for item in model.inputs]
-    with torch.no_grad():
-        try:
-            run = _Run(model.graph, META)
-            run.run(*[leaf.to(META) for leaf in leaves])
-        except Exception:  # a kernel without a meta form, a shape that depends on the data
-            run = _Run(model.copy().graph, None)
-            run.run(*[leaf.clone() for leaf in leaves])
-    return run.found
+    try:
+        return _found(model.graph, [leaf.to(META) for leaf in leaves], META)
+    except Exception:  # a kernel without a meta form, a shape that depends on the data
+        return _found(model.copy().graph, leaves, None)
 
 
-class _Run(fx.Interpreter):
-    """Runs a graph on another device, and notes what each op gives."""
+def _found(
+    graph: fx.GraphModule, leaves: list[Tensor], device: torch.device | None
+) -> dict[str, Any]:
+    """Node name -> what it gives where all runs on this device, or where it is."""
+    found: dict[str, Any] = {}
 
-    def __init__(self, graph: fx.GraphModule, device: torch.device | None) -> None:
-        super().__init__(graph)
-        self.device = device
-        self.found: dict[str, Any] = {}
+    def rule(run: Pass, node: fx.Node) -> Any:
+        value = _on(device, run, node) if device else run.compute(node)
+        found[node.name] = tree_map(lambda v: v.to(META) if isinstance(v, Tensor) else v, value)
+        return value
 
-    def fetch_attr(self, target: str) -> Any:
-        value = super().fetch_attr(target)
-        return value.to(self.device) if self.device and isinstance(value, Tensor) else value
+    Pass(graph, rule).outputs(leaves)
+    return found
 
-    def run_node(self, n: fx.Node) -> Any:
-        result = super().run_node(n)
-        self.found[n.name] = tree_map(lambda v: v.to(META) if isinstance(v, Tensor) else v, result)
-        return result
 
-    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        if self.device and target is torch.ops.aten.batch_norm.default:
-            return torch.empty_like(args[0])  # its meta form takes most of the time
-        if self.device:
-            args, kwargs = tree_map(self._moved, (args, kwargs))
-        return super().call_function(target, args, kwargs)
-
-    def _moved(self, value: Any) -> Any:
-        return self.device if isinstance(value, torch.device) else value
+def _on(device: torch.device, run: Pass, node: fx.Node) -> Any:
+    """What the node gives on another device."""
+    args, kwargs = run.arguments(node)
+    if node.op == "get_attr":
+        value = run.compute(node)
+        return value.to(device) if isinstance(value, Tensor) else value
+    if node.op != "call_function":
+        return run.compute(node)
+    if node.target is torch.ops.aten.batch_norm.default:
+        return torch.empty_like(args[0])  # its meta form takes most of the time
+    moved = tree_map(lambda v: device if isinstance(v, torch.device) else v, (args, kwargs))
+    return run.compute(node, moved)
 
 
 def give_values(made: Model) -> None:

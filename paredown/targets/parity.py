@@ -12,6 +12,7 @@ import torch
 from torch import fx
 
 from paredown.core.errors import UserError
+from paredown.graph.interpret import Pass
 from paredown.graph.model import Model
 from paredown.graph.quantized.grouped import PER_GROUP
 from paredown.graph.quantized.quantizers import ACTIVATION_QUANTIZERS, PER_TENSOR, quantizers
@@ -82,29 +83,24 @@ def _tie_db(model: Model, leaves: list[torch.Tensor], expected: list[torch.Tenso
     lowest of two draws; infinite where that is too low to judge by."""
     found = []
     for seed in range(2):
-        got = _Ties(_on_cpu(model), seed).run(*[leaf.clone() for leaf in leaves])
+        got = other_ties(_on_cpu(model), leaves, seed)
         pairs = zip(expected, got, strict=True)
         found.append(min(agreement_db(ours.numpy(), other.numpy()) for ours, other in pairs))
     return min(found) if min(found) >= TELLING_DB else np.inf
 
 
-class _Ties(fx.Interpreter):
-    """Runs a graph with what is rounded moved by up to `TIE` of a step."""
+def other_ties(graph: fx.GraphModule, leaves: Sequence[torch.Tensor], seed: int) -> Any:
+    """The outputs of a graph with what is rounded moved by up to `TIE` of a step."""
+    generator = torch.Generator().manual_seed(seed)
 
-    def __init__(self, graph: fx.GraphModule, seed: int) -> None:
-        super().__init__(graph)
-        self._generator = torch.Generator().manual_seed(seed)
+    def rule(run: Pass, node: fx.Node) -> Any:
+        if node.target is not PER_TENSOR:
+            return run.compute(node)
+        (value, scale, *grid), _ = run.arguments(node)
+        moves = torch.rand(value.shape, generator=generator, dtype=value.dtype) * 2 - 1
+        return run.compute(node, ((value + moves * TIE * scale, scale, *grid), {}))
 
-    @torch.no_grad()
-    def run(self, *args: Any, **options: Any) -> Any:
-        return super().run(*args, **options)
-
-    def run_node(self, n: fx.Node) -> Any:
-        if n.target is not PER_TENSOR:
-            return super().run_node(n)
-        (value, scale, *grid), _ = self.fetch_args_kwargs_from_env(n)
-        moves = torch.rand(value.shape, generator=self._generator, dtype=value.dtype) * 2 - 1
-        return PER_TENSOR(value + moves * TIE * scale, scale, *grid)
+    return Pass(graph, rule).outputs(leaves)
 
 
 def _on_cpu(model: Model) -> fx.GraphModule:
@@ -148,17 +144,15 @@ def stretches(model: Model, values: dict[str, np.ndarray]) -> list[tuple[float, 
     """
     found: list[tuple[float, str]] = []
 
-    class Follower(fx.Interpreter):
-        def run_node(self, n: fx.Node) -> Any:
-            result = super().run_node(n)
-            if n.name not in values:
-                return result
-            theirs = values[n.name]
-            found.append((agreement_db(result.detach().numpy(), theirs), n.name))
-            return torch.from_numpy(theirs.copy()) if result.shape == theirs.shape else result
+    def rule(run: Pass, node: fx.Node) -> Any:
+        result = run.compute(node)
+        if node.name not in values:
+            return result
+        theirs = values[node.name]
+        found.append((agreement_db(result.detach().numpy(), theirs), node.name))
+        return torch.from_numpy(theirs.copy()) if result.shape == theirs.shape else result
 
-    with torch.no_grad():
-        Follower(_on_cpu(model)).run(*[item.example.clone() for item in model.inputs])
+    Pass(_on_cpu(model), rule).outputs([item.example for item in model.inputs])
     return sorted(found)
 
 

@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 
+from paredown.graph.interpret import Arguments, Note, Pass
 from paredown.graph.model import Model
 from paredown.graph.quantized.quantizers import WEIGHT_QUANTIZERS, quantizers, rounded
 from paredown.graph.state import remove_state
 from paredown.graph.values import refresh_values
 
-Note = Callable[[fx.Node, Any], None]
 Edge = tuple[str, str]  # a quantizer, and an op that reads what it is given instead
 
 
-class Runner(fx.Interpreter):
+class Runner:
     """A graph in evaluation mode; each weight is rounded once, not at every batch."""
 
     def __init__(self, graph: fx.GraphModule):
-        super().__init__(graph)
         self.source = graph
+        self._pass = Pass(graph, self._value)
         self._passed: Collection[str] = ()
         self._edges: Collection[Edge] = ()
         self._given: dict[fx.Node, Any] = {}  # to the quantizers of the edges
@@ -51,38 +50,37 @@ class Runner(fx.Interpreter):
         """
         self._passed, self._weights, self._note = passed, weights or {}, note
         self._edges, self._given = edges, {}
-        with torch.no_grad():
-            found = list(self.run(*[leaf.clone() for leaf in leaves]))
+        found = self._pass.outputs(leaves)
         self._given = {}
         return found
 
-    def run_node(self, n: fx.Node) -> Any:
-        if any(n.name == quantizer for quantizer, _ in self._edges):
-            self._given[n] = self.fetch_args_kwargs_from_env(n)[0][0]
-        if n.name in self._passed:
-            value: Any = self.fetch_args_kwargs_from_env(n)[0][0]
+    def _value(self, run: Pass, node: fx.Node) -> Any:
+        arguments = self._arguments(run, node)
+        if any(node.name == quantizer for quantizer, _ in self._edges):
+            self._given[node] = arguments[0][0]
+        if node.name in self._passed:
+            value: Any = arguments[0][0]
             value = value.clone() if self._writes else value
-        elif n.target in WEIGHT_QUANTIZERS and _source(n) not in self._weights:
-            value = self.weight(n)
+        elif node.target in WEIGHT_QUANTIZERS and _source(node) not in self._weights:
+            value = self.weight(node)
+        elif node.op == "get_attr" and str(node.target) in self._weights:
+            value = self._weights[str(node.target)]
         else:
-            value = super().run_node(n)
+            value = run.compute(node, arguments)
         if self._note is not None:
-            self._note(n, value)
+            self._note(node, value)
         return value
 
-    def fetch_args_kwargs_from_env(self, n: fx.Node) -> Any:
+    def _arguments(self, run: Pass, node: fx.Node) -> Arguments:
         """The arguments of an op, those of its edges as they were before they were rounded."""
-        found = [q for q in n.all_input_nodes if (q.name, n.name) in self._edges]
-        rounded_values = {q: self.env[q] for q in found}
-        self.env |= {q: self._given[q] for q in found}
-        try:
-            return super().fetch_args_kwargs_from_env(n)
-        finally:
-            self.env |= rounded_values
+        if not any(node.name == reader for _, reader in self._edges):
+            return run.arguments(node)
 
-    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
-        found = self._weights.get(str(target))
-        return super().get_attr(target, args, kwargs) if found is None else found
+        def value(source: fx.Node) -> Any:
+            edge = (source.name, node.name) in self._edges
+            return self._given[source] if edge else run.env[source]
+
+        return fx.node.map_arg((node.args, node.kwargs), value)  # type: ignore[return-value]
 
     def weight(self, quantizer: fx.Node) -> Tensor:
         """A weight as its quantizer gives it."""

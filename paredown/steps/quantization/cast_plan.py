@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from paredown.graph.interpret import Pass
 from paredown.graph.memory import aliases, marked
 from paredown.graph.state import tensor_of
 
@@ -50,7 +51,7 @@ _SCALING = {aten.div.Tensor, aten.div.Scalar, aten.div_.Tensor}  # by a number, 
 # --- what was seen ---------------------------------------------------------------------------
 
 
-class Facts(fx.Interpreter):
+class Facts:
     """Runs a graph and notes, by node name, what holds float32, what whole numbers, and how large.
 
     It may run any number of times: ``largest`` is over all runs, infinities and NaN left out, and
@@ -58,22 +59,23 @@ class Facts(fx.Interpreter):
     """
 
     def __init__(self, graph: fx.GraphModule) -> None:
-        super().__init__(graph)
+        self.graph = graph
+        self.run = Pass(graph, self._value).run
         self.single: set[str] = set()
         self.whole: set[str] = set()
         self.largest: dict[str, float] = {}
         self.spoilt: set[str] = set()
         self.inner: dict[str, Facts] = {}  # of the graphs within the graph
 
-    def run_node(self, n: fx.Node) -> Any:
-        if isinstance(n.target, torch._ops.HigherOrderOperator):
-            args, _ = self.fetch_args_kwargs_from_env(n)
+    def _value(self, run: Pass, node: fx.Node) -> Any:
+        if isinstance(node.target, torch._ops.HigherOrderOperator):
+            args, _ = run.arguments(node)
             place = inner_graph(args)
-            facts = self.inner.setdefault(n.name, Facts(args[place]))
+            facts = self.inner.setdefault(node.name, Facts(args[place]))
             value = facts.run(*args[place + 1 :])
         else:
-            value = super().run_node(n)
-        self._look(n, [t for t in pytree.tree_leaves(value) if isinstance(t, Tensor)])
+            value = run.compute(node)
+        self._look(node, [t for t in pytree.tree_leaves(value) if isinstance(t, Tensor)])
         return value
 
     def _look(self, n: fx.Node, tensors: list[Tensor]) -> None:
@@ -119,7 +121,7 @@ def out_of_range(graph: fx.GraphModule, facts: Facts, dtype: torch.dtype) -> set
         seen = node.name in facts.single and _matters(node, facts.largest.get(node.name, 0), dtype)
         written = node.target not in _SCALING and _needs_width(node, dtype)
         inner = facts.inner.get(node.name)
-        inside = inner is not None and out_of_range(inner.module, inner, dtype)  # type: ignore[arg-type]
+        inside = inner is not None and out_of_range(inner.graph, inner, dtype)
         if seen or inside or (node.name in facts.single and (carried or written)):
             found.add(node)
     return _with_memory(found)

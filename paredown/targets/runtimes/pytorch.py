@@ -122,23 +122,19 @@ def open_inside(model: Model, path: Path | str, names: Collection[str]) -> Any:
     import torch
     from torch import fx
 
+    from paredown.graph.interpret import Pass, noting
     from paredown.graph.model import Model
 
     found: dict[str, torch.Tensor] = {}
 
-    class Recorder(fx.Interpreter):
-        def run_node(self, n: fx.Node) -> Any:
-            value = super().run_node(n)
-            if n.name in names and isinstance(value, torch.Tensor):
-                found[n.name] = value.clone()
-            return value
+    def note(node: fx.Node, value: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            found[node.name] = value.clone()
 
-    recorder = Recorder(Model.load(path).graph)
+    whole = Pass(Model.load(path).graph, noting(note, names))
 
     def values(leaves: Sequence[torch.Tensor]) -> Any:
-        with torch.no_grad():
-            outputs = list(recorder.run(*[leaf.clone() for leaf in leaves]))
-        return outputs, dict(found)
+        return whole.outputs(leaves), dict(found)
 
     return values
 
