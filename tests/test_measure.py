@@ -233,11 +233,11 @@ def test_nan_outputs_are_counted(tmp_path: Path) -> None:
     [
         (
             lambda output, target: accuracy(output, target).mean(),
-            r"one number per example.*\(64,\)",
+            r"one number for each example.*\(64,\)",
         ),
-        (lambda output, target: output, "one number per example"),
-        (lambda output, target: output[:, 0] / 0, "64 of 64 numbers of a batch are NaN or inf"),
-        (lambda output, target: output.logits, "score: failed on a batch: "),
+        (lambda output, target: output, "one number for each example"),
+        (lambda output, target: output[:, 0] / 0, "64 of 64 scores of a batch are NaN or inf"),
+        (lambda output, target: output.logits, "task.score failed: AttributeError"),
     ],
 )
 def test_a_wrong_score_is_told(classifier: Case, score: Any, message: str) -> None:

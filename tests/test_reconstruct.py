@@ -13,7 +13,7 @@ from torch.utils.data import TensorDataset
 
 from paredown.core.errors import UserError
 from paredown.core.task import Task
-from paredown.data import lockstep, splits
+from paredown.data import feed, lockstep, splits
 from paredown.data.evaluate import evaluate
 from paredown.data.layer_inputs import patches
 from paredown.graph import store, structure
@@ -489,7 +489,7 @@ def test_a_fixed_batch_is_filled(count):
 def test_memory_bounds_the_examples(monkeypatch):
     x = torch.randn(200, 5)
     before, after = cut_pair(x)
-    one = lockstep.peak_bytes(before, [x[:1]]) + lockstep.peak_bytes(after, [x[:1]])
+    one = feed.peak_bytes(before, [x[:1]]) + feed.peak_bytes(after, [x[:1]])
     monkeypatch.setattr(lockstep, "MEMORY", 50 * one)
     batches = lockstep.batches([before, after], data_task(x), 512)
     assert sum(len(values[0]) for values in batches) == 50

@@ -300,7 +300,7 @@ def test_a_fixed_batch_is_trained_and_evaluated_as_captured():
     open_batch = replace(model, inputs=(replace(model.inputs[0], dynamic={0: "batch"}),))
     assert torch.equal(fixed, evaluate(open_batch, TASK.validation, TASK))
     few = replace(TASK, train=examples(3))
-    with pytest.raises(UserError, match="fixed batch of 4; the train split has only 3 examples"):
+    with pytest.raises(UserError, match="train: 3 examples do not fill the model's batch of 4"):
         fit(model, few, FAST)
 
 

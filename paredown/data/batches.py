@@ -1,4 +1,4 @@
-"""What the training loop does to a batch: count, move, split and pad it, and call a model on it."""
+"""What is done to a batch: count, move, split and pad it, and call a model on it."""
 
 from __future__ import annotations
 
@@ -55,6 +55,8 @@ def padded(batch: Any, size: int) -> Any:
         tensor([1, 2, 2, 2])
     """
     leaves, nesting = structure.flatten(batch)
+    if not leaves or len(leaves[0]) == size:
+        return batch
     chosen = torch.arange(size).clamp(max=len(leaves[0]) - 1)
     return structure.unflatten([leaf[chosen] for leaf in leaves], nesting)
 

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 from paredown.core import progress
 from paredown.core.errors import UserError
 from paredown.core.task import Task
-from paredown.data import batches, splits
+from paredown.data import batches, feed
 from paredown.graph import machine
 from paredown.graph.model import Model
 
@@ -23,13 +23,11 @@ def evaluate(model: Model, split: Dataset[Any], task: Task) -> Tensor:
         UserError: ``task.score`` does not give one finite number for each example.
     """
     model.eval()
-    device, fixed = machine.device_of(model), model.fixed_batch
-    scores = []
+    device, scores = machine.device_of(model), []
     with torch.no_grad():
-        for batch in splits.batches(split, fixed or task.batch_size):
-            count = batches.count(batch)
-            full = batches.padded(batch, fixed) if fixed else batch
-            scores.append(_scores(model, task, batches.to(full, device))[:count])
+        for batch in feed.every(model, split, feed.size(model, task.batch_size)):
+            full = batch.inputs, batches.padded(batch.target, batch.size)
+            scores.append(_scores(model, task, batches.to(full, device))[: batch.count])
     return torch.cat(scores)
 
 
@@ -45,18 +43,36 @@ def _scores(model: Model, task: Task, batch: Any) -> Tensor:
         progress.say(f"out of memory at a batch of {count}: evaluating it in two halves")
         halves = batches.chunks(batch, -(-count // 2))
         return torch.cat([_scores(model, task, half) for half in halves])
-    score = task.score(output, batch[1])
-    if not isinstance(score, Tensor) or score.shape != (count,):
-        got = tuple(score.shape) if isinstance(score, Tensor) else type(score).__name__
+    return scored(task, output, batch[1], count).float()
+
+
+def scored(task: Task, output: Any, target: Any, count: int) -> Tensor:
+    """The scores of a batch of ``count`` examples, (B,) float64 on the CPU.
+
+    Raises:
+        UserError: ``task.score`` fails, or does not give one finite number for each example.
+
+    Example:
+        >>> task = Task((torch.zeros(1, 2),), score=lambda out, y: out.argmax(1) == y)
+        >>> scored(task, torch.eye(2), torch.tensor([0, 0]), 2).tolist()
+        [1.0, 0.0]
+    """
+    try:
+        given = task.score(output, target)
+        scores = torch.as_tensor(given).detach().cpu()
+    except Exception as error:
+        raise UserError(f"task.score failed: {type(error).__name__}: {error}") from error
+    if scores.shape != (count,) or scores.is_complex():
+        got: Any = tuple(scores.shape) if isinstance(given, Tensor) else type(given).__name__
+        got = scores.dtype if scores.is_complex() else got
         raise UserError(
-            f"task.score: expected one number for each example, shape ({count},), got {got}; "
-            "do not average over the batch."
+            f"task.score: expected one number for each example, shape ({count},), got {got}; do "
+            "not average over the batch, return for example (output.argmax(1) == target).float()."
         )
-    found = score.detach().float().cpu()
-    if not torch.isfinite(found).all():
-        bad = int((~torch.isfinite(found)).sum())
+    bad = int((~torch.isfinite(scores)).sum())
+    if bad:
         raise UserError(
             f"task.score: {bad} of {count} scores of a batch are NaN or infinite; check the "
             "model's output and divisions by zero in the score."
         )
-    return found
+    return scores.double()

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 from torch.nn import functional as F
 
+from paredown.graph.ops import argument
 from paredown.graph.sites import Site
 
 
@@ -34,16 +35,6 @@ def patches(
     for dim, (size, step, spread) in enumerate(zip(kernel, stride, dilation, strict=True)):
         x = x.unfold(2 + dim, (size - 1) * spread + 1, step)[..., ::spread]
     return x.movedim(1, 1 + spaces)
-
-
-def argument(node: fx.Node, name: str) -> Any:
-    """An argument of an op by the name that its schema gives it; None where it has none such."""
-    schema: Any = node.target
-    for position, entry in enumerate(schema._schema.arguments):
-        if entry.name == name:
-            given = node.args[position] if position < len(node.args) else entry.default_value
-            return node.kwargs.get(name, given)
-    return None
 
 
 def _each(value: Any, count: int) -> list[int]:

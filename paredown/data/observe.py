@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -15,7 +14,8 @@ from torch import Tensor, fx, nn
 from paredown.core import progress
 from paredown.core.errors import UserError
 from paredown.core.task import Task
-from paredown.data import lockstep, splits
+from paredown.data import feed, splits
+from paredown.graph.interpret import Pass, noting
 from paredown.graph.model import Model
 
 BINS = 2048
@@ -157,8 +157,13 @@ def run(
 
     The model is left in evaluation mode.
     """
+
+    def look(node: fx.Node, value: Any) -> None:
+        if isinstance(value, Tensor):
+            note(node.name, value)
+
     with torch.no_grad(), channels_last(model) as graph:
-        recorder = _Recorder(graph, names, note)
+        recorder = Pass(graph, noting(look, names))
         for leaves in inputs(model, task, examples):
             recorder.run(*leaves)
 
@@ -170,27 +175,18 @@ def inputs(model: Model, task: Task, examples: int | None = None) -> Iterator[li
     Raises:
         UserError: no calibration data, or too little for the model's batch.
     """
-    split = splits.split(task, "calibration")
-    size = splits.size(split)
-    batch = model.fixed_batch or _batch(model, task)
-    total = size // batch if model.fixed_batch else -(-size // batch)
-    if total == 0:
-        raise UserError(f"calibration: {size} examples do not fill the model's batch of {batch}.")
-    total = total if examples is None else min(total, -(-examples // batch))
-    batches = itertools.islice(splits.batches(split, batch, shuffle=examples is not None), total)
-    for values, _ in progress.track(batches, "calibrate", total):
-        args, kwargs = splits.arguments(values)
-        yield model.bind(args, kwargs)
-
-
-def _batch(model: Model, task: Task) -> int:
-    return max(1, min(task.batch_size, int(MEMORY / lockstep.example_bytes([model]))))
+    size = feed.fitting(model, task, MEMORY)
+    most = None if examples is None else -(-examples // size)
+    data, some = splits.split(task, "calibration"), examples is not None
+    given = feed.whole(model, data, "calibration", size, most, shuffle=some)
+    for batch in progress.track(given.bound(), "calibrate", len(given)):
+        yield batch.inputs
 
 
 def enough(*models: Model) -> int:
     """How many examples to take for what a few tell: fewer of a large network, whose values are
     many and whose runs are long."""
-    return max(FEWEST, min(MOST, int(WORK / lockstep.example_bytes(models))))
+    return max(FEWEST, min(MOST, int(WORK / feed.example_bytes(models))))
 
 
 @contextlib.contextmanager
@@ -217,17 +213,3 @@ def channels_last(model: Model) -> Iterator[fx.GraphModule]:
 def _lay_out(parameters: list[nn.Parameter], layout: torch.memory_format) -> None:
     for parameter in parameters:
         parameter.data = parameter.data.contiguous(memory_format=layout)
-
-
-class _Recorder(fx.Interpreter):
-    """Runs a graph node by node, freeing each value after its last use."""
-
-    def __init__(self, graph: fx.GraphModule, names: set[str], note: Callable[[str, Tensor], None]):
-        super().__init__(graph)
-        self._names, self._note = names, note
-
-    def run_node(self, n: fx.Node) -> Any:
-        result = super().run_node(n)
-        if n.name in self._names and isinstance(result, Tensor):
-            self._note(n.name, result)
-        return result

@@ -16,13 +16,13 @@ from torch import Tensor, fx
 from paredown.core import progress
 from paredown.core.errors import UserError
 from paredown.core.task import Task
-from paredown.data.feed import batch_size, examples
+from paredown.data.feed import Batch, examples
 from paredown.explain.cause import Cause
 from paredown.explain.diagnose import Context, find_causes
 from paredown.explain.layers import Layer, find_layers, folded
 from paredown.explain.noise import PARTS, Inside, Meter
 from paredown.explain.remedies import try_remedies
-from paredown.explain.restore import Batch, Outcome, Pruning, Ranking, Rounding, rank
+from paredown.explain.restore import Outcome, Pruning, Ranking, Rounding, rank
 from paredown.explain.watch import Watch
 from paredown.graph.model import Model
 from paredown.graph.quantized.runner import Runner, all_quantizers
@@ -109,12 +109,12 @@ def explain_file(
     layers = find_layers(compressed.graph, base.graph)
     watch = Watch(compressed.graph, layers)
     meter = Meter(base, compressed, layers, _inside(compressed, file, name, layers), watch)
-    found = list(examples(compressed, task, SPLIT, batch_size(compressed, task), EXAMPLES))
+    found = list(examples(compressed, task, SPLIT, EXAMPLES))
     seen = 0
-    for leaves, _, count in progress.track(found, "noise of each layer", len(found)):
+    for batch in progress.track(found, "noise of each layer"):
         if not seen or time.monotonic() - began < seconds / 3:
-            meter.add(leaves)
-            seen += count
+            meter.add(batch.inputs)
+            seen += batch.count
     reach = _Reach(compressed, task)
     context = Context(compressed.graph, layers, meter.noise, watch, steps, reach, task)
     causes = find_causes(context)
@@ -174,9 +174,8 @@ class _Reach:
                 found[node.name] = min(low, least), max(high, most)
 
         runner, graph = Runner(self._compressed.graph), self._compressed.graph
-        size = batch_size(self._compressed, self._task)
-        for leaves, _, _ in examples(self._compressed, self._task, "calibration", size, EXAMPLES):
-            runner.outputs(leaves, all_quantizers(graph), note=note)
+        for batch in examples(self._compressed, self._task, "calibration", EXAMPLES):
+            runner.outputs(batch.inputs, all_quantizers(graph), note=note)
         return found
 
 

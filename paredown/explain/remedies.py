@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from paredown.core import progress
 from paredown.core.errors import UserError
 from paredown.core.task import Task
+from paredown.data.feed import Batch
 from paredown.explain.cause import Cause, Remedy
 from paredown.explain.noise import Outputs
-from paredown.explain.restore import Batch
 from paredown.graph.model import Model
 from paredown.graph.quantized.runner import Runner, all_quantizers, without_quantizers
 from paredown.steps.quantization.quantize import Quantize
@@ -56,6 +56,6 @@ def _signal(model: Model, compressed: Model, examples: Sequence[Batch]) -> float
     """Signal over error of a model's outputs beside the compressed one's without rounding."""
     exact, runner, outputs = Runner(compressed.graph), Runner(model.graph), Outputs()
     unrounded = all_quantizers(compressed.graph)
-    for leaves, _, _ in examples:
-        outputs.add(exact.outputs(leaves, unrounded), runner.outputs(leaves))
+    for batch in examples:
+        outputs.add(exact.outputs(batch.inputs, unrounded), runner.outputs(batch.inputs))
     return outputs.db

@@ -13,6 +13,8 @@ from torch import Tensor, fx
 
 from paredown.core import progress
 from paredown.core.task import Task
+from paredown.data.evaluate import scored
+from paredown.data.feed import Batch
 from paredown.explain.layers import Layer, folded
 from paredown.explain.noise import Outputs
 from paredown.graph import structure
@@ -24,8 +26,6 @@ from paredown.graph.state import getattr_or_none, tensor_of
 
 MOST = 48  # evaluations; a longer model is first tried in blocks of layers
 BLOCKS = 24
-
-Batch = tuple[list[Tensor], Any, int]  # inputs, target, examples that are not padding
 
 
 @dataclass(frozen=True)
@@ -256,33 +256,31 @@ class _Trial:
         unrounded = all_quantizers(self.runner.source)
         total = len(found) * len(tallies)
         bar = progress.track(range(total), "restore layers", total)
-        for leaves, target, count in found:
-            whole = wanted = self._cut(self.original.outputs(leaves), count)
+        for batch in found:
+            leaves, count = batch.inputs, batch.count
+            whole = wanted = batch.cut(self.original.outputs(leaves))
             if self.rounded:
-                wanted = self._cut(self.runner.outputs(leaves, unrounded), count)
-            original.add(whole, wanted, self._scored(whole, target), count)
-            exact.add(wanted, wanted, self._scored(wanted, target), count)
+                wanted = batch.cut(self.runner.outputs(leaves, unrounded))
+            original.add(whole, wanted, self._scored(whole, batch), count)
+            exact.add(wanted, wanted, self._scored(wanted, batch), count)
             for one, tally in zip((Candidate(()), *candidates), tallies, strict=True):
                 next(bar)
                 mine = self.runner.outputs(leaves, one.passed, one.weights, edges=one.edges)
-                mine = self._cut(mine, count)
-                tally.add(mine, wanted, self._scored(mine, target), count)
+                mine = batch.cut(mine)
+                tally.add(mine, wanted, self._scored(mine, batch), count)
         next(bar, None)  # the bar is full: let it go
         now, *others = (tally.outcome() for tally in tallies)
         restored = list(zip(candidates, others, strict=True))
         return Ranking(original.outcome(), exact.outcome(), now, restored, 0, exact.examples)
 
-    def _cut(self, outputs: list[Tensor], count: int) -> list[Tensor]:
-        """The outputs of the examples that are no padding."""
-        return [out[:count] if out.dim() else out for out in outputs]
-
-    def _scored(self, outputs: list[Tensor], target: Any) -> tuple[float | None, float | None]:
+    def _scored(self, outputs: list[Tensor], batch: Batch) -> tuple[float | None, float | None]:
         """Mean score and loss of a batch."""
-        if target is None:
+        if batch.target is None:
             return None, None
-        output = structure.unflatten(list(outputs), self.outputs)
-        score, loss = self.task.score, self.task.loss
-        return (
-            None if score is None else float(score(output, target).double().mean()),
-            None if loss is None else float(loss(output, target)),
-        )
+        output = structure.unflatten(outputs, self.outputs)
+        score = loss = None
+        if self.task.score is not None:
+            score = float(scored(self.task, output, batch.target, batch.count).mean())
+        if self.task.loss is not None:
+            loss = float(self.task.loss(output, batch.target))
+        return score, loss

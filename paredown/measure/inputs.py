@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from paredown.core.errors import UserError
-from paredown.data import splits
-from paredown.graph import structure
+from paredown.data import batches, feed, splits
 from paredown.graph.model import Model
 
 CYCLE = 8  # different inputs that the latency is measured on
@@ -32,8 +29,8 @@ def deployed(model: Model, examples: Any, split: str) -> tuple[list[list[np.ndar
     batch, total = deployed_batch(model), 0
     found: list[list[np.ndarray]] = []
     shapes = [item.example.shape for item in model.inputs]
-    for inputs, _ in itertools.islice(splits.batches(examples, batch), CYCLE):
-        tensors = leaves(model, inputs, f"task: its {split} split", batch)
+    for each in feed.every(model, examples, batch, CYCLE):
+        tensors = leaves(model, batches.padded(each.inputs, batch), split)
         if [tensor.shape for tensor in tensors] == shapes:
             found.append(arrays(model, tensors))
             total += sum(array.nbytes for array in found[-1])
@@ -50,15 +47,14 @@ def deployed_example(model: Model) -> list[np.ndarray]:
     return arrays(model, [item.example for item in model.inputs])
 
 
-def leaves(model: Model, inputs: Any, source: str, padded_to: int | None = None) -> list[Tensor]:
-    """The tensors of a batch in the model's order, the last example repeated up to ``padded_to``.
+def leaves(model: Model, inputs: Any, split: str) -> list[Tensor]:
+    """The tensors of a batch of that split in the model's order.
 
     Raises:
-        UserError: other shapes or dtypes than the captured ones; ``source`` says whose.
+        UserError: other shapes or dtypes than the captured ones.
     """
-    tensors, nesting = structure.flatten(inputs)
-    padded = [_padded(tensor, padded_to) for tensor in tensors]
-    args, kwargs = splits.arguments(structure.unflatten(padded, nesting))
+    source = f"task: its {split} split"
+    args, kwargs = splits.arguments(inputs)
     try:
         bound = model.bind(args, kwargs)
     except UserError as error:
@@ -70,12 +66,6 @@ def leaves(model: Model, inputs: Any, source: str, padded_to: int | None = None)
                 f"{item.example.dtype}; convert it there."
             )
     return bound
-
-
-def _padded(tensor: Tensor, length: int | None) -> Tensor:
-    if length is None or len(tensor) == length:
-        return tensor
-    return torch.cat([tensor, tensor[-1:].expand(length - len(tensor), *tensor.shape[1:])])
 
 
 def arrays(model: Model, tensors: list[Tensor]) -> list[np.ndarray]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +12,9 @@ from torch import Tensor
 from paredown.core.errors import UserError
 from paredown.core.progress import track
 from paredown.core.task import Task
-from paredown.data import splits
+from paredown.data import feed, splits
+from paredown.data.evaluate import scored
+from paredown.data.feed import Batch
 from paredown.graph import structure
 from paredown.graph.model import Model
 from paredown.measure import inputs
@@ -31,30 +32,23 @@ class Scoring:
     bad: dict[str, int] = field(default_factory=dict)  # output -> examples with NaN or infinity
 
 
-# Scores
-
-
 def score_files(
     probes: dict[str, Opened], model: Model, task: Task, split: str
 ) -> dict[str, Scoring]:
     """Score every file on the whole split, one batch in memory at a time."""
     examples = splits.split(task, split)
-    count, fixed = splits.size(examples), model.fixed_batch
-    size = fixed or task.batch_size
+    count = splits.size(examples)
     found = {name: Scoring(predictions=[] if count <= MAX_PREDICTIONS else None) for name in probes}
-    total = -(-count // size)
+    given = feed.every(model, examples, feed.size(model, task.batch_size))
     with tempfile.TemporaryDirectory(prefix="paredown-") as folder:
-        given, made = Path(folder) / "inputs.npz", Path(folder) / "outputs.npz"
-        for batch, target in track(splits.batches(examples, size), f"scoring {split}", total):
-            length = len(structure.flatten(batch)[0][0])
-            leaves = inputs.leaves(model, batch, f"task: its {split} split", fixed)
-            write_batches(given, [inputs.arrays(model, leaves)])
+        read, made = Path(folder) / "inputs.npz", Path(folder) / "outputs.npz"
+        for batch in track(given, f"scoring {split}"):
+            leaves = inputs.leaves(model, batch.inputs, split)
+            write_batches(read, [inputs.arrays(model, leaves)])
             for name, probe in probes.items():
-                [arrays] = probe.run(given, made)
-                outputs = [
-                    _cut(torch.from_numpy(array), len(leaves[0]), length) for array in arrays
-                ]
-                _add(found[name], outputs, model, task, target, length)
+                [arrays] = probe.run(read, made)
+                outputs = batch.cut([torch.from_numpy(array) for array in arrays])
+                _add(found[name], outputs, model, task, batch)
     _check_finite(found, probes, count, split)
     return found
 
@@ -70,29 +64,21 @@ def _check_finite(
             )
 
 
-def _cut(output: Tensor, padded: int, length: int) -> Tensor:
-    """The output without what padding added to its batch."""
-    return output[:length] if output.dim() and len(output) == padded else output
-
-
-def _add(
-    found: Scoring, outputs: list[Tensor], model: Model, task: Task, target: Any, length: int
-) -> None:
+def _add(found: Scoring, outputs: list[Tensor], model: Model, task: Task, batch: Batch) -> None:
     """Score one batch; batches with bad outputs are counted only."""
     names = structure.names(model.outputs)
     bad = {
         name or "output": rows
         for name, output in zip(names, outputs, strict=True)
-        if (rows := _bad_examples(output, length))
+        if (rows := _bad_examples(output, batch.count))
     }
     for name, rows in bad.items():
         found.bad[name] = found.bad.get(name, 0) + rows
     if bad:
         return
     with torch.no_grad():
-        found.scores.append(
-            _checked(task, structure.unflatten(outputs, model.outputs), target, length)
-        )
+        output = structure.unflatten(outputs, model.outputs)
+        found.scores.append(scored(task, output, batch.target, batch.count))
     first = outputs[0]
     if found.predictions is not None:
         classes = first.dim() == 2 and first.shape[1] > 1 and first.is_floating_point()
@@ -109,25 +95,3 @@ def _bad_examples(output: Tensor, length: int) -> int:
     if output.dim() and len(output) == length:
         return int((~finite.reshape(length, -1).all(1)).sum())
     return 0 if bool(finite.all()) else length
-
-
-def _checked(task: Task, output: Any, target: Any, length: int) -> Tensor:
-    """The scores of a batch (B,), float64.
-
-    Raises:
-        UserError: `task.score` failed or did not give one finite number per example.
-    """
-    try:
-        scores = torch.as_tensor(task.score(output, target))
-    except Exception as error:
-        raise UserError(f"score: failed on a batch: {type(error).__name__}: {error}") from error
-    if scores.shape != (length,) or scores.is_complex():
-        raise UserError(
-            f"score: expected one number per example, shape ({length},), got {scores.dtype} of "
-            f"shape {tuple(scores.shape)}; return for example (output.argmax(1) == target).float()."
-        )
-    scores = scores.detach().cpu().to(torch.float64)
-    if not bool(torch.isfinite(scores).all()):
-        bad = int((~torch.isfinite(scores)).sum())
-        raise UserError(f"score: {bad} of {length} numbers of a batch are NaN or infinite.")
-    return scores

@@ -18,7 +18,8 @@ from paredown.core.errors import UserError
 from paredown.core.measurement import Measurement
 from paredown.core.task import SPLITS, Target, Task
 from paredown.core.units import human
-from paredown.data import evaluate, splits
+from paredown.data import batches, evaluate, feed, splits
+from paredown.data.feed import Batch
 from paredown.graph import structure
 from paredown.graph.capture import capture
 from paredown.graph.doors.python_file import load_file, made_model, made_task
@@ -141,39 +142,33 @@ def _size(task: Task, split: str) -> int:
         return 0
 
 
-def _first_batch(model: Model, task: Task, split: str) -> tuple[Any, Any]:
-    return next(splits.batches(splits.split(task, split), model.fixed_batch or task.batch_size))
+def _first_batch(model: Model, task: Task, split: str) -> Batch:
+    data = splits.split(task, split)
+    return next(iter(feed.every(model, data, feed.size(model, task.batch_size), 1)))
 
 
 def _fits(model: Model, task: Task, split: str) -> bool:
     """Whether the inputs of a split are those of the example; the last batch may be shorter."""
-    batch, _ = _first_batch(model, task, split)
-    inputs.leaves(model, batch, f"task: its {split} split", model.fixed_batch)
+    inputs.leaves(model, _first_batch(model, task, split).inputs, split)
     return True
 
 
 def _score(model: Model, task: Task) -> torch.Tensor:
     split = splits.split(task, "validation")
-    few = min(splits.size(split), model.fixed_batch or task.batch_size)
+    few = min(splits.size(split), feed.size(model, task.batch_size))
     return evaluate.evaluate(model, Subset(split, range(few)), task)
 
 
 def _differentiate(model: Model, task: Task) -> torch.Tensor | None:
     """The loss of one training batch; None where its inputs are NaN, which is told elsewhere."""
     assert task.loss is not None
-    inputs, target = _first_batch(model, task, "train")
-    leaves = structure.flatten(inputs)[0]
-    if not all(bool(torch.isfinite(leaf).all()) for leaf in leaves):
+    batch = _first_batch(model, task, "train")
+    if not all(bool(torch.isfinite(leaf).all()) for leaf in structure.flatten(batch.inputs)[0]):
         return None
-    if model.fixed_batch and len(leaves[0]) < model.fixed_batch:
-        raise UserError(
-            f"task: its train split has {len(leaves[0])} examples; the model takes batches of "
-            f"{model.fixed_batch} only."
-        )
-    args, kwargs = splits.arguments(inputs)
+    feed.check_fills(model, splits.split(task, "train"), "train")
     with torch.random.fork_rng(devices=[]):
         copied = model.copy().train()
-        loss = task.loss(copied(*args, **kwargs), target)
+        loss = task.loss(batches.call(copied, batch.inputs), batch.target)
         if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
             got = tuple(loss.shape) if isinstance(loss, torch.Tensor) else type(loss).__name__
             raise UserError(f"task.loss: expected one number, a tensor of shape (), got {got}.")

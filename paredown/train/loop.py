@@ -12,7 +12,7 @@ from torch import nn
 from paredown.core import progress
 from paredown.core.errors import UserError
 from paredown.core.task import Task
-from paredown.data import batches, splits
+from paredown.data import batches, feed, splits
 from paredown.data.evaluate import evaluate
 from paredown.graph import machine
 from paredown.graph.holds.every import HOLDS
@@ -254,11 +254,6 @@ def _start(model: Model, task: Task, settings: Training, extra: dict[str, nn.Par
         optimizer = torch.optim.SGD(groups, settings.lr, settings.momentum, fused=True)
     else:
         optimizer = torch.optim.AdamW(groups, settings.lr, fused=True)
-    batch = model.fixed_batch or settings.batch_size or task.batch_size
-    count = splits.size(splits.split(task, "train"))
-    if model.fixed_batch and count < batch:
-        raise UserError(
-            f"model: was captured with a fixed batch of {batch}; the train split has only {count} "
-            "examples."
-        )
+    feed.check_fills(model, splits.split(task, "train"), "train")
+    batch = feed.size(model, settings.batch_size or task.batch_size)
     return State(optimizer, batch, batch, extra)

@@ -20,9 +20,10 @@ from paredown.core import progress
 from paredown.core.errors import UserError
 from paredown.core.task import Task
 from paredown.data import lockstep
-from paredown.data.layer_inputs import argument, layer_inputs
-from paredown.data.lockstep import Lane, advance, run
+from paredown.data.layer_inputs import layer_inputs
+from paredown.data.lockstep import advance, run
 from paredown.graph.model import Model, kept_since
+from paredown.graph.ops import argument
 from paredown.graph.quantized.quantizers import quantizers
 from paredown.graph.sites import Site, sites
 from paredown.graph.state import tensor_of
@@ -298,8 +299,8 @@ def reconstruct(
     layers, kept = _refittable(after), kept_since(before, after)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         batches = lockstep.batches([before.eval(), after.eval()], task, examples)
-        old = [Lane(before.graph, batch) for batch in batches]
-        new = [Lane(after.graph, batch) for batch in batches]
+        old = [lockstep.start(before, batch) for batch in batches]
+        new = [lockstep.start(after, batch) for batch in batches]
         ahead = iter(before.graph.graph.nodes)
         shared = {node.name for node in before.graph.graph.nodes}
         count = len(after.graph.graph.nodes)

@@ -13,7 +13,8 @@ from paredown.core.errors import UserError
 from paredown.core.task import Task
 from paredown.data import lockstep
 from paredown.data.layer_inputs import sampled, sampled_inputs
-from paredown.data.lockstep import Lane, run
+from paredown.data.lockstep import run
+from paredown.graph.interpret import Pass
 from paredown.graph.model import Model
 from paredown.graph.sites import Site
 from paredown.graph.state import tensor_of
@@ -51,7 +52,7 @@ def _rows(chunks: list[Chunk], centred: bool) -> Rows:
 
 
 def _seen(
-    model: Model, layer: FactorLayer, site: Site, lanes: list[Lane], wants_inputs: bool
+    model: Model, layer: FactorLayer, site: Site, lanes: list[Pass], wants_inputs: bool
 ) -> Iterator[Chunk]:
     """Rows of one use, from each batch."""
     width = layer.weight[0, 0].numel() if wants_inputs else layer.weight.shape[1]
@@ -108,7 +109,7 @@ def look_up(
     made: dict[str, list[Option]] = {}
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         batches = lockstep.batches([model.eval()], task, examples)
-        lanes = [Lane(model.graph, batch) for batch in batches]
+        lanes = [lockstep.start(model, batch) for batch in batches]
         nodes = list(model.graph.graph.nodes)
         for node in progress.track(nodes, "factor", len(nodes)):
             run(lanes, node)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from paredown.core import progress
-from paredown.core.errors import UserError
 from paredown.core.task import Task
-from paredown.data import splits
+from paredown.data import feed, splits
+from paredown.graph.interpret import Pass
 from paredown.graph.model import Model
 
 SHARE = 0.1  # of what the layer's outputs vary, as noise
@@ -38,24 +39,15 @@ def sensitivities(model: Model, task: Task, groups: Sequence[Sequence[fx.Node]])
     Raises:
         UserError: no calibration data, or too little for the model's batch.
     """
-    batch = _batch(model, task)
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        before = _outputs(model.eval().graph, batch, [])
+    split = splits.split(task, "calibration")
+    size = feed.size(model, task.batch_size, EXAMPLES)
+    [batch] = feed.whole(model, split, "calibration", size, 1, shuffle=True).bound()
+    with torch.random.fork_rng(devices=[]):
+        before = _outputs(model.eval().graph, batch.inputs, [])
         return [
-            _change(before, _outputs(model.graph, batch, nodes))
+            _change(before, _outputs(model.graph, batch.inputs, nodes))
             for nodes in progress.track(groups, "disturb", len(groups))
         ]
-
-
-def _batch(model: Model, task: Task) -> list[Tensor]:
-    split = splits.split(task, "calibration")
-    size = model.fixed_batch or min(task.batch_size, EXAMPLES)
-    if model.fixed_batch and splits.size(split) < size:
-        raise UserError(
-            f"calibration: {splits.size(split)} examples do not fill the model's batch of {size}."
-        )
-    inputs, _ = next(splits.batches(split, size, shuffle=True))
-    return model.bind(*splits.arguments(inputs))
 
 
 def _change(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
@@ -71,22 +63,16 @@ def _change(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
 
 
 def _outputs(
-    graph: fx.GraphModule, batch: list[Tensor], disturbed: Sequence[fx.Node]
+    graph: fx.GraphModule, leaves: list[Tensor], disturbed: Sequence[fx.Node]
 ) -> list[Tensor]:
-    run = _Disturbed(graph, disturbed)
-    return list(run.run(*[leaf.clone() for leaf in batch]))
+    """The outputs with noise on the values of some nodes."""
+    places = {node.name: place for place, node in enumerate(disturbed)}
 
-
-class _Disturbed(fx.Interpreter):
-    """Runs a graph with noise on the values of some nodes."""
-
-    def __init__(self, graph: fx.GraphModule, nodes: Sequence[fx.Node]) -> None:
-        super().__init__(graph)
-        self._nodes = {node.name: place for place, node in enumerate(nodes)}
-
-    def run_node(self, n: fx.Node) -> object:
-        result = super().run_node(n)
-        if n.name in self._nodes and isinstance(result, Tensor):
-            axis = 1 if "conv" in str(n.target) else -1
-            return result + noise_like(result, SHARE, axis, self._nodes[n.name])
+    def rule(run: Pass, node: fx.Node) -> Any:
+        result = run.compute(node)
+        if node.name in places and isinstance(result, Tensor):
+            axis = 1 if "conv" in str(node.target) else -1
+            return result + noise_like(result, SHARE, axis, places[node.name])
         return result
+
+    return Pass(graph, rule).outputs(leaves)

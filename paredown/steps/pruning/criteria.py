@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,7 +11,8 @@ from torch import Tensor
 from paredown.core.errors import UserError
 from paredown.core.settings import check_choice
 from paredown.core.task import Task
-from paredown.data import observe, splits
+from paredown.data import batches, feed, observe, splits
+from paredown.data.feed import Batch
 from paredown.graph.coupling.groups import Group, Member
 from paredown.graph.model import Model
 from paredown.graph.sites import Site, sites
@@ -196,16 +196,16 @@ def of_gradients(
 ) -> Scores:
     """The mean over batches of the score of weight times gradient."""
     found: Scores = {}
-    batches = 0
+    count = 0
     for products in _products(model.copy().eval(), task, seed):
-        batches += 1
+        count += 1
         for group in groups:
             members = [m for m in group.members if m.role in criterion.roles]
             slices = [unit_slices(products[m.name], m) for m in members if m.name in products]
             if slices:
                 score = criterion.score(slices).double()
                 found[group.name] = found.get(group.name, 0.0) + score
-    return {name: (total / batches).float() for name, total in found.items()}
+    return {name: (total / count).float() for name, total in found.items()}
 
 
 def _products(model: Model, task: Task, seed: int) -> Iterator[dict[str, Tensor]]:
@@ -214,34 +214,29 @@ def _products(model: Model, task: Task, seed: int) -> Iterator[dict[str, Tensor]
     named = {name: p for name, p in named.items() if p.is_floating_point()}
     for parameter in named.values():
         parameter.requires_grad_(True)  # a frozen layer can be cut as well
-    for inputs, target in _labelled(model, task, seed):
-        args, kwargs = splits.arguments(inputs)
+    for batch in _labelled(model, task, seed):
         assert task.loss is not None
         model.graph.zero_grad(set_to_none=True)
-        task.loss(model(*args, **kwargs), target).sum().backward()
+        task.loss(batches.call(model, batch.inputs), batch.target).sum().backward()
         yield {n: p.detach() * p.grad for n, p in named.items() if p.grad is not None}
 
 
-def _labelled(model: Model, task: Task, seed: int) -> Iterator[tuple[Any, Any]]:
+def _labelled(model: Model, task: Task, seed: int) -> Iterator[Batch]:
     """Labelled batches, at most `data.CALIBRATION_EXAMPLES` examples together: drawn from the
     training data, or else the calibration data."""
-    labelled = replace(task, calibration=None) if task.train is not None else task
-    split = splits.split(labelled, "train" if task.train is not None else "calibration")
-    size = model.fixed_batch or min(task.batch_size, splits.size(split))
-    count = min(splits.size(split), max(size, splits.CALIBRATION_EXAMPLES)) // size
-    if count == 0:
-        raise UserError(
-            f"criterion: {splits.size(split)} examples do not fill the model's batch of {size}."
-        )
-    batches = splits.batches(split, size, shuffle=True, seed=seed)
-    for _, (inputs, target) in zip(range(count), batches, strict=False):
-        if target is None:
+    name = "train" if task.train is not None else "calibration"
+    data = splits.split(task, name)
+    examples = splits.size(data)
+    size = feed.size(model, task.batch_size, examples)
+    most = min(examples, max(size, splits.CALIBRATION_EXAMPLES)) // size
+    for batch in feed.whole(model, data, name, size, most, shuffle=True, seed=seed):
+        if batch.target is None:
             raise UserError(
                 "criterion: 'taylor' takes the gradient of the loss, and the data has no targets; "
                 "give the task labelled data, or use criterion='weight_activation', which needs "
                 "none."
             )
-        yield inputs, target
+        yield batch
 
 
 def of_activations(

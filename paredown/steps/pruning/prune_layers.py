@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from paredown.core import progress
 from paredown.core.errors import UserError
 from paredown.core.settings import check_count, names_of
 from paredown.core.task import Task
-from paredown.data import observe, splits
+from paredown.data import feed, observe, splits
 from paredown.graph.memory import sweep
 from paredown.graph.model import Model
 from paredown.graph.names import check_exclude, fits
@@ -125,15 +124,10 @@ def _outputs(
 
 
 def _batches(model: Model, task: Task) -> Iterator[list[Tensor]]:
-    """The calibration split as the graph takes it, on the device of the model."""
-    split = splits.split(task, "calibration")
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    size, batch = splits.size(split), model.fixed_batch or task.batch_size
-    if model.fixed_batch and size < batch:
-        raise UserError(f"calibration: {size} examples do not fill the model's batch of {batch}.")
-    whole = size // batch if model.fixed_batch else None
-    for inputs, _ in itertools.islice(splits.batches(split, batch), whole):
-        yield [leaf.to(device) for leaf in model.bind(*splits.arguments(inputs))]
+    """The calibration split as the graph takes it."""
+    data, size = splits.split(task, "calibration"), feed.size(model, task.batch_size)
+    for batch in feed.whole(model, data, "calibration", size).bound():
+        yield batch.inputs
 
 
 def _first(task: Task, count: int) -> Task:
@@ -257,7 +251,7 @@ class PruneLayers(Step):
     def apply(self, model: Model, task: Task, setting: Setting = ALONE) -> Model:
         """A copy without the blocks, and without the parameters that only they used."""
         pruned = prepared(model)
-        few = _first(task, max(self.examples, pruned.fixed_batch or 0))
+        few = _first(task, max(self.examples, feed.size(pruned, 1)))
         found = _included(units(pruned.graph, self.unit), self.exclude)
         count = self._how_many(pruned.graph, found)
         choose = _by_cosine if self.criterion == "cosine" else _by_output

@@ -67,10 +67,10 @@ def _shifts(
     before: Model, after: Model, layers: dict[fx.Node, Site], inputs: list[Tensor], seed: int
 ) -> Iterator[tuple[fx.Node, Tensor]]:
     """The mean shift (C,) of each layer's output in one batch, taken back for the layers after."""
-    exact, lane = (lockstep.Lane(model.graph, inputs) for model in (before, after))
+    exact, lane = (lockstep.start(model, inputs) for model in (before, after))
     ahead = iter(before.graph.graph.nodes)
     for node in after.graph.graph.nodes:
-        got, site = lane.step(node, seed), layers.get(node)
+        got, site = lockstep.step(lane, node, seed), layers.get(node)
         if site is not None:
             [wanted] = lockstep.advance([exact], ahead, node.name)
             rank = tensor_of(after.graph, site.weight).dim()

@@ -11,9 +11,11 @@ from paredown.core import progress
 from paredown.core.errors import UserError
 from paredown.core.task import Task
 from paredown.data import lockstep
-from paredown.data.layer_inputs import argument, groups_of, sampled_inputs
-from paredown.data.lockstep import Lane, run
+from paredown.data.layer_inputs import groups_of, sampled_inputs
+from paredown.data.lockstep import run
+from paredown.graph.interpret import Pass
 from paredown.graph.model import Model
+from paredown.graph.ops import argument
 from paredown.graph.quantized.group_scales import Grid, choose_grid
 from paredown.graph.quantized.grouped import spread
 from paredown.graph.rows import from_rows, rows
@@ -118,9 +120,8 @@ def round_in_order(
     solved = {each.uses[0].node: each for each in chosen if each.name not in grids}
     nearest = {node: each for each in chosen if each.name in grids for node in each.nodes}
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        lanes = [
-            Lane(model.graph, batch) for batch in lockstep.batches([model.eval()], task, examples)
-        ]
+        batches = lockstep.batches([model.eval()], task, examples)
+        lanes = [lockstep.start(model, batch) for batch in batches]
         nodes = list(model.graph.graph.nodes)
         for node in progress.track(nodes, "round weights", len(nodes)):
             for source in [s for s in node.all_input_nodes if s in nearest]:
@@ -137,6 +138,6 @@ def round_in_order(
     return made
 
 
-def _share(lanes: list[Lane], node: fx.Node, value: Tensor) -> None:
+def _share(lanes: list[Pass], node: fx.Node, value: Tensor) -> None:
     for lane in lanes:
         lane.env[node] = value

@@ -8,7 +8,7 @@ being quantized anew and scored (Wang 1811.08886 and Dong 1911.03852 search the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,8 @@ from paredown.core.errors import UserError
 from paredown.core.progress import say, track
 from paredown.core.task import Task
 from paredown.core.units import parse_drop
-from paredown.data.feed import batch_size, examples
+from paredown.data.evaluate import scored
+from paredown.data.feed import Batch, examples
 from paredown.graph import structure
 from paredown.graph.model import Model
 from paredown.graph.quantized.quantizers import quantized_weights, quantizers, stored_bits
@@ -147,16 +148,16 @@ def sensitivities(quantized: Model, task: Task) -> list[Sensitivity]:
     layers = _quantizers_of(quantized)
     lost, errors = dict.fromkeys(layers, 0.0), dict.fromkeys(layers, 0.0)
     power, seen = 0.0, 0
-    batches = list(_batches(quantized, task, EXAMPLES))
-    for leaves, target, count in track(batches, "sensitivity of layers"):
-        exact = _cut(runner.outputs(leaves, every), count)
+    found = list(examples(quantized, task, "validation", EXAMPLES))
+    for batch in track(found, "sensitivity of layers"):
+        exact = batch.cut(runner.outputs(batch.inputs, every))
         power += _energy(exact)
-        scored = _scores(quantized, task, exact, target)
-        seen += count
+        scores = _scores(quantized, task, exact, batch)
+        seen += batch.count
         for name, own in layers.items():
-            made = _cut(runner.outputs(leaves, every - own), count)
+            made = batch.cut(runner.outputs(batch.inputs, every - own))
             errors[name] += _energy([a - b for a, b in zip(made, exact, strict=True)])
-            lost[name] += float((scored - _scores(quantized, task, made, target)).sum())
+            lost[name] += float((scores - _scores(quantized, task, made, batch)).sum())
     held = quantized_weights(quantized.graph)
     return [
         Sensitivity(
@@ -173,8 +174,8 @@ def mean_score(model: Model, task: Task) -> float:
     """The mean of the task's score over the validation split."""
     runner = Runner(model.copy().eval().graph)
     found = [
-        _scores(model, task, _cut(runner.outputs(leaves), count), target)
-        for leaves, target, count in _batches(model, task, None)
+        _scores(model, task, batch.cut(runner.outputs(batch.inputs)), batch)
+        for batch in examples(model, task, "validation")
     ]
     return float(torch.cat(found).mean())
 
@@ -194,17 +195,9 @@ def _quantizers_of(model: Model) -> dict[str, set[str]]:
     return found
 
 
-def _batches(model: Model, task: Task, most: int | None) -> Iterator[tuple[list[Tensor], Any, int]]:
-    return examples(model, task, "validation", batch_size(model, task), most)
-
-
-def _cut(outputs: list[Tensor], count: int) -> list[Tensor]:
-    """The outputs of the examples that are no padding."""
-    return [out[:count] if out.dim() else out for out in outputs]
-
-
-def _scores(model: Model, task: Task, outputs: list[Tensor], target: Any) -> Tensor:
-    return task.score(structure.unflatten(list(outputs), model.outputs), target).double().flatten()
+def _scores(model: Model, task: Task, outputs: list[Tensor], batch: Batch) -> Tensor:
+    output = structure.unflatten(outputs, model.outputs)
+    return scored(task, output, batch.target, batch.count)
 
 
 def _energy(values: Sequence[Tensor]) -> float:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from paredown.core.errors import UserError
 from paredown.core.task import Task
-from paredown.data import splits
+from paredown.data import feed, splits
 from paredown.graph.model import Model
 from paredown.steps.step import ALONE, Entry, Setting, Step
 from paredown.train.distill.lesson import Teaching, prepare
@@ -124,9 +124,9 @@ class Distill(Step):
         folder = setting.scratch
         with room(folder) as place:
             if self.cache:
-                split, fixed = splits.split(task, "train"), student.fixed_batch
-                size = fixed or task.batch_size
-                task = replace(task, train=keep(split, size, bool(fixed), lesson.says, place))
+                data, size = splits.split(task, "train"), feed.size(student, task.batch_size)
+                given = feed.every(student, data, size)
+                task = replace(task, train=keep(given, lesson.says, place))
             checkpoint = folder and folder / "distill.safetensors"
             fit(student, task, self.training(), checkpoint, lesson)
         return student

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from paredown.core import progress
 from paredown.core.errors import UserError
 from paredown.core.task import Task
-from paredown.data import batches, splits
+from paredown.data import feed, splits
 from paredown.data.scores import IGNORE
 from paredown.graph import machine, store, structure
 from paredown.graph.model import Model
@@ -206,17 +206,17 @@ def prepare(teacher: Model, student: Model, task: Task, how: Teaching, related: 
         UserError: the outputs differ, a layer does not exist, or a loss does not fit the models.
     """
     split = splits.split(task, "train")
-    size = student.fixed_batch or min(4, splits.size(split))
-    inputs, target = next(splits.batches(split, size))
+    size = feed.size(student, 4, splits.size(split))
+    [batch] = feed.every(student, split, size, 1)
     views, found = [], []
     for model, whose in ((student, "model"), (teacher, "teacher")):
-        leaves = _bound(model, inputs, whose, size)
+        leaves = _bound(model, batch.inputs, whose, size)
         views.append(View(model, leaves, whose))
         with torch.no_grad():
             found.append(list(model.graph(*[leaf.clone() for leaf in leaves])))
     check_outputs(student, found[0], teacher, found[1])
-    outputs = outputs_of(student, views[0], found[0], _labels(task, target, size), how.loss)
-    if target is None:  # the labels of another split told only what the outputs are
+    outputs = outputs_of(student, views[0], found[0], _labels(task, batch.target, size), how.loss)
+    if batch.target is None:  # the labels of another split told only what the outputs are
         outputs = [replace(output, label=None) for output in outputs]
     progress.say(f"  learning {described(outputs, how.temperature)}")
     lesson = Lesson(teacher, task, how, outputs, _pairs(views, student, teacher, task, how))
@@ -234,7 +234,6 @@ def _bound(model: Model, inputs: Any, whose: str, size: int) -> list[Tensor]:
             f"{whose}: takes batches of {model.fixed_batch} only, the other model of {size}; "
             "capture both for the same batch."
         )
-    inputs = batches.padded(inputs, size)
     try:
         return model.bind(*splits.arguments(inputs))
     except UserError as error:

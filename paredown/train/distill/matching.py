@@ -13,7 +13,7 @@ from torch import Tensor
 
 from paredown.core.errors import UserError
 from paredown.core.task import Task
-from paredown.data import batches, splits
+from paredown.data import feed, splits
 from paredown.graph.model import Model
 from paredown.graph.taps import read
 from paredown.train.distill.inner_values import Stage, View
@@ -166,10 +166,9 @@ def _check(pair: Pair) -> None:
 
 def some_inputs(model: Model, task: Task, most: int) -> Iterator[Any]:
     """Inputs of batches of the calibration split, about ``most`` examples in all."""
-    size = model.fixed_batch or min(most, task.batch_size)
-    found = splits.batches(splits.split(task, "calibration"), size)
-    for inputs, _ in batches.first(found, max(1, most // size)):
-        yield batches.padded(inputs, size) if model.fixed_batch else inputs
+    size = feed.size(model, most, task.batch_size)
+    data = splits.split(task, "calibration")
+    return (each.inputs for each in feed.every(model, data, size, max(1, most // size)))
 
 
 def values_of(model: Model, inputs: Any, stages: Sequence[Stage]) -> list[Tensor]:

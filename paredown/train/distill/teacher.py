@@ -18,7 +18,8 @@ from paredown.core import progress
 from paredown.core.errors import UserError
 from paredown.core.task import Task
 from paredown.core.units import human
-from paredown.data import batches, splits
+from paredown.data import splits
+from paredown.data.feed import Feed
 from paredown.graph import structure
 from paredown.graph.capture import capture
 from paredown.graph.model import Model
@@ -93,31 +94,29 @@ class Taught(Dataset[Any]):
         return inputs, {TAUGHT: rows, **labels}
 
 
-def keep(split: Dataset[Any], size: int, fixed: bool, says: Says, folder: Path) -> Taught:
-    """Ask the teacher once about every example, ``size`` at a time, and keep it in ``folder``.
+def keep(given: Feed, says: Says, folder: Path) -> Taught:
+    """Ask the teacher once about every example of a split and keep what it says in ``folder``.
 
     Raises:
         UserError: the data give other inputs each time, what the teacher says differs in shape
             from example to example, or the disk is full.
     """
-    _check_repeats(split)
-    count, paths = splits.size(split), None
+    _check_repeats(given.data)
+    count, paths = splits.size(given.data), None
     kept: list[Any] = []
     done = 0
-    asked = progress.track(splits.batches(split, size), "asking the teacher", -(-count // size))
-    for inputs, _ in asked:
-        here = batches.count(inputs)
-        rows = [t.cpu() for t in says(batches.padded(inputs, size) if fixed else inputs)]
+    for batch in progress.track(given, "asking the teacher"):
+        rows = [t.cpu() for t in says(batch.inputs)]
         if paths is None:
             paths = [folder / f"teacher-{number}.npy" for number in range(len(rows))]
             kept = _opened(paths, rows, count)
         for array, row in zip(kept, rows, strict=True):
-            _check_rows(array, row, size if fixed else here)
-            array[done : done + here] = row[:here].numpy()
-        done += here
+            _check_rows(array, row, batch.size)
+            array[done : done + batch.count] = row[: batch.count].numpy()
+        done += batch.count
     total = human("size", sum(array.nbytes for array in kept))
     progress.say(f"  what the teacher says of {count} examples is kept on disk: {total}")
-    return Taught(split, kept)
+    return Taught(given.data, kept)
 
 
 def _opened(paths: list[Path], rows: list[Tensor], count: int) -> list[Any]:

@@ -1,0 +1,162 @@
+"""How a split becomes batches for a model, and how a batch is scored."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+import paredown
+from paredown import Task, UserError
+from paredown.data import feed
+from paredown.data.evaluate import evaluate, scored
+
+
+def split(count):
+    return TensorDataset(torch.arange(float(count))[:, None].repeat(1, 2), torch.arange(count))
+
+
+def accuracy(output, target):
+    return (output.argmax(1) == target).float()
+
+
+@pytest.fixture(scope="module")
+def varying():
+    return paredown.capture(nn.Linear(2, 3), (torch.zeros(4, 2),))
+
+
+@pytest.fixture(scope="module")
+def fixed(varying):
+    return replace(varying, inputs=tuple(replace(item, dynamic={}) for item in varying.inputs))
+
+
+def sizes(batches):
+    return [(batch.count, batch.size) for batch in batches]
+
+
+def test_every_example_counts_once(varying, fixed):
+    assert sizes(feed.every(varying, split(10), 4)) == [(4, 4), (4, 4), (2, 2)]
+    given = feed.every(fixed, split(10), 4)
+    assert sizes(given) == sizes(given) == [(4, 4)] * 2 + [(2, 4)] and len(given) == 3
+    *_, last = given
+    assert last.inputs[:, 0].tolist() == [8.0, 9.0, 9.0, 9.0] and last.target.tolist() == [8, 9]
+    assert sizes(feed.every(fixed, split(10), 4, 2)) == [(4, 4)] * 2
+
+
+def test_whole_batches_are_never_filled(varying, fixed):
+    assert sizes(feed.whole(fixed, split(10), "train", 4)) == [(4, 4)] * 2
+    assert sizes(feed.whole(varying, split(10), "train", 4)) == [(4, 4), (4, 4), (2, 2)]
+    assert sizes(feed.whole(varying, split(10), "train", 4, 1)) == [(4, 4)]
+    orders = [
+        torch.cat([b.target for b in feed.whole(fixed, split(8), "train", 4, None, True, seed)])
+        for seed in (0, 0, 1)
+    ]
+    assert orders[0].tolist() == orders[1].tolist() != orders[2].tolist()
+
+
+def test_one_error_for_a_split_that_fills_no_batch(fixed, varying):
+    message = "calibration: 3 examples do not fill the model's batch of 4, the only one it was capt"
+    with pytest.raises(UserError, match=message):
+        feed.whole(fixed, split(3), "calibration", 4)
+    with pytest.raises(UserError, match=message):
+        feed.check_fills(fixed, split(3), "calibration")
+    feed.check_fills(varying, split(3), "calibration")
+    assert sizes(feed.every(fixed, split(3), 4)) == [(3, 4)]
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        paredown.Quantize("int8"),
+        paredown.PruneChannels(0.5, criterion="taylor"),
+        paredown.PruneChannels(0.5, criterion="weight_activation"),
+        paredown.FineTune(epochs=1, device="cpu"),
+        paredown.LowRank(),
+    ],
+)
+def test_every_step_says_so_in_the_same_words(step):
+    net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+    model = paredown.capture(net, (torch.zeros(4, 8),))
+    model = replace(model, inputs=tuple(replace(item, dynamic={}) for item in model.inputs))
+    few = TensorDataset(torch.randn(3, 8), torch.zeros(3, dtype=torch.long))
+    loss = nn.functional.cross_entropy
+    task = Task((torch.zeros(4, 8),), accuracy, loss, train=few, validation=few)
+    with pytest.raises(UserError, match="3 examples do not fill the model's batch of 4, the only"):
+        step.apply(model, task)
+
+
+def test_bound_batches_are_as_the_graph_takes_them():
+    class Named(nn.Module):
+        def forward(self, first, second):
+            return first - second
+
+    one, two = torch.ones(5, 2), torch.zeros(5, 2)
+    model = paredown.capture(Named(), {"first": one[:2], "second": two[:2]})
+
+    class Swapped(torch.utils.data.Dataset):
+        def __len__(self):
+            return 5
+
+        def __getitem__(self, index):
+            return {"second": two[index], "first": one[index]}, 0
+
+    for batch in feed.every(model, Swapped(), 2).bound():
+        assert [float(leaf.mean()) for leaf in batch.inputs] == [1.0, 0.0]
+
+
+def test_the_fixed_batch_is_never_another(varying, fixed):
+    task = Task((torch.zeros(4, 2),), None, batch_size=16)
+    assert feed.size(varying, 16, 5) == 5 and feed.size(varying, 16, 0) == 1
+    assert feed.size(fixed, 16, 5) == feed.fitting(fixed, task, 1) == 4
+    assert feed.fitting(varying, task, 1) == 1 and feed.fitting(varying, task, 1 << 20) == 16
+
+
+def test_memory_bounds_what_is_kept_and_how_many_examples(varying, monkeypatch):
+    task = Task((torch.zeros(4, 2),), None, validation=split(20), batch_size=16)
+    assert sizes(feed.examples(varying, task, "validation")) == [(16, 16), (4, 4)]
+    assert sizes(feed.examples(varying, task, "validation", 10)) == [(16, 16)]
+    monkeypatch.setattr(feed, "MEMORY", 3 * 3 * 4)  # three outputs of three floats
+    assert sizes(feed.examples(varying, task, "validation"))[0] == (3, 3)
+    assert sizes(feed.examples(varying, task, "validation", 10)) == [(3, 3)] * 2
+
+
+def test_asking_for_the_memory_draws_no_number():
+    net = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5))
+    model = paredown.capture(net, (torch.zeros(1, 2),)).train()
+    torch.manual_seed(7)
+    expected = torch.rand(2)
+    torch.manual_seed(7)
+    assert feed.example_bytes([model]) > 0
+    assert torch.equal(torch.rand(2), expected)
+
+
+def test_only_what_filling_added_is_cut():
+    batch = feed.Batch(None, None, 3, 4)
+    rows, other, single = batch.cut([torch.zeros(4, 2), torch.zeros(7, 4), torch.tensor(1.0)])
+    assert rows.shape == (3, 2) and other.shape == (7, 4) and single.dim() == 0
+
+
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        (torch.tensor(1.0), r"shape \(2,\), got \(\); do not average"),
+        (torch.zeros(2, 1), r"got \(2, 1\)"),
+        (0.5, "got float"),
+        (torch.zeros(2, dtype=torch.complex64), "got torch.complex64"),
+        (torch.tensor([1.0, float("nan")]), "1 of 2 scores of a batch are NaN or infinite"),
+        (None, "failed: "),
+    ],
+)
+def test_a_score_is_checked_in_one_place(found, message, varying):
+    task = Task((torch.zeros(4, 2),), lambda output, target: found, validation=split(2))
+    with pytest.raises(UserError, match=rf"task\.score.*{message}"):
+        scored(task, None, None, 2)
+    with pytest.raises(UserError, match=rf"task\.score.*{message}"):
+        evaluate(varying, task.validation, task)
+
+
+def test_scores_are_what_the_task_says():
+    task = Task((torch.zeros(4, 2),), lambda output, target: output > target)
+    made = scored(task, torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0]), 2)
+    assert made.tolist() == [1.0, 0.0] and made.dtype == torch.float64
