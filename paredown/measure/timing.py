@@ -96,7 +96,7 @@ def speedup(
             crashes or hangs, inputs in other shapes or dtypes, or fewer than 2 rounds.
 
     Example:
-        >>> import paredown
+        >>> import paredown, torch
         >>> layers = [torch.nn.Linear(256, 256) for _ in range(6)]
         >>> example = (torch.zeros(8, 256),)
         >>> deep = paredown.capture(torch.nn.Sequential(*layers), example)
