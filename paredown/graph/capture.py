@@ -34,7 +34,8 @@ def capture(
             usually helps.
 
     Example:
-        >>> capture(nn.Linear(4, 2), (torch.zeros(1, 4),)).inputs[0].name
+        >>> import torch
+        >>> capture(torch.nn.Linear(4, 2), (torch.zeros(1, 4),)).inputs[0].name
         'input'
     """
     if isinstance(module, Model):

@@ -9,6 +9,7 @@ def rows(weight: Tensor, axis: int) -> Tensor:
     """The weight as (R, F), R being the size of its dimension ``axis``.
 
     Example:
+        >>> import torch
         >>> rows(torch.arange(6).reshape(3, 2), 1)
         tensor([[0, 2, 4],
                 [1, 3, 5]])
