@@ -60,7 +60,7 @@ def export(model: Model, target: Target, path: str | Path) -> Artifact:
         >>> model = paredown.capture(torch.nn.Linear(4, 2), (torch.zeros(1, 4),))
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     artifact = export(model, Target(), f"{folder}/model.onnx")
-        ...     open(artifact.path)(torch.zeros(3, 4).numpy())[0].shape
+        ...     paredown.open(artifact.path)(torch.zeros(3, 4).numpy())[0].shape
         (3, 2)
     """
     written: Path = ready(target.runtime).lower(model, path)
