@@ -8,13 +8,12 @@ import torch
 from torch import Tensor, fx
 
 from paredown.graph.model import Model
-from paredown.graph.quantized.low_bits import LOW_BITS
+from paredown.graph.quantized.per_channel import PER_CHANNEL
 from paredown.graph.quantized.quantizers import (
-    PER_CHANNEL,
     PER_TENSOR,
     least_weight_scales,
     quantizers,
-    raise_low_bits,
+    raise_scales,
 )
 from paredown.graph.quantized.regions import source_of
 from paredown.graph.quantized.rounding import (
@@ -118,8 +117,8 @@ def hold(model: Model) -> None:
         for node, scales in least.items():
             if node.target in _WEIGHT_FORMS:
                 _raise(graph, node, scales)
-            elif node.target in LOW_BITS:
-                raise_low_bits(graph, node, scales)
+            else:
+                raise_scales(graph, node, scales)
 
 
 def _raise(graph: fx.GraphModule, node: fx.Node, least: Tensor) -> None:

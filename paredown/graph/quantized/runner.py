@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, fx
 
 from paredown.graph.model import Model
-from paredown.graph.quantized.quantizers import WEIGHT_QUANTIZERS, quantizers, rounded
+from paredown.graph.quantized.forms import form_of
+from paredown.graph.quantized.quantizers import quantizers, rounded
 from paredown.graph.state import remove_state
 from paredown.graph.values import refresh_values
 
@@ -62,7 +63,7 @@ class Runner(fx.Interpreter):
         if n.name in self._passed:
             value: Any = self.fetch_args_kwargs_from_env(n)[0][0]
             value = value.clone() if self._writes else value
-        elif n.target in WEIGHT_QUANTIZERS and _source(n) not in self._weights:
+        elif form_of(n) is not None and _source(n) not in self._weights:
             value = self.weight(n)
         else:
             value = super().run_node(n)
