@@ -12,13 +12,13 @@ from torch.utils.data import TensorDataset
 import paredown
 from paredown.core.errors import UserError
 from paredown.core.task import Task
+from paredown.explain import restore
 from paredown.explain.layers import find_layers, folded
-from paredown.explain.restore import Rounding
 from paredown.graph.capture import capture
 from paredown.graph.quantized.codes import from_bytes, to_bytes
-from paredown.graph.quantized.forms import FORMS, Form, form_of, of_op
+from paredown.graph.quantized.forms import FORMS, Form, Rounded, form_of, of_op
 from paredown.graph.quantized.group_scales import choose_grid
-from paredown.graph.quantized.grouped import PER_GROUP
+from paredown.graph.quantized.grouped import PER_GROUP, spread
 from paredown.graph.quantized.per_channel import PER_CHANNEL
 from paredown.graph.quantized.quantizers import (
     PER_TENSOR,
@@ -29,7 +29,7 @@ from paredown.graph.quantized.quantizers import (
     weight_forms,
 )
 from paredown.graph.quantized.scales import channel_scales
-from paredown.graph.rows import rows
+from paredown.graph.rows import from_rows, rows
 from paredown.run.details import _layers
 from paredown.steps.pruning.prune_weights import PruneWeights
 from paredown.steps.recipe import apply
@@ -51,6 +51,15 @@ def arguments(form: Form, weight: Tensor, axis: int, group: int, zero_point: boo
     return (axis,)
 
 
+def product(made: Rounded) -> Tensor:
+    """Integers, less their zero points, times their scales, in the shape of the weight."""
+    features = made.integers.shape[1]
+    steps = made.integers.float()
+    if made.zero_points is not None:
+        steps -= spread(made.zero_points, made.group, features)
+    return from_rows(steps * spread(made.scales, made.group, features), made.weight, made.axis)
+
+
 # --- what a record says ----------------------------------------------------------------------
 
 
@@ -63,6 +72,7 @@ def test_integers_times_scales_are_what_the_op_computes(name, shape, axis, group
     weight.select(axis, 1).zero_()
     rest = arguments(form, weight, axis, group, zero_point)
     made = form.read("weight", weight, *rest)
+    assert torch.equal(product(made), form.op(weight, *rest))
     assert torch.equal(made.values(), form.op(weight, *rest))
     assert set(made.integers.unique().tolist()) <= set(form.grid)
     assert made.integers.shape == rows(weight, axis).shape
@@ -157,7 +167,7 @@ def test_details_and_explanations_say_what_the_record_says(name, net, task):
     if form.dtype is None:
         node = quantized_weights(made.graph)["fc2.weight"]
         assert node.target is form.op and form_of(node) is of_op(form.op, form.bits)
-        assert torch.equal(read(made.graph, node).values(), rounded(made.graph, node))
+        assert torch.equal(product(read(made.graph, node)), rounded(made.graph, node))
 
 
 # --- a form that is made up ------------------------------------------------------------------
@@ -216,12 +226,11 @@ def test_a_form_that_is_made_up_is_counted_everywhere(form, net, task, monkeypat
     assert told["dtype_after"] == form.word and told["bytes_after"] == 64 * 64 * 2 // 8
     layers = {each.name: each for each in find_layers(made.graph, folded(net).graph)}
     assert layers["fc2.weight"].bits == 2 and layers["fc1.weight"].bits == 8
-    saved = Rounding(made, list(layers.values())).candidate(["fc2.weight"]).cost_bytes
+    saved = restore.Rounding(made, list(layers.values())).candidate(["fc2.weight"]).cost_bytes
     assert saved == 64 * 64 * 30 // 8
-    weight = read(made.graph, quantized_weights(made.graph)["fc2.weight"])
-    assert torch.equal(
-        weight.values(), rounded(made.graph, quantized_weights(made.graph)[weight.name])
-    )
+    node = quantized_weights(made.graph)["fc2.weight"]
+    weight = read(made.graph, node)
+    assert torch.equal(product(weight), rounded(made.graph, node))
     assert torch.equal(form.unpack(form.pack(weight.shaped()), (64, 64)), weight.shaped())
     predictor = pytorch.open(pytorch.lower(made, tmp_path / "model.safetensors"))
     inputs = torch.randn(1, 64)

@@ -15,7 +15,7 @@ from torch import Tensor, fx
 
 from paredown.graph.quantized import grouped, low_bits, per_channel
 from paredown.graph.quantized.codes import from_bytes, to_bytes
-from paredown.graph.quantized.grouped import PER_GROUP, spread
+from paredown.graph.quantized.grouped import PER_GROUP
 from paredown.graph.quantized.low_bits import BINARY, TERNARY
 from paredown.graph.quantized.per_channel import PER_CHANNEL
 from paredown.graph.rows import from_rows, rows
@@ -117,7 +117,7 @@ class Form:
             (tensor([[ 1, -1]], dtype=torch.int8), tensor([[2.]]))
         """
         assert self.parts is not None, f"{self.name} is no form of integers"
-        return Rounded(name, self, weight, *self.parts(weight, *arguments))
+        return Rounded(name, self, weight, arguments, *self.parts(weight, *arguments))
 
 
 @dataclass(frozen=True)
@@ -131,6 +131,7 @@ class Rounded:
     name: str
     form: Form
     weight: Tensor
+    arguments: tuple[Any, ...]
     integers: Tensor
     scales: Tensor
     zero_points: Tensor | None
@@ -142,13 +143,8 @@ class Rounded:
         return from_rows(self.integers, self.weight, self.axis).contiguous()
 
     def values(self) -> Tensor:
-        """What the quantizer gives: the integers, less their zero points, times their scales."""
-        features = self.integers.shape[1]
-        steps = self.integers.to(self.scales.dtype)
-        if self.zero_points is not None:
-            steps -= spread(self.zero_points, self.group, features)
-        scaled = steps.mul_(spread(self.scales, self.group, features))
-        return from_rows(scaled, self.weight, self.axis).contiguous()
+        """The weight as its quantizer gives it, the sign of each zero included."""
+        return self.form.op(self.weight, *self.arguments)  # type: ignore[no-any-return]
 
 
 def _of_channels(weight: Tensor, scale: Tensor, axis: int, low: int, high: int) -> Parts:
