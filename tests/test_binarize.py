@@ -14,7 +14,7 @@ from paredown.core.task import Target, Task
 from paredown.data.scores import accuracy
 from paredown.graph.capture import capture
 from paredown.graph.model import Model
-from paredown.graph.quantized.forms import FORMS
+from paredown.graph.quantized.forms import WEIGHT_FORMS
 from paredown.graph.quantized.low_bits import (
     BINARY,
     TERNARY,
@@ -88,7 +88,7 @@ def test_the_gradient_is_that_of_a_scale_and_of_a_sign_that_lets_through():
 @each_form
 def test_signs_and_scales_follow_the_weight(form):
     """A factor of a channel, negative ones too, passes through: so a batch norm folds exactly."""
-    op = FORMS[form].op
+    op = WEIGHT_FORMS[form].op
     weight, factor = torch.randn(5, 7, 3), torch.tensor([2.0, -1.5, 0.3, -0.1, 1.0])[:, None, None]
     torch.testing.assert_close(op(weight * factor, 0), op(weight, 0) * factor)
 
@@ -159,7 +159,7 @@ def test_every_kind_of_layer_is_stored_in_its_bits(form, mixed, tmp_path):
     assert not {"BitwiseAnd", "BitShift", "Where", "Cast"} & set(ran.float_ops), "not folded"
 
 
-LOW_BITS_OF = {form: FORMS[form].bits for form in LOW}
+LOW_BITS_OF = {form: WEIGHT_FORMS[form].bits for form in LOW}
 
 
 @each_form

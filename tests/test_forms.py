@@ -16,7 +16,7 @@ from paredown.explain import restore
 from paredown.explain.layers import find_layers, folded
 from paredown.graph.capture import capture
 from paredown.graph.quantized.codes import from_bytes, to_bytes
-from paredown.graph.quantized.forms import FORMS, Form, Rounded, form_of, of_op
+from paredown.graph.quantized.forms import WEIGHT_FORMS, Form, Rounded, form_of, of_op
 from paredown.graph.quantized.group_scales import choose_grid
 from paredown.graph.quantized.grouped import PER_GROUP, spread
 from paredown.graph.quantized.per_channel import PER_CHANNEL
@@ -37,7 +37,7 @@ from paredown.targets.runtimes import RUNTIMES, pytorch, runtime
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore")
-OF_INTEGERS = [name for name, form in FORMS.items() if form.dtype is None]
+OF_INTEGERS = [name for name, form in WEIGHT_FORMS.items() if form.dtype is None]
 each_form = pytest.mark.parametrize("name", OF_INTEGERS)
 
 
@@ -68,7 +68,7 @@ def product(made: Rounded) -> Tensor:
 @pytest.mark.parametrize("group, zero_point", [(0, False), (16, True)])
 def test_integers_times_scales_are_what_the_op_computes(name, shape, axis, group, zero_point):
     torch.manual_seed(0)
-    form, weight = FORMS[name], torch.randn(shape)
+    form, weight = WEIGHT_FORMS[name], torch.randn(shape)
     weight.select(axis, 1).zero_()
     rest = arguments(form, weight, axis, group, zero_point)
     made = form.read("weight", weight, *rest)
@@ -85,7 +85,7 @@ def test_integers_times_scales_are_what_the_op_computes(name, shape, axis, group
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_packing_loses_nothing(name, data):
-    form = FORMS[name]
+    form = WEIGHT_FORMS[name]
     values = data.draw(st.lists(st.sampled_from(form.grid), min_size=1, max_size=70))
     line = torch.tensor(values, dtype=torch.int8)
     packed = form.pack(line)
@@ -107,19 +107,19 @@ def test_rows_of_bytes_are_packed_apart(bits):
 
 @each_form
 def test_a_grid_has_as_many_numbers_as_its_bits_hold(name):
-    form = FORMS[name]
+    form = WEIGHT_FORMS[name]
     assert 2 ** (form.bits - 1) < len(form.grid) <= 2**form.bits and form.bits in (1, 2, 4, 8)
     assert of_op(form.op, form.bits).word == form.word
 
 
 def test_what_is_packed_is_told_apart_by_its_bits():
-    packed = [form.bits for form in FORMS.values() if form.follows]
+    packed = [form.bits for form in WEIGHT_FORMS.values() if form.follows]
     assert len(set(packed)) == len(packed)
 
 
 def test_every_form_is_written_by_a_runtime():
-    assert set(FORMS) == set().union(*(runtime(name).FORMS for name in RUNTIMES))
-    assert all(form.name == name for name, form in FORMS.items())
+    assert set(WEIGHT_FORMS) == set().union(*(runtime(name).FORMS for name in RUNTIMES))
+    assert all(form.name == name for name, form in WEIGHT_FORMS.items())
 
 
 def test_a_grid_that_no_form_has():
@@ -153,9 +153,9 @@ def net(task):
     return capture(Net(), task.example)
 
 
-@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("name", WEIGHT_FORMS)
 def test_details_and_explanations_say_what_the_record_says(name, net, task):
-    form = FORMS[name]
+    form = WEIGHT_FORMS[name]
     step = eval(form.made_by, {key: getattr(paredown, key) for key in paredown.__all__})
     assert step.form == name
     made = apply(net, [step], task)
@@ -191,7 +191,7 @@ def _odd(weight: Tensor, scale: Tensor, axis: int):
     return integers.to(torch.int8), scales, None, axis, 0
 
 
-INT2 = replace(FORMS["int8"], name="int2", made_by="Two()", word="int2", grid=range(-2, 2))
+INT2 = replace(WEIGHT_FORMS["int8"], name="int2", made_by="Two()", word="int2", grid=range(-2, 2))
 ODD = Form(
     "odd",
     made_by="Odd()",
@@ -218,7 +218,7 @@ def with_form(model, form: Form, name: str):
 def test_a_form_that_is_made_up_is_counted_everywhere(form, net, task, monkeypatch, tmp_path):
     """The record is all that capture, sizes, details, explanations and the file ask."""
     whole = apply(net, [paredown.Quantize("int8")], task)
-    monkeypatch.setitem(FORMS, form.name, form)
+    monkeypatch.setitem(WEIGHT_FORMS, form.name, form)
     made = with_form(whole, form, "fc2.weight")
     assert weight_forms(made.graph)["fc2.weight"] is form
     assert len(quantizers(made.graph)) == len(quantizers(whole.graph))
@@ -238,7 +238,7 @@ def test_a_form_that_is_made_up_is_counted_everywhere(form, net, task, monkeypat
 
 
 def test_a_form_without_a_zero_is_not_pruned(net, task, monkeypatch):
-    monkeypatch.setitem(FORMS, "odd", ODD)
+    monkeypatch.setitem(WEIGHT_FORMS, "odd", ODD)
     made = with_form(apply(net, [paredown.Quantize("int8")], task), ODD, "fc2.weight")
     assert any(node.target is PER_TENSOR for node in quantizers(made.graph))
     with pytest.raises(UserError, match=r"fc2.weight is odd, and its 2 bits have no zero"):

@@ -12,7 +12,7 @@ from paredown.core.errors import UserError
 from paredown.core.task import Task
 from paredown.graph.capture import capture
 from paredown.graph.model import Model
-from paredown.graph.quantized.forms import FORMS, form_of
+from paredown.graph.quantized.forms import WEIGHT_FORMS, form_of
 from paredown.graph.quantized.quantizers import quantized_weights, rounded, weight_forms
 from paredown.graph.quantized.scales import channel_scales, closest_scales
 from paredown.run.details import _layers
@@ -48,7 +48,7 @@ def errors(weight: Tensor, scales: Tensor, low: int, high: int) -> Tensor:
 def test_closest_scales_are_as_good_as_brute_force(kind):
     torch.manual_seed(0)
     weight = WEIGHTS[kind]()
-    low, high = FORMS["int4"].low, FORMS["int4"].high
+    low, high = WEIGHT_FORMS["int4"].low, WEIGHT_FORMS["int4"].high
     largest = channel_scales(weight, 0, high)
     tried = [errors(weight, largest * share, low, high) for share in np.linspace(0.05, 1.15, 400)]
     best = torch.stack(tried).amin(0)

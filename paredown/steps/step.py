@@ -12,7 +12,7 @@ from paredown.graph.model import Model
 from paredown.graph.quantized import forms
 
 # What weights and activations can be besides float32, and the step that makes it.
-FORMS = {form.name: form.made_by for form in forms.FORMS.values()}
+FORMS = {form.name: form.made_by for form in forms.WEIGHT_FORMS.values()}
 
 
 def forget(fact: dict[str, Any]) -> None:

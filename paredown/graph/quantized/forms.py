@@ -1,7 +1,7 @@
 """Every form that weights can have besides float32: one record each, and all that asks, asks it.
 
-A new form is a record in `FORMS`, the step that makes it, and the runtimes that can write it, each
-of which names it in a ``FORMS`` of its own.
+A new form is a record in `WEIGHT_FORMS`, the step that makes it, and the runtimes that can write
+it, each of which names it in its ``FORMS``.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Form:
         """What so many weights take in a file.
 
         Example:
-            >>> FORMS["ternary"].stored_bytes(5)
+            >>> WEIGHT_FORMS["ternary"].stored_bytes(5)
             2
         """
         return -(-count * self.bits // 8)
@@ -84,9 +84,9 @@ class Form:
         weight's place in the grid is what is stored, and the first weight lies lowest.
 
         Example:
-            >>> FORMS["binary"].pack(torch.tensor([1, -1, 1, 1]))
+            >>> WEIGHT_FORMS["binary"].pack(torch.tensor([1, -1, 1, 1]))
             tensor([13], dtype=torch.uint8)
-            >>> FORMS["ternary"].pack(torch.tensor([1, -1, 0]))
+            >>> WEIGHT_FORMS["ternary"].pack(torch.tensor([1, -1, 0]))
             tensor([18], dtype=torch.uint8)
         """
         places = (integers.flatten().to(torch.int16) - self.low) // self.grid.step
@@ -96,7 +96,7 @@ class Form:
         """What `pack` has packed, in its shape, int8.
 
         Example:
-            >>> ternary = FORMS["ternary"]
+            >>> ternary = WEIGHT_FORMS["ternary"]
             >>> ternary.unpack(ternary.pack(torch.tensor([[1, -1], [0, 0]])), (2, 2))
             tensor([[ 1, -1],
                     [ 0,  0]], dtype=torch.int8)
@@ -112,7 +112,7 @@ class Form:
             arguments: the op's, behind the weight.
 
         Example:
-            >>> made = FORMS["binary"].read("weight", torch.tensor([[1.0, -3.0]]), 0)
+            >>> made = WEIGHT_FORMS["binary"].read("weight", torch.tensor([[1.0, -3.0]]), 0)
             >>> made.integers, made.scales
             (tensor([[ 1, -1]], dtype=torch.int8), tensor([[2.]]))
         """
@@ -169,6 +169,10 @@ def _of_ternary_signs(weight: Tensor, axis: int) -> Parts:
     return made, low_bits.ternary_scales(weight, axis)[:, None], None, axis, 0
 
 
+def _by_name(*forms: Form) -> dict[str, Form]:
+    return {form.name: form for form in forms}
+
+
 _INT8 = Form(
     "int8",
     made_by='Quantize("int8")',
@@ -187,7 +191,7 @@ _INT8_ALONE = Form(
     alone=True,
 )
 _INT4: dict[str, Any] = {"word": "int4", "grid": range(-8, 8)}
-_RECORDS = (
+WEIGHT_FORMS = _by_name(
     _INT8,
     replace(_INT8, name="int4", made_by='Quantize("int4")', **_INT4),
     # the same weights; the range of what comes to a layer is found at each inference
@@ -215,7 +219,6 @@ _RECORDS = (
     Form("fp16", made_by='Cast("fp16")', word="float16", dtype=torch.float16),
     Form("bf16", made_by='Cast("bf16")', word="bfloat16", dtype=torch.bfloat16),
 )
-FORMS = {form.name: form for form in _RECORDS}
 
 
 def of_op(op: Any, bits: int) -> Form:
@@ -228,7 +231,7 @@ def of_op(op: Any, bits: int) -> Form:
         >>> of_op(PER_CHANNEL, 4).name, of_op(PER_GROUP, 4).name
         ('int4', 'int4-weights')
     """
-    for form in FORMS.values():
+    for form in WEIGHT_FORMS.values():
         if form.op is op and form.bits == bits:
             return form
     raise LookupError(f"no form of weights has {op} and {bits} bits")
@@ -247,7 +250,7 @@ def form_of(node: fx.Node) -> Form | None:
         >>> form_of(graph.call_function(BINARY, (weight, 0))).name, form_of(weight)
         ('binary', None)
     """
-    bits = {form.bits for form in FORMS.values() if form.op is node.target}
+    bits = {form.bits for form in WEIGHT_FORMS.values() if form.op is node.target}
     if len(bits) > 1:
         low, high = node.args[-2:]
         assert isinstance(low, int) and isinstance(high, int)

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 from paredown.graph.edit import keep_meta
 from paredown.graph.holds.every import forget
 from paredown.graph.parts import Parts
-from paredown.graph.quantized.forms import FORMS, Form, form_of
+from paredown.graph.quantized.forms import WEIGHT_FORMS, Form, form_of
 from paredown.graph.quantized.quantizers import read
 from paredown.graph.quantized.rounding import spread
 from paredown.graph.state import remove_state, set_buffer, tensor_of
@@ -37,7 +37,7 @@ def _(packed: Tensor, scale: Tensor, axis: int, bits: int, shape: list[int]) -> 
 
 def packed_form(bits: int) -> Form:
     """The form of so many bits whose weights `pack_weights` packs."""
-    return next(form for form in FORMS.values() if form.follows and form.bits == bits)
+    return next(form for form in WEIGHT_FORMS.values() if form.follows and form.bits == bits)
 
 
 UNPACK = torch.ops.paredown.unpack.default

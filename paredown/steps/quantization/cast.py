@@ -16,12 +16,12 @@ from paredown.core.task import Task
 from paredown.data import observe
 from paredown.graph.model import Model
 from paredown.graph.names import classes, module_path, owner
-from paredown.graph.quantized.forms import FORMS, form_of
+from paredown.graph.quantized.forms import WEIGHT_FORMS, form_of
 from paredown.steps.quantization.cast_plan import Facts, Plan, leaves_range
 from paredown.steps.quantization.cast_rewrite import floats, rewrite
 from paredown.steps.step import ALONE, Entry, Setting, Step
 
-DTYPES = {form.name: form.dtype for form in FORMS.values() if form.dtype is not None}
+DTYPES = {form.name: form.dtype for form in WEIGHT_FORMS.values() if form.dtype is not None}
 ROUNDS = 8  # in which what becomes NaN or infinite is found, each mending the first that does
 PROVEN = 4  # batches of calibration data that the 16-bit model is run on
 NAMED = 5  # layers that a note tells

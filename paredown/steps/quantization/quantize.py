@@ -21,7 +21,7 @@ from paredown.graph.computed import fold_computed_weights
 from paredown.graph.fold import fold_batch_norm
 from paredown.graph.holds.shared import regroup
 from paredown.graph.model import Model
-from paredown.graph.quantized.forms import FORMS, form_of
+from paredown.graph.quantized.forms import WEIGHT_FORMS, form_of
 from paredown.graph.quantized.quantizers import quantizers
 from paredown.graph.quantized.regions import INTEGER_KINDS, Regions, find_regions, prepare
 from paredown.graph.sites import sites
@@ -240,7 +240,7 @@ class Quantize(Step):
         """Bits of each layer's weight."""
         layers = _layers(model)
         edges = dict.fromkeys((layers[0], layers[-1]), self.edge_bits)
-        return dict.fromkeys(layers, FORMS[self.scheme].bits) | (
+        return dict.fromkeys(layers, WEIGHT_FORMS[self.scheme].bits) | (
             edges if self.scheme == "int4" else {}
         )
 

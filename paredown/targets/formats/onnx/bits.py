@@ -19,7 +19,7 @@ from onnxscript import values as onnxscript_values
 
 from paredown.graph.fold import fold_batch_norm
 from paredown.graph.model import Model
-from paredown.graph.quantized.forms import FORMS, Form, Rounded
+from paredown.graph.quantized.forms import WEIGHT_FORMS, Form, Rounded
 from paredown.graph.quantized.low_bits import BINARY, TERNARY
 from paredown.graph.quantized.rounding import spread
 from paredown.targets.formats.onnx.edit import array, attribute, initializer, insert
@@ -85,8 +85,8 @@ class _Kind:
 
 
 KINDS = {
-    "FakeQuantizeBinary": _Kind("UnpackBinary", _UNPACK_BINARY, FORMS["binary"]),
-    "FakeQuantizeTernary": _Kind("UnpackTernary", _UNPACK_TERNARY, FORMS["ternary"]),
+    "FakeQuantizeBinary": _Kind("UnpackBinary", _UNPACK_BINARY, WEIGHT_FORMS["binary"]),
+    "FakeQuantizeTernary": _Kind("UnpackTernary", _UNPACK_TERNARY, WEIGHT_FORMS["ternary"]),
 }
 
 
