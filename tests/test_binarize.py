@@ -5,8 +5,6 @@ import onnx
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -16,14 +14,13 @@ from paredown.core.task import Target, Task
 from paredown.data.scores import accuracy
 from paredown.graph.capture import capture
 from paredown.graph.model import Model
+from paredown.graph.quantized.forms import WEIGHT_FORMS
 from paredown.graph.quantized.low_bits import (
     BINARY,
-    LOW_BITS,
     TERNARY,
     binary_gradient,
     binary_scales,
 )
-from paredown.graph.quantized.packed import pack, unpack
 from paredown.graph.quantized.quantizers import quantized_weights, rounded
 from paredown.graph.state import tensor_of
 from paredown.steps import recipe
@@ -38,8 +35,8 @@ from tests.test_architectures import NOTHING_TO_QUANTIZE, check_file, reload
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore")
-FORMS = ("binary", "ternary")
-each_form = pytest.mark.parametrize("form", FORMS)
+LOW = ("binary", "ternary")
+each_form = pytest.mark.parametrize("form", LOW)
 TASK = Task(example=(torch.zeros(1, 8),), score=lambda out, y: out[:, 0])
 
 
@@ -91,21 +88,9 @@ def test_the_gradient_is_that_of_a_scale_and_of_a_sign_that_lets_through():
 @each_form
 def test_signs_and_scales_follow_the_weight(form):
     """A factor of a channel, negative ones too, passes through: so a batch norm folds exactly."""
-    op = {"binary": BINARY, "ternary": TERNARY}[form]
+    op = WEIGHT_FORMS[form].op
     weight, factor = torch.randn(5, 7, 3), torch.tensor([2.0, -1.5, 0.3, -0.1, 1.0])[:, None, None]
     torch.testing.assert_close(op(weight * factor, 0), op(weight, 0) * factor)
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.lists(st.sampled_from([-1, 0, 1]), min_size=1, max_size=70))
-def test_packing_loses_nothing(values):
-    line = torch.tensor(values, dtype=torch.int8)
-    packed = pack(line, 2)
-    assert torch.equal(unpack(packed, 2, line.shape), line)
-    assert len(packed) == -(-len(line) // 4) and packed.dtype is torch.uint8
-    signs = torch.where(line < 0, -1, 1).to(torch.int8)
-    assert torch.equal(unpack(pack(signs, 1), 1, signs.shape), signs)
-    assert len(pack(signs, 1)) == -(-len(line) // 8)
 
 
 # --- which layers ----------------------------------------------------------------------------
@@ -174,7 +159,7 @@ def test_every_kind_of_layer_is_stored_in_its_bits(form, mixed, tmp_path):
     assert not {"BitwiseAnd", "BitShift", "Where", "Cast"} & set(ran.float_ops), "not folded"
 
 
-LOW_BITS_OF = {"binary": LOW_BITS[BINARY].bits, "ternary": LOW_BITS[TERNARY].bits}
+LOW_BITS_OF = {form: WEIGHT_FORMS[form].bits for form in LOW}
 
 
 @each_form
@@ -407,7 +392,7 @@ def test_every_architecture_binarizes(name, tmp_path):
     entry = ARCHITECTURES[name]
     module, example = make(name)
     model = capture(module, example, entry.dynamic)
-    for form in FORMS:
+    for form in LOW:
         try:
             made = Binarize(form).apply(model, TASK)
         except UserError as error:

@@ -19,7 +19,7 @@ from paredown.graph.coupling.cut import cut, mask
 from paredown.graph.coupling.groups import Group
 from paredown.graph.coupling.verify import verify
 from paredown.graph.model import Model
-from paredown.graph.quantized.quantizers import PER_CHANNEL
+from paredown.graph.quantized.per_channel import PER_CHANNEL
 from paredown.steps.pruning.prune_weights import PruneWeights
 from paredown.steps.quantization.quantize import Quantize
 from tests.architectures import make, randomise, with_batch

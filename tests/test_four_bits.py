@@ -12,8 +12,9 @@ from paredown.core.errors import UserError
 from paredown.core.task import Task
 from paredown.graph.capture import capture
 from paredown.graph.model import Model
-from paredown.graph.quantized.quantizers import quantized_weights, rounded, stored_bits
-from paredown.graph.quantized.scales import WEIGHT_GRIDS, channel_scales, closest_scales
+from paredown.graph.quantized.forms import WEIGHT_FORMS, form_of
+from paredown.graph.quantized.quantizers import quantized_weights, rounded, weight_forms
+from paredown.graph.quantized.scales import channel_scales, closest_scales
 from paredown.run.details import _layers
 from paredown.steps.pruning.prune_weights import PruneWeights
 from paredown.steps.quantization.quantize import Quantize
@@ -47,7 +48,7 @@ def errors(weight: Tensor, scales: Tensor, low: int, high: int) -> Tensor:
 def test_closest_scales_are_as_good_as_brute_force(kind):
     torch.manual_seed(0)
     weight = WEIGHTS[kind]()
-    low, high = WEIGHT_GRIDS[4]
+    low, high = WEIGHT_FORMS["int4"].low, WEIGHT_FORMS["int4"].high
     largest = channel_scales(weight, 0, high)
     tried = [errors(weight, largest * share, low, high) for share in np.linspace(0.05, 1.15, 400)]
     best = torch.stack(tried).amin(0)
@@ -96,7 +97,7 @@ def net(images) -> Model:
 
 
 def bits(model: Model) -> dict[str, int]:
-    return {name: stored_bits(node) for name, node in quantized_weights(model.graph).items()}
+    return {name: form.bits for name, form in weight_forms(model.graph).items()}
 
 
 def stored(path) -> dict[str, np.ndarray]:
@@ -141,7 +142,7 @@ def test_two_of_four_zeros_stay_in_the_file(net, task, scheme, tmp_path):
     assert pruned.masks
     for name, node in quantized_weights(pruned.graph).items():
         integers = held.get(f"{name}_quantized", held.get(f"{name}_t_quantized"))
-        assert integers.dtype.name == f"int{stored_bits(node)}"
+        assert integers.dtype.name == form_of(node).word
         assert sorted(integers.shape) == sorted(pruned.state_dict()[name].shape)
         if name in pruned.masks:
             gone = ~pruned.masks[name]

@@ -195,3 +195,10 @@ found = paredown.measure(
 print(found["original"].measurement.latency_ms_p50 > 0)
 """
     assert house.asked(code) == "True"
+
+
+def test_a_weight_form(house):
+    """Its record is a case of every test of records; tests/test_forms.py has what reads it."""
+    record = 'replace(_INT8, name="int2", made_by="Two()", word="int2", grid=range(-2, 2))'
+    house.line("paredown/graph/quantized/forms.py", "WEIGHT_FORMS", record)
+    assert house.tested("tests/test_forms.py", "int2 and (integers or packing or grid)") >= 8

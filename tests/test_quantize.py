@@ -19,11 +19,10 @@ from paredown.graph.capture import capture
 from paredown.graph.fold import fold_batch_norm
 from paredown.graph.model import Model
 from paredown.graph.quantized.grouped import PER_GROUP
+from paredown.graph.quantized.per_channel import PER_CHANNEL, fake_quantize_channel
 from paredown.graph.quantized.quantizers import (
-    PER_CHANNEL,
     PER_TENSOR,
     fake_quantize,
-    fake_quantize_channel,
     quantizers,
     rounded,
 )

@@ -18,6 +18,7 @@ from paredown.data.scores import accuracy
 from paredown.graph import store
 from paredown.graph.capture import capture
 from paredown.graph.model import Model
+from paredown.graph.quantized.forms import form_of
 from paredown.graph.quantized.group_scales import (
     affine_grid,
     choose_grid,
@@ -25,7 +26,7 @@ from paredown.graph.quantized.group_scales import (
     symmetric_grid,
 )
 from paredown.graph.quantized.grouped import PER_GROUP, fake_quantize_group
-from paredown.graph.quantized.quantizers import quantized_weights, rounded, stored_bits
+from paredown.graph.quantized.quantizers import quantized_weights, rounded, weight_forms
 from paredown.graph.rows import from_rows, rows
 from paredown.graph.sites import sites
 from paredown.steps import recipe
@@ -341,7 +342,7 @@ def test_every_kind_of_weight_is_quantized(settings, method, mixed):
     assert set(found) == WEIGHTS
     assert {s.weight for s in sites(made.graph)} == {s.weight for s in sites(model.graph)}
     for name, node in found.items():
-        assert node.target is PER_GROUP and stored_bits(node) == settings["bits"]
+        assert node.target is PER_GROUP and form_of(node).bits == settings["bits"]
         weight = made.state_dict()[name]
         again = rounded(made.graph, node)
         assert torch.equal(again, weight) or method == "rtn" or name not in SOLVED
@@ -456,7 +457,7 @@ def held_bytes(made: Model) -> int:
     of a weight that is no linear layer's is filled up."""
     total = 0
     for name, node in quantized_weights(made.graph).items():
-        weight, bits = made.state_dict()[name], stored_bits(node)
+        weight, bits = made.state_dict()[name], form_of(node).bits
         total += weight.numel() * bits // 8
         if node.args[4]:
             channels = weight.shape[node.args[3]]
@@ -689,7 +690,7 @@ def test_tables_have_bits_of_their_own():
     model = capture(net.eval(), (torch.zeros(1, 4, dtype=torch.long),))
     for bits in (8, 4):
         made = QuantizeWeights(4, method="rtn", embedding_bits=bits).apply(model, None)
-        found = {name: stored_bits(node) for name, node in quantized_weights(made.graph).items()}
+        found = {name: form.bits for name, form in weight_forms(made.graph).items()}
         assert found == {"0.weight": bits, "1.weight": 4}
 
 

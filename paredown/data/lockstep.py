@@ -12,7 +12,7 @@ from paredown.core.task import Task
 from paredown.data import feed, splits
 from paredown.graph.interpret import Pass
 from paredown.graph.model import Model
-from paredown.graph.quantized.quantizers import WEIGHT_QUANTIZERS
+from paredown.graph.quantized.forms import form_of
 
 BATCHES = 32  # that the examples are run in, unless the model's batch is fixed
 MEMORY = 1 << 30  # bytes of values between layers that the models together may hold at a time
@@ -32,7 +32,7 @@ def step(lane: Pass, node: fx.Node, seed: int) -> Any:
 
 def run(lanes: list[Pass], node: fx.Node) -> list[Any]:
     """Run one node in every batch; its values. A weight is rounded once for all of them."""
-    if node.target in WEIGHT_QUANTIZERS and lanes:
+    if form_of(node) is not None and lanes:
         rounded = step(lanes[0], node, 0)
         for lane in lanes:
             lane.env[node] = rounded

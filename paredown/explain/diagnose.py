@@ -16,7 +16,8 @@ from paredown.explain.cause import Cause, Remedy
 from paredown.explain.layers import Layer
 from paredown.explain.noise import Noise
 from paredown.explain.watch import Rounded, Spread, Watch, made_by, read_from
-from paredown.graph.quantized.quantizers import PER_CHANNEL, quantized_weights
+from paredown.graph.quantized.per_channel import PER_CHANNEL
+from paredown.graph.quantized.quantizers import quantized_weights
 from paredown.graph.state import tensor_of
 from paredown.steps.pruning.prune_channels import PruneChannels
 from paredown.steps.quantization.quantize import Quantize

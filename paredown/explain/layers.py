@@ -12,8 +12,7 @@ from paredown.graph.fold import fold_batch_norm
 from paredown.graph.model import Model
 from paredown.graph.quantized.quantizers import (
     ACTIVATION_QUANTIZERS,
-    quantized_weights,
-    stored_bits,
+    weight_forms,
 )
 from paredown.graph.quantized.regions import FOLLOWERS
 from paredown.graph.sites import Site, sites
@@ -82,7 +81,7 @@ def find_layers(compressed: fx.GraphModule, original: fx.GraphModule) -> list[La
         [('0.weight', 'relu', 'relu')]
     """
     known = {node.name: node for node in original.graph.nodes}
-    bits = {name: stored_bits(node) for name, node in quantized_weights(compressed).items()}
+    bits = {name: form.bits for name, form in weight_forms(compressed).items()}
     first: dict[str, Site] = {}
     for site in sites(compressed):
         first.setdefault(site.weight, site)

@@ -12,7 +12,8 @@ from torch import Tensor, fx
 
 from paredown.explain.layers import Layer, chosen, kept_inputs, kept_outputs
 from paredown.graph.model import Model
-from paredown.graph.quantized.quantizers import ACTIVATION_QUANTIZERS, WEIGHT_QUANTIZERS
+from paredown.graph.quantized.forms import form_of
+from paredown.graph.quantized.quantizers import ACTIVATION_QUANTIZERS
 from paredown.graph.quantized.runner import Runner, all_quantizers
 from paredown.graph.state import tensor_of
 
@@ -266,7 +267,7 @@ def read_by(layer: Layer) -> list[str]:
 
 
 def _is_state(node: fx.Node) -> bool:
-    return node.op == "get_attr" or node.target in WEIGHT_QUANTIZERS
+    return node.op == "get_attr" or form_of(node) is not None
 
 
 def run_alone(
@@ -288,7 +289,7 @@ def run_alone(
             return values[node]
         if node.op == "get_attr":
             return tensor_of(runner.source, str(node.target)).detach()
-        if node.target in WEIGHT_QUANTIZERS:
+        if form_of(node) is not None:
             source: Any = node.args[0]
             return runner.weight(node) if "weights" in parts else value_of(source)
         if node.target in ACTIVATION_QUANTIZERS:

@@ -19,7 +19,7 @@ from paredown.explain.layers import Layer, folded
 from paredown.explain.noise import Outputs
 from paredown.graph import structure
 from paredown.graph.model import Model
-from paredown.graph.quantized.quantizers import quantized_weights, quantizers, stored_bits
+from paredown.graph.quantized.quantizers import quantized_weights, quantizers, weight_forms
 from paredown.graph.quantized.regions import find_regions
 from paredown.graph.quantized.runner import Edge, Runner, all_quantizers, without_quantizers
 from paredown.graph.state import getattr_or_none, tensor_of
@@ -90,6 +90,7 @@ class Rounding:
     def __init__(self, compressed: Model, layers: Sequence[Layer]):
         self._graph = compressed.graph
         self._weights = quantized_weights(compressed.graph)
+        self._forms = weight_forms(compressed.graph)
         self._stripped = without_quantizers(compressed)
         self._float = {layer.name for layer in layers} - set(self._weights)
         self._quantizers = {
@@ -125,8 +126,7 @@ class Rounding:
         return Candidate(tuple(layers), frozenset(passed), frozenset(edges), {}, cost)
 
     def _cost(self, name: str) -> int:
-        bits = 32 - stored_bits(self._weights[name])
-        return tensor_of(self._graph, name).numel() * bits // 8
+        return self._forms[name].saved_bytes(tensor_of(self._graph, name).numel())
 
 
 class Pruning:

@@ -14,7 +14,8 @@ from paredown.core.task import Target, Task
 from paredown.data import splits
 from paredown.graph import structure
 from paredown.graph.model import Model
-from paredown.graph.quantized.quantizers import quantized_weights, rounded, stored_bits
+from paredown.graph.quantized.forms import Form
+from paredown.graph.quantized.quantizers import quantized_weights, rounded, weight_forms
 from paredown.graph.sites import sites
 from paredown.graph.state import tensor_of
 from paredown.measure.measure import Measured
@@ -47,12 +48,12 @@ def collect(
 
 def _layers(before: fx.GraphModule, after: fx.GraphModule) -> list[dict[str, Any]]:
     sizes = {site.weight: site for site in sites(after)}
-    bits = {name: stored_bits(node) for name, node in quantized_weights(after).items()}
+    forms = weight_forms(after)
     rows = []
     for site in {s.weight: s for s in sites(before)}.values():
         weight = tensor_of(before, site.weight)
         left = [name for name in _now(site.weight) if name in sizes]
-        held = [(tensor_of(after, name), bits.get(name)) for name in left]
+        held = [(tensor_of(after, name), forms.get(name)) for name in left]
         rows.append(
             {
                 "name": site.weight,
@@ -72,13 +73,12 @@ def _now(name: str) -> tuple[str, ...]:
     return (name, *(f"{name}_{part}" for part in ("down", "core", "up")))
 
 
-def _bytes(weight: Tensor, bits: int | None) -> int:
-    return weight.nbytes if bits is None else -(-weight.numel() * bits // 8)
+def _bytes(weight: Tensor, form: Form | None) -> int:
+    return weight.nbytes if form is None else form.stored_bytes(weight.numel())
 
 
-def _dtype(tensor: Tensor, bits: int | None = None) -> str:
-    low = {1: "binary", 2: "ternary"}
-    return str(tensor.dtype).removeprefix("torch.") if bits is None else low.get(bits, f"int{bits}")
+def _dtype(weight: Tensor, form: Form | None = None) -> str:
+    return str(weight.dtype).removeprefix("torch.") if form is None else form.word
 
 
 def _histograms(before: fx.GraphModule, after: fx.GraphModule) -> list[dict[str, Any]]:

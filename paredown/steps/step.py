@@ -9,19 +9,10 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from paredown.core.task import Target, Task
 from paredown.graph.model import Model
+from paredown.graph.quantized import forms
 
 # What weights and activations can be besides float32, and the step that makes it.
-FORMS = {
-    "int8": 'Quantize("int8")',
-    "int4": 'Quantize("int4")',
-    "int8-dynamic": 'Quantize("int8-dynamic")',
-    "int8-weights": "QuantizeWeights(8)",
-    "int4-weights": "QuantizeWeights(4)",
-    "binary": 'Binarize("binary")',
-    "ternary": 'Binarize("ternary")',
-    "fp16": 'Cast("fp16")',
-    "bf16": 'Cast("bf16")',
-}
+FORMS = {form.name: form.made_by for form in forms.WEIGHT_FORMS.values()}
 
 
 def forget(fact: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from torch import fx
 from paredown.core.errors import UserError
 from paredown.graph.interpret import Pass
 from paredown.graph.model import Model
-from paredown.graph.quantized.grouped import PER_GROUP
+from paredown.graph.quantized.forms import form_of
 from paredown.graph.quantized.quantizers import ACTIVATION_QUANTIZERS, PER_TENSOR, quantizers
 
 FLOAT_TOLERANCE = 1e-3  # of the output's size
@@ -23,8 +23,6 @@ QUANTIZED_DB = 20.0  # rounding ties fall differently in two implementations
 TIE = 0.02  # of a step: what lies as near to the middle of two steps may be rounded either way
 # Where ties alone move the outputs by more than this, outputs tell nothing of a file.
 TELLING_DB, SLACK_DB = 10.0, 1.0
-# Kernels for weights by groups may round the activations to 8 bits, block by block, as they go.
-ROUND_ACTIVATIONS = ACTIVATION_QUANTIZERS | {PER_GROUP}
 
 
 def check(
@@ -47,7 +45,7 @@ def check(
     leaves = [item.example for item in model.inputs]
     expected = _run_graph(model, leaves)
     got = predictor(*[leaf.numpy() for leaf in leaves])
-    quantized = any(node.target in ROUND_ACTIVATIONS for node in quantizers(model.graph))
+    quantized = any(_rounds_values(node) for node in quantizers(model.graph))
     least_db = QUANTIZED_DB if quantized else _float_tolerance_db(model)
     ranked = sorted(
         (agreement_db(ours.numpy(), theirs), name)
@@ -65,6 +63,13 @@ def check(
         f"{path.name}: output {ranked[0][1]!r} differs from the model's (agreement "
         f"{ranked[0][0]:.0f} dB, expected at least {least_db:.0f} dB){where}."
     )
+
+
+def _rounds_values(quantizer: fx.Node) -> bool:
+    """Of activations too: kernels for weights that are rounded alone may round them to 8 bits,
+    block by block, as they go."""
+    form = form_of(quantizer)
+    return quantizer.target in ACTIVATION_QUANTIZERS or (form is not None and form.alone)
 
 
 def _float_tolerance_db(model: Model) -> float:

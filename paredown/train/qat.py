@@ -8,13 +8,12 @@ import torch
 from torch import Tensor, fx
 
 from paredown.graph.model import Model
-from paredown.graph.quantized.low_bits import LOW_BITS
+from paredown.graph.quantized.per_channel import PER_CHANNEL
 from paredown.graph.quantized.quantizers import (
-    PER_CHANNEL,
     PER_TENSOR,
     least_weight_scales,
     quantizers,
-    raise_low_bits,
+    raise_scales,
 )
 from paredown.graph.quantized.regions import source_of
 from paredown.graph.quantized.rounding import (
@@ -30,8 +29,8 @@ from paredown.graph.quantized.rounding import (
 from paredown.graph.state import remove_state, set_buffer, set_parameter, tensor_of
 
 KINDS = ("learned", "average", "frozen")
-_WEIGHT_FORMS = (fake_quantize_channel_training, fake_quantize_following)
-_FORMS = (*_WEIGHT_FORMS, fake_quantize_training, fake_quantize_average, fake_quantize_moved)
+_OF_WEIGHTS = (fake_quantize_channel_training, fake_quantize_following)
+_TRAINING = (*_OF_WEIGHTS, fake_quantize_training, fake_quantize_average, fake_quantize_moved)
 
 
 # --- to the forms that train -----------------------------------------------------------------
@@ -53,7 +52,7 @@ def _attach_activation(graph: fx.GraphModule, node: fx.Node, kind: str) -> None:
     arguments: Any = node.args
     x, scale, zero_point, low, high = arguments
     source = source_of(x)
-    if source is not x and source.target in _FORMS:
+    if source is not x and source.target in _TRAINING:
         node.target = fake_quantize_moved
     elif kind == "average":
         ends = torch.tensor([(low - zero_point) * scale, (high - zero_point) * scale])
@@ -116,10 +115,10 @@ def hold(model: Model) -> None:
     least = least_weight_scales(graph, lambda node: (_grid(graph, node) or [None])[0])
     with torch.no_grad():
         for node, scales in least.items():
-            if node.target in _WEIGHT_FORMS:
+            if node.target in _OF_WEIGHTS:
                 _raise(graph, node, scales)
-            elif node.target in LOW_BITS:
-                raise_low_bits(graph, node, scales)
+            else:
+                raise_scales(graph, node, scales)
 
 
 def _raise(graph: fx.GraphModule, node: fx.Node, least: Tensor) -> None:
@@ -177,8 +176,8 @@ def bake(model: Model) -> None:
     """
     graph = model.graph
     hold(model)
-    nodes = [node for node in graph.graph.nodes if node.target in _FORMS]
-    grids = {node: _grid(graph, node) for node in nodes if node.target not in _WEIGHT_FORMS}
+    nodes = [node for node in graph.graph.nodes if node.target in _TRAINING]
+    grids = {node: _grid(graph, node) for node in nodes if node.target not in _OF_WEIGHTS}
     for node in nodes:
         read = node.all_input_nodes
         grid = grids.get(node)

@@ -15,7 +15,8 @@ from torch.ao.quantization.fx import _decomposed as _defines_the_ops  # noqa: F4
 
 from paredown.graph.edit import keep_meta
 from paredown.graph.model import Model
-from paredown.graph.quantized.quantizers import DYNAMIC, PER_CHANNEL, PER_TENSOR
+from paredown.graph.quantized.per_channel import PER_CHANNEL
+from paredown.graph.quantized.quantizers import DYNAMIC, PER_TENSOR
 from paredown.graph.state import remove_state, set_buffer, tensor_of
 
 ops = torch.ops.quantized_decomposed

@@ -6,10 +6,6 @@ through a batch norm that is folded into it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -120,21 +116,6 @@ def fake_quantize_ternary(weight: Tensor, axis: int) -> Tensor:
 
 BINARY = torch.ops.paredown.fake_quantize_binary.default
 TERNARY = torch.ops.paredown.fake_quantize_ternary.default
-
-
-@dataclass(frozen=True)
-class LowBits:
-    """What a quantizer makes of a weight: bits in a file, whole numbers, a scale (C,) for them."""
-
-    bits: int
-    integers: Callable[[Tensor, int], Tensor]
-    scales: Callable[[Tensor, int], Tensor]
-
-
-LOW_BITS: dict[Any, LowBits] = {
-    BINARY: LowBits(1, lambda weight, axis: signs(weight), binary_scales),
-    TERNARY: LowBits(2, ternary_signs, ternary_scales),
-}
 
 
 @fake_quantize_binary.register_fake

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from paredown.graph.quantized.grouped import PER_GROUP
-from paredown.graph.quantized.low_bits import BINARY, LOW_BITS, raised
-from paredown.graph.quantized.rounding import affine_of, on_grid, round_to_grid, spread
+from paredown.graph.quantized.forms import Form, Rounded, form_of
+from paredown.graph.quantized.low_bits import raised
+from paredown.graph.quantized.rounding import affine_of, on_grid, round_to_grid
 from paredown.graph.quantized.scales import least_scales
 from paredown.graph.sites import Site, sites
 from paredown.graph.state import set_buffer, tensor_of
@@ -36,24 +36,6 @@ def fake_quantize(x: Tensor, scale: float, zero_point: int, low: int, high: int)
 
 @fake_quantize.register_fake
 def _(x: Tensor, scale: float, zero_point: int, low: int, high: int) -> Tensor:
-    return torch.empty_like(x)
-
-
-@torch.library.custom_op("paredown::fake_quantize_channel", mutates_args=())
-def fake_quantize_channel(x: Tensor, scale: Tensor, axis: int, low: int, high: int) -> Tensor:
-    """One scale (C,) for each index of dimension ``axis``, symmetric; shape kept.
-
-    Example:
-        >>> scale = torch.tensor([0.1, 0.2])
-        >>> fake_quantize_channel(torch.tensor([[0.26], [0.26]]), scale, 0, -8, 7)
-        tensor([[0.3000],
-                [0.2000]])
-    """
-    return on_grid(x, spread(scale, x, axis), 0, low, high)
-
-
-@fake_quantize_channel.register_fake
-def _(x: Tensor, scale: Tensor, axis: int, low: int, high: int) -> Tensor:
     return torch.empty_like(x)
 
 
@@ -84,32 +66,26 @@ def _straight_through(ctx, grad):  # type: ignore[no-untyped-def]
     return grad * inside, None, None, None, None
 
 
-def _save_inside_channel(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    x, scale, axis, low, high = inputs
-    ctx.save_for_backward(round_to_grid(x, spread(scale, x, axis), 0, low, high)[1])
-
-
 def _straight_through_all(ctx, grad):  # type: ignore[no-untyped-def]
     return grad, None, None
 
 
 fake_quantize_dynamic.register_autograd(_straight_through_all)
 fake_quantize.register_autograd(_straight_through, setup_context=_save_inside)
-fake_quantize_channel.register_autograd(_straight_through, setup_context=_save_inside_channel)
 
 PER_TENSOR = torch.ops.paredown.fake_quantize.default
 DYNAMIC = torch.ops.paredown.fake_quantize_dynamic.default
-PER_CHANNEL = torch.ops.paredown.fake_quantize_channel.default
 
 ACTIVATION_QUANTIZERS = frozenset({PER_TENSOR, DYNAMIC})
-# Each takes the weight first, and what it needs to round it after that.
-WEIGHT_QUANTIZERS = frozenset({PER_CHANNEL, PER_GROUP, *LOW_BITS})
 
 
 def quantizers(graph: fx.GraphModule) -> list[fx.Node]:
     """The fake quantizers of a graph, in the order it runs them; none where it is in float."""
-    both = ACTIVATION_QUANTIZERS | WEIGHT_QUANTIZERS
-    return [node for node in graph.graph.nodes if node.target in both]
+    return [
+        node
+        for node in graph.graph.nodes
+        if node.target in ACTIVATION_QUANTIZERS or form_of(node) is not None
+    ]
 
 
 def quantized_weights(graph: fx.GraphModule) -> dict[str, fx.Node]:
@@ -117,36 +93,34 @@ def quantized_weights(graph: fx.GraphModule) -> dict[str, fx.Node]:
     return {
         str(node.args[0].target): node
         for node in graph.graph.nodes
-        if node.target in WEIGHT_QUANTIZERS and isinstance(node.args[0], fx.Node)
+        if form_of(node) is not None and isinstance(node.args[0], fx.Node)
     }
 
 
-def stored_bits(quantizer: fx.Node) -> int:
-    """Bits that one weight behind this quantizer takes in a file.
-
-    Example:
-        >>> graph = fx.Graph()
-        >>> weight, scale = graph.placeholder("weight"), graph.placeholder("scale")
-        >>> [stored_bits(graph.call_function(PER_CHANNEL, (weight, scale, 0, -top, top)))
-        ...  for top in (127, 7)]
-        [8, 4]
-        >>> stored_bits(graph.call_function(BINARY, (weight, 0)))
-        1
-    """
-    if quantizer.target in LOW_BITS:
-        return LOW_BITS[quantizer.target].bits
-    low, high = quantizer.args[-2:]
-    assert isinstance(low, int) and isinstance(high, int)
-    return (high - low).bit_length()
+def weight_forms(graph: fx.GraphModule) -> dict[str, Form]:
+    """Parameter name -> the form that its fake quantizer gives it."""
+    found = {name: form_of(node) for name, node in quantized_weights(graph).items()}
+    return {name: form for name, form in found.items() if form is not None}
 
 
 def rounded(graph: fx.GraphModule, quantizer: fx.Node) -> Tensor:
     """A weight as its fake quantizer gives it."""
-    values = [
+    return quantizer.target(*_values(graph, quantizer))  # type: ignore[operator, no-any-return]
+
+
+def read(graph: fx.GraphModule, quantizer: fx.Node) -> Rounded:
+    """The same as integers, with their scales."""
+    form, source = form_of(quantizer), quantizer.args[0]
+    assert form is not None and isinstance(source, fx.Node)
+    return form.read(str(source.target), *_values(graph, quantizer))
+
+
+def _values(graph: fx.GraphModule, quantizer: fx.Node) -> list[Any]:
+    """A quantizer's arguments, each tensor that it reads in the place of the reading node."""
+    return [
         tensor_of(graph, str(arg.target)).detach() if isinstance(arg, fx.Node) else arg
         for arg in quantizer.args
     ]
-    return quantizer.target(*values)  # type: ignore[operator, no-any-return]
 
 
 def hold_biases(graph: fx.GraphModule) -> None:
@@ -155,23 +129,27 @@ def hold_biases(graph: fx.GraphModule) -> None:
         graph, lambda node: node.args[1] if node.target is PER_TENSOR else None
     )
     for weight, scales in least.items():
-        if weight.target is PER_CHANNEL:
-            held = str(weight.args[1].target)  # type: ignore[union-attr]
-            set_buffer(graph, held, torch.maximum(tensor_of(graph, held), scales))
-        elif weight.target in LOW_BITS:
-            raise_low_bits(graph, weight, scales)
+        raise_scales(graph, weight, scales)
 
 
-def raise_low_bits(graph: fx.GraphModule, quantizer: fx.Node, least: Tensor) -> None:
-    """The float weight's channels, of which scales are a function, grow to where these are."""
-    source, axis = quantizer.args
-    assert isinstance(source, fx.Node) and isinstance(axis, int)
-    weight = tensor_of(graph, str(source.target))
-    with torch.no_grad():
-        scales = LOW_BITS[quantizer.target].scales(weight, axis)
-        if quantizer.target is not BINARY:  # a channel of zeros needs no scale
+def raise_scales(graph: fx.GraphModule, quantizer: fx.Node, least: Tensor) -> None:
+    """Raise the scales (C,) of a weight, in place, to ``least`` where they are smaller.
+
+    Where they follow from the float weight, its channels grow to where their scales are these.
+    """
+    form = form_of(quantizer)
+    if form is None or form.alone:  # its layer's bias stays in float
+        return
+    if form.follows:
+        made = read(graph, quantizer)
+        scales = made.scales[:, 0]
+        if 0 in form.grid:  # a channel of zeros needs no scale
             least = least.where(scales > 0, 0.0)
-        weight.copy_(raised(weight, axis, scales, least))
+        with torch.no_grad():
+            tensor_of(graph, made.name).copy_(raised(made.weight, made.axis, scales, least))
+    else:
+        held = str(quantizer.args[1].target)  # type: ignore[union-attr]
+        set_buffer(graph, held, torch.maximum(tensor_of(graph, held), least))
 
 
 def least_weight_scales(

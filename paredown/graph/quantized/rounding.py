@@ -27,8 +27,20 @@ def on_grid(
         >>> on_grid(torch.tensor([0.04, 0.26, 9.0]), 0.1, 0, 0, 10)
         tensor([0.0000, 0.3000, 1.0000])
     """
+    return levels(x, scale, zero_point, low, high).mul_(scale)
+
+
+def levels(
+    x: Tensor, scale: Tensor | float, zero_point: Tensor | int, low: int, high: int
+) -> Tensor:
+    """`on_grid` as whole numbers of scales; shape kept.
+
+    Example:
+        >>> levels(torch.tensor([0.04, 0.26, 9.0]), 0.1, 0, 0, 10)
+        tensor([ 0.,  3., 10.])
+    """
     bottom, top = low - zero_point, high - zero_point
-    return _steps(x, scale).clamp_(bottom, top).mul_(scale)  # type: ignore[arg-type]
+    return _steps(x, scale).clamp_(bottom, top)  # type: ignore[arg-type]
 
 
 def round_to_grid(

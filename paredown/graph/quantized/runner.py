@@ -9,7 +9,8 @@ from torch import Tensor, fx
 
 from paredown.graph.interpret import Arguments, Note, Pass
 from paredown.graph.model import Model
-from paredown.graph.quantized.quantizers import WEIGHT_QUANTIZERS, quantizers, rounded
+from paredown.graph.quantized.forms import form_of
+from paredown.graph.quantized.quantizers import quantizers, rounded
 from paredown.graph.state import remove_state
 from paredown.graph.values import refresh_values
 
@@ -61,7 +62,7 @@ class Runner:
         if node.name in self._passed:
             value: Any = arguments[0][0]
             value = value.clone() if self._writes else value
-        elif node.target in WEIGHT_QUANTIZERS and _source(node) not in self._weights:
+        elif form_of(node) is not None and _source(node) not in self._weights:
             value = self.weight(node)
         elif node.op == "get_attr" and str(node.target) in self._weights:
             value = self._weights[str(node.target)]

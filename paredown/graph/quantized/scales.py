@@ -9,7 +9,6 @@ from paredown.graph.quantized.group_scales import in_groups, symmetric_grid
 
 LEVELS = 255  # the largest activation, as an unsigned byte
 SMALLEST_SCALE = 1e-12
-WEIGHT_GRIDS = {8: (-127, 127), 4: (-8, 7)}  # bits -> lowest and highest integer
 
 
 def affine(low: float, high: float) -> tuple[float, int]:

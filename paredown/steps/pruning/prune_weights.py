@@ -16,8 +16,7 @@ from paredown.core.task import Task
 from paredown.graph.computed import fold_computed_weights
 from paredown.graph.model import Model
 from paredown.graph.names import check_exclude, fits, with_layer
-from paredown.graph.quantized.low_bits import BINARY
-from paredown.graph.quantized.quantizers import quantized_weights
+from paredown.graph.quantized.quantizers import weight_forms
 from paredown.graph.sites import Site, sites
 from paredown.graph.state import tensor_of
 from paredown.steps.step import ALONE, Entry, Setting, Step
@@ -170,7 +169,7 @@ class PruneWeights(Step):
         pruned = model.copy()
         fold_computed_weights(pruned)
         found = _prunable(pruned, self.exclude)
-        _refuse_binary(pruned, found)
+        _refuse_without_zero(pruned, found)
         kept = [_kept(pruned, uses) for uses in found]
         masks = self.new_masks([tensor_of(pruned.graph, u[0].weight) for u in found], found, kept)
         if not _set_zero(pruned, found, masks):
@@ -247,12 +246,14 @@ def _prunable(model: Model, exclude: tuple[str, ...]) -> list[list[Site]]:
     return found
 
 
-def _refuse_binary(model: Model, found: list[list[Site]]) -> None:
-    quantizers = quantized_weights(model.graph)
+def _refuse_without_zero(model: Model, found: list[list[Site]]) -> None:
+    forms = weight_forms(model.graph)
     for site in (site for uses in found for site in uses):
-        if site.weight in quantizers and quantizers[site.weight].target is BINARY:
+        form = forms.get(site.weight)
+        if form is not None and 0 not in form.grid:
+            bits = "one bit has" if form.bits == 1 else f"its {form.bits} bits have"
             raise UserError(
-                f"PruneWeights: {site.weight} is binary, and one bit has no zero; exclude it, or "
+                f"PruneWeights: {site.weight} is {form.word}, and {bits} no zero; exclude it, or "
                 'use Binarize("ternary").'
             )
 

@@ -18,13 +18,12 @@ from paredown.graph.holds.shared import refuse_shared
 from paredown.graph.model import Model
 from paredown.graph.names import check_exclude, fits, with_layer
 from paredown.graph.ops import arguments
-from paredown.graph.quantized.low_bits import BINARY, TERNARY
+from paredown.graph.quantized.forms import WEIGHT_FORMS
 from paredown.graph.quantized.quantizers import quantizers
 from paredown.graph.sites import Site, sites
 from paredown.graph.state import getattr_or_none, tensor_of
 from paredown.steps.step import ALONE, Entry, Setting, Step
 
-FORMS = {"binary": BINARY, "ternary": TERNARY}
 KINDS = ("conv", "conv_transpose", "linear", "matmul")
 
 
@@ -79,7 +78,7 @@ class Binarize(Step):
     exclude: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.form not in FORMS:
+        if self.form not in WEIGHT_FORMS or not WEIGHT_FORMS[self.form].follows:
             raise UserError(f'form: expected "binary" or "ternary", got {self.form!r}.')
         object.__setattr__(self, "exclude", names_of("exclude", self.exclude))
 
@@ -92,9 +91,9 @@ class Binarize(Step):
         chosen = self._chosen(made)
         names = [site.weight for site in chosen]
         refuse_shared(made, names, "Binarize: {}, which signs do not keep; exclude them.")
-        if self.form == "binary":
+        if 0 not in WEIGHT_FORMS[self.form].grid:
             _refuse_pruned(made, chosen)
-        _insert(made, chosen, FORMS[self.form])
+        _insert(made, chosen, WEIGHT_FORMS[self.form].op)
         return made
 
     def _spares(self, model: Model, site: Site) -> bool:

@@ -16,12 +16,12 @@ from paredown.core.task import Task
 from paredown.data import observe
 from paredown.graph.model import Model
 from paredown.graph.names import classes, module_path, owner
-from paredown.graph.quantized.low_bits import LOW_BITS
+from paredown.graph.quantized.forms import WEIGHT_FORMS, form_of
 from paredown.steps.quantization.cast_plan import Facts, Plan, leaves_range
 from paredown.steps.quantization.cast_rewrite import floats, rewrite
 from paredown.steps.step import ALONE, Entry, Setting, Step
 
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+DTYPES = {form.name: form.dtype for form in WEIGHT_FORMS.values() if form.dtype is not None}
 ROUNDS = 8  # in which what becomes NaN or infinite is found, each mending the first that does
 PROVEN = 4  # batches of calibration data that the 16-bit model is run on
 NAMED = 5  # layers that a note tells
@@ -97,8 +97,9 @@ class Cast(Step):
 
 
 def _check(model: Model) -> None:
-    targets = {node.target for node in model.graph.graph.nodes} - set(LOW_BITS)
-    if any("quantize" in str(target) for target in targets):
+    rounding = [node for node in model.graph.graph.nodes if "quantize" in str(node.target)]
+    forms = [form_of(node) for node in rounding]
+    if any(form is None or not form.follows for form in forms):
         raise UserError("Cast: the model is quantized, so its weights are 8 bits already.")
     kinds = {parameter.dtype for parameter in model.parameters()}
     if torch.float32 not in kinds:

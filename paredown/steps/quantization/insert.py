@@ -8,10 +8,11 @@ from torch import Tensor, fx
 
 from paredown.graph.edit import insert_after, keep_meta
 from paredown.graph.model import Model
+from paredown.graph.quantized.forms import Form, of_op
 from paredown.graph.quantized.group_scales import Grid
+from paredown.graph.quantized.per_channel import PER_CHANNEL
 from paredown.graph.quantized.quantizers import (
     DYNAMIC,
-    PER_CHANNEL,
     PER_TENSOR,
     hold_biases,
     quantized_weights,
@@ -19,7 +20,6 @@ from paredown.graph.quantized.quantizers import (
 from paredown.graph.quantized.regions import Regions
 from paredown.graph.quantized.scales import (
     LEVELS,
-    WEIGHT_GRIDS,
     affine,
     channel_scales,
     closest_scales,
@@ -81,26 +81,26 @@ def _insert_weights(model: Model, layers: Sequence[Site], bits: Mapping[str, int
             continue
         source = next(a for a in site.node.all_input_nodes if a.target == site.weight)
         if site.weight not in made:
-            made[site.weight] = _quantize_weight(model.graph, site, source, bits[site.weight])
+            made[site.weight] = _quantize_weight(
+                model.graph, site, source, of_op(PER_CHANNEL, bits[site.weight])
+            )
         site.node.update_arg(list(site.node.args).index(source), made[site.weight])
 
 
-def _quantize_weight(graph: fx.GraphModule, site: Site, source: fx.Node, bits: int) -> fx.Node:
-    low, high = WEIGHT_GRIDS[bits]
+def _quantize_weight(graph: fx.GraphModule, site: Site, source: fx.Node, form: Form) -> fx.Node:
     weight = tensor_of(graph, site.weight).detach().float()
     name = f"{site.weight}_scale"
-    set_buffer(graph, name, _weight_scales(weight, site.axis, bits))
+    set_buffer(graph, name, _weight_scales(weight, site.axis, form))
     with graph.graph.inserting_after(source):
         held = graph.graph.get_attr(name)
     with graph.graph.inserting_after(held):
-        made = graph.graph.call_function(PER_CHANNEL, (source, held, site.axis, low, high))
+        made = graph.graph.call_function(form.op, (source, held, site.axis, form.low, form.high))
     keep_meta(made, source)
     return made
 
 
-def _weight_scales(weight: Tensor, axis: int, bits: int) -> Tensor:
+def _weight_scales(weight: Tensor, axis: int, form: Form) -> Tensor:
     """At 8 bits the largest weight is not worth clipping; at 4 it would cost the others levels."""
-    low, high = WEIGHT_GRIDS[bits]
-    if bits == 8:
-        return channel_scales(weight, axis, high)
-    return closest_scales(weight, axis, low, high)
+    if form.bits == 8:
+        return channel_scales(weight, axis, form.high)
+    return closest_scales(weight, axis, form.low, form.high)

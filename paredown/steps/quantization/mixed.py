@@ -23,7 +23,7 @@ from paredown.data.evaluate import scored
 from paredown.data.feed import Batch, examples
 from paredown.graph import structure
 from paredown.graph.model import Model
-from paredown.graph.quantized.quantizers import quantized_weights, quantizers, stored_bits
+from paredown.graph.quantized.quantizers import quantized_weights, quantizers, weight_forms
 from paredown.graph.quantized.runner import Runner, all_quantizers
 from paredown.graph.sites import sites
 from paredown.graph.state import tensor_of
@@ -158,13 +158,13 @@ def sensitivities(quantized: Model, task: Task) -> list[Sensitivity]:
             made = batch.cut(runner.outputs(batch.inputs, every - own))
             errors[name] += _energy([a - b for a, b in zip(made, exact, strict=True)])
             lost[name] += float((scores - _scores(quantized, task, made, batch)).sum())
-    held = quantized_weights(quantized.graph)
+    forms = weight_forms(quantized.graph)
     return [
         Sensitivity(
             name,
             lost[name] / max(1, seen),
             errors[name] / max(power, 1e-30),
-            tensor_of(quantized.graph, name).numel() * (32 - stored_bits(held[name])) // 8,
+            forms[name].saved_bytes(tensor_of(quantized.graph, name).numel()),
         )
         for name in layers
     ]

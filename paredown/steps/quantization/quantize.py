@@ -21,10 +21,9 @@ from paredown.graph.computed import fold_computed_weights
 from paredown.graph.fold import fold_batch_norm
 from paredown.graph.holds.shared import regroup
 from paredown.graph.model import Model
-from paredown.graph.quantized.low_bits import LOW_BITS
+from paredown.graph.quantized.forms import WEIGHT_FORMS, form_of
 from paredown.graph.quantized.quantizers import quantizers
 from paredown.graph.quantized.regions import INTEGER_KINDS, Regions, find_regions, prepare
-from paredown.graph.quantized.scales import WEIGHT_GRIDS
 from paredown.graph.sites import sites
 from paredown.steps.quantization import mixed
 from paredown.steps.quantization.correct import correct_biases
@@ -34,7 +33,8 @@ from paredown.steps.quantization.range_methods import Range
 from paredown.steps.quantization.ranges import RANGES, range_method
 from paredown.steps.step import ALONE, Entry, Setting, Step
 
-SCHEMES = {"int8": 8, "int4": 4, "int8-dynamic": 8}  # bits of the weights
+SCHEMES = ("int8", "int4", "int8-dynamic")
+BITS = (8, 4)  # of the first and the last layer, and of tables
 
 
 @dataclass(frozen=True)
@@ -136,9 +136,9 @@ class Quantize(Step):
             raise UserError(f"quantize: ranges {self.ranges!r} is not one of {', '.join(RANGES)}.")
         if not 50 < self.percentile <= 100:
             raise UserError(f"quantize: percentile must be in (50, 100], got {self.percentile}.")
-        if self.edge_bits not in WEIGHT_GRIDS:
+        if self.edge_bits not in BITS:
             raise UserError(f"quantize: edge_bits must be 8 or 4, got {self.edge_bits!r}.")
-        if self.embedding_bits not in (*WEIGHT_GRIDS, 0):
+        if self.embedding_bits not in (*BITS, 0):
             raise UserError(
                 f"quantize: embedding_bits must be 8, 4, or 0 for float, got "
                 f"{self.embedding_bits!r}."
@@ -162,7 +162,8 @@ class Quantize(Step):
         return self.scheme == "int8-dynamic"
 
     def apply(self, model: Model, task: Task, setting: Setting = ALONE) -> Model:
-        if any(node.target not in LOW_BITS for node in quantizers(model.graph)):
+        forms = [form_of(node) for node in quantizers(model.graph)]
+        if any(form is None or not form.follows for form in forms):
             raise UserError("quantize: the model is quantized already.")
         if self.max_drop is not None:
             return self.settle(model, task, setting).apply(model, task, setting)
@@ -239,7 +240,7 @@ class Quantize(Step):
         """Bits of each layer's weight."""
         layers = _layers(model)
         edges = dict.fromkeys((layers[0], layers[-1]), self.edge_bits)
-        return dict.fromkeys(layers, SCHEMES[self.scheme]) | (
+        return dict.fromkeys(layers, WEIGHT_FORMS[self.scheme].bits) | (
             edges if self.scheme == "int4" else {}
         )
 

@@ -12,6 +12,8 @@ from paredown.core.task import Task
 from paredown.graph.computed import fold_computed_weights
 from paredown.graph.holds.shared import refuse_shared
 from paredown.graph.model import Model
+from paredown.graph.quantized.forms import of_op
+from paredown.graph.quantized.grouped import PER_GROUP
 from paredown.steps.quantization.gptq_layers import round_in_order, solvable
 from paredown.steps.quantization.weight_layers import (
     Rounding,
@@ -99,7 +101,7 @@ class QuantizeWeights(Step):
 
     @property
     def form(self) -> str:
-        return f"int{self.bits}-weights"
+        return of_op(PER_GROUP, self.bits).name
 
     def apply(self, model: Model, task: Task, setting: Setting = ALONE) -> Model:
         made = model.copy().eval()

@@ -12,6 +12,7 @@ from paredown.core.errors import UserError
 from paredown.graph.edit import keep_meta
 from paredown.graph.model import Model
 from paredown.graph.names import check_exclude, fits, with_layer
+from paredown.graph.quantized.forms import Form, of_op
 from paredown.graph.quantized.group_scales import Grid, choose_grid
 from paredown.graph.quantized.grouped import PER_GROUP, fake_quantize_group
 from paredown.graph.quantized.quantizers import quantized_weights
@@ -34,12 +35,16 @@ class Rounding:
     order: bool = True
 
     @property
+    def form(self) -> Form:
+        return of_op(PER_GROUP, self.bits)
+
+    @property
     def low(self) -> int:
-        return -(2 ** (self.bits - 1))
+        return self.form.low
 
     @property
     def high(self) -> int:
-        return 2 ** (self.bits - 1) - 1
+        return self.form.high
 
     def stored_bytes(self, channels: int, features: int) -> int:
         """At most, of a weight with so many rows of so many numbers, and of what is around it."""
@@ -47,7 +52,7 @@ class Rounding:
         groups = -(-features // self.group) if parted else 1
         parts = int(parted) + int(self.zero_point is not False)
         around = NODE_BYTES + PART_BYTES * parts
-        return channels * (-(-features * self.bits // 8) + 3 * groups) + around
+        return channels * (self.form.stored_bytes(features) + 3 * groups) + around
 
 
 @dataclass(frozen=True)

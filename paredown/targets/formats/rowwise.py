@@ -5,52 +5,23 @@ ExecuTorch and LiteRT both run it: what its kernels take, and how tables are loo
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from paredown.core.errors import UserError
-from paredown.graph.quantized import grouped
+from paredown.graph.quantized.forms import Rounded
 from paredown.graph.quantized.grouped import PER_GROUP
-from paredown.graph.state import remove_state, set_buffer, tensor_of
+from paredown.graph.quantized.quantizers import read
+from paredown.graph.state import remove_state, set_buffer
 
 aten = torch.ops.aten
 
 
-@dataclass(frozen=True)
-class Rounded:
-    """A weight behind its quantizer: integers (R, F) in int8, scales and zero points (R, G)."""
-
-    name: str
-    axis: int
-    group: int
-    low: int
-    high: int
-    integers: Tensor
-    scales: Tensor
-    zero_points: Tensor | None
-    values: Tensor  # the float weight, rounded, in its own shape
-
-    @property
-    def bits(self) -> int:
-        return (self.high - self.low).bit_length()
-
-
-def read(graph: fx.GraphModule, node: fx.Node) -> Rounded:
-    """What a quantizer of a weight that is rounded alone makes of it."""
-    source, scale, zero, axis, group, low, high = args_of(node)
-    name, grid = str(source.target), (axis, group, low, high)
-    weight, scales = (tensor_of(graph, str(each.target)).detach() for each in (source, scale))
-    zeros = None if zero is None else tensor_of(graph, str(zero.target))
-    integers = grouped.integers(weight, scales, zeros, *grid)
-    return Rounded(name, *grid, integers, scales, zeros, PER_GROUP(weight, scales, zeros, *grid))
-
-
 def fits(weight: Rounded) -> bool:
     """Whether a kernel reads it as it lies."""
-    if weight.group and (weight.bits != 4 or weight.group % 32):
+    if weight.group and (weight.form.bits != 4 or weight.group % 32):
         return False
     whole = not weight.group or weight.integers.shape[1] % weight.group == 0
     return whole and weight.zero_points is None
@@ -65,7 +36,7 @@ def refuse_unfit(weight: Rounded) -> None:
     features = weight.integers.shape[1]
     if not fits(weight):
         raise UserError(
-            f"model: {weight.name!r} has weights of {weight.bits} bits in groups of "
+            f"model: {weight.name!r} has weights of {weight.form.bits} bits in groups of "
             f"{weight.group or features}{'' if weight.zero_points is None else ' with zero points'}"
             f", {features} to a row. XNNPACK takes 8 bits with a scale for each channel, and 4 "
             "bits in groups of a multiple of 32 that divide a row, both without zero points: "
@@ -81,19 +52,16 @@ def look_up_integers(graph: fx.GraphModule, node: fx.Node) -> None:
     source, places = args_of(node)[:2]
     if source.target is not PER_GROUP:
         return
-    held, scale, zero, axis, group, low, high = args_of(source)
-    name = str(held.target)
-    weight, scales = (tensor_of(graph, str(each.target)).detach() for each in (held, scale))
-    zeros = None if zero is None else tensor_of(graph, str(zero.target))
-    grid = (axis, group, low, high)
-    if group and weight.shape[1] % group:
+    weight = read(graph, source)
+    scales, zeros, group = weight.scales, weight.zero_points, weight.group
+    if group and weight.integers.shape[1] % group:
         return
 
     def picked(part: str, values: Tensor) -> fx.Node:
-        table = hold_before(graph, node, f"{name}_{part}", values)
+        table = hold_before(graph, node, f"{weight.name}_{part}", values)
         return add_before(node, aten.embedding.default, table, places)
 
-    rows = picked("table", grouped.integers(weight, scales, zeros, *grid).to(torch.int8))
+    rows = picked("table", weight.integers)
     made = add_before(node, aten.to.dtype, rows, torch.float32)
     if group:  # (..., F) -> (..., G, B)
         made = add_before(node, aten.unflatten.int, made, -1, [scales.shape[1], group])
@@ -105,7 +73,7 @@ def look_up_integers(graph: fx.GraphModule, node: fx.Node) -> None:
     replace_by(node, add_before(node, aten.flatten.using_ints, made, -2, -1) if group else made)
     if not source.users:
         graph.graph.erase_node(source)
-        remove_state(graph, name)
+        remove_state(graph, weight.name)
 
 
 # --- edits -----------------------------------------------------------------------------------

@@ -1,8 +1,9 @@
 """Runtimes by name. Each is a module with
 
 - ``SUFFIX`` of the file that is opened, and ``COMPANIONS``, the suffixes of those beside it;
-- ``FORMS``, what it can write besides float32 (see `paredown.Step`), and ``INT8_BYTES``, what
-  integers add to a file for each channel and for each layer: None where they are only simulated;
+- ``FORMS``, names of what it can write besides float32 (see `paredown.graph.quantized.forms`), and
+  ``INT8_BYTES``, what integers add to a file for each channel and for each layer: None where they
+  are only simulated;
 - ``SYMMETRIC``, where there are such: bits of weights alone that may have no zero points;
 - ``PACKAGES``, the distributions it needs; the extra that installs them has the runtime's name;
 - ``lower(model, path)``, ``open(path, threads)``, ``census(path)`` and ``version()``.

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 SUFFIX, COMPANIONS = ".tflite", ()
-# besides float32; see paredown.steps.step.Step
+# besides float32; see paredown.graph.quantized.forms
 FORMS = frozenset({"int8", "int8-dynamic", "int4", "int8-weights", "int4-weights", "fp16"})
 SYMMETRIC = frozenset({4})  # bits of weights alone that may have no zero points
 INT8_BYTES = (8, 250)  # of scales, and of zero points and tensors, as found in conv nets

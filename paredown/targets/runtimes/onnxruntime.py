@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 SUFFIX, COMPANIONS = ".onnx", ()
-# besides float32; see paredown.steps.step.Step
+# besides float32; see paredown.graph.quantized.forms
 FORMS = frozenset(
     {
         *("int8", "int8-dynamic", "int4", "int8-weights", "int4-weights"),
@@ -48,8 +48,6 @@ FUSABLE_OPS = frozenset(
 SINGLE_OPS = frozenset({"AveragePool", "GlobalAveragePool", "Sigmoid", "LeakyRelu", "MaxPool"})
 PACKED = frozenset({"int4", "uint4"})  # two to a byte
 ALWAYS_FUSED = frozenset({"Conv", "FusedConv", "Gemm", "FusedGemm"})  # whatever takes their output
-# Functions that unpack weights of one bit and two -> what the weights are.
-LOW_BITS = {"UnpackBinary": "binary", "UnpackTernary": "ternary"}
 UNPACKED = (
     "ONNX Runtime unpacks {} weights when it opens the file: from there on memory and kernels are "
     "those of float weights, or of int8 ones where the layer's input is int8 too."
@@ -130,6 +128,7 @@ def census(path: Path | str) -> Census:
     import onnxruntime
 
     from paredown.core.measurement import Census
+    from paredown.targets.formats.onnx import bits
 
     with tempfile.TemporaryDirectory() as folder:
         options = session_options(1)
@@ -137,7 +136,8 @@ def census(path: Path | str) -> Census:
         onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         nodes = list(onnx.load(options.optimized_model_filepath).graph.node)
     loaded = onnx.load(str(path)).graph
-    low = {n.input[0]: LOW_BITS[n.op_type] for n in loaded.node if n.op_type in LOW_BITS}
+    words = bits.words()
+    low = {n.input[0]: words[n.op_type] for n in loaded.node if n.op_type in words}
     weights: dict[str, int] = {}
     for tensor in loaded.initializer:
         kind = onnx.TensorProto.DataType.Name(tensor.data_type).lower()

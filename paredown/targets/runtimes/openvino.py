@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 SUFFIX, COMPANIONS = ".xml", (".bin",)  # the graph, and the weights
 FORMS = frozenset(
     {"int8", "int8-dynamic", "int8-weights", "int4", "int4-weights", "fp16"}
-)  # besides float32; see paredown.steps.step.Step
+)  # besides float32; see paredown.graph.quantized.forms
 INT8_BYTES = (4, 1950)  # of scales, and of the ops around a layer, as found in conv nets
 PACKAGES = ("openvino", "onnx", "onnxscript")
 

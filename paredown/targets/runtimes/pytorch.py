@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 SUFFIX, COMPANIONS = ".safetensors", ()
-# besides float32, all run as simulated; see paredown.steps.step.Step
+# besides float32, all run as simulated; see paredown.graph.quantized.forms
 FORMS = frozenset(
     {
         *("int8", "int8-dynamic", "int4", "int8-weights", "int4-weights"),
@@ -25,7 +25,6 @@ FORMS = frozenset(
 )
 INT8_BYTES = None  # weights stay float
 PACKAGES = ("torch", "safetensors")
-KINDS = {1: "binary", 2: "ternary"}  # by bits
 UNPACKED = "PyTorch unpacks {} weights when it opens the file, and runs them in float."
 
 
@@ -94,13 +93,13 @@ def census(path: Path | str) -> Census:
     from paredown.core.measurement import Census
     from paredown.graph.holds.shared_store import stored
     from paredown.graph.model import Model
-    from paredown.graph.quantized.packed import UNPACK
+    from paredown.graph.quantized.packed import UNPACK, packed_form
     from paredown.graph.state import getattr_or_none
 
     model = Model.load(path)
     nodes = model.graph.graph.nodes
     ops = Counter(n.target.__name__ for n in nodes if n.op == "call_function")
-    low = {n.args[0].target: KINDS[n.args[3]] for n in nodes if n.target is UNPACK}
+    low = {n.args[0].target: packed_form(n.args[3]).word for n in nodes if n.target is UNPACK}
     weights: Counter[str] = Counter()
     state = {id(tensor): (name, tensor) for name, tensor in model.state_dict().items()}
     tied = {id(getattr_or_none(model.graph, name)) for name in model.shared}

@@ -11,15 +11,15 @@ from torch import fx
 
 from paredown.graph.ops import argument
 from paredown.graph.quantized.decomposed import DEQUANTIZE, DEQUANTIZE_CHANNEL, QUANTIZE
+from paredown.graph.quantized.forms import Rounded
 from paredown.graph.quantized.grouped import PER_GROUP
+from paredown.graph.quantized.quantizers import read
 from paredown.graph.quantized.regions import FOLLOWERS
 from paredown.graph.state import remove_state, tensor_of
 from paredown.targets.formats.rowwise import (
-    Rounded,
     add_before,
     args_of,
     hold_before,
-    read,
     refuse_unfit,
     replace_by,
     shape_of,
@@ -88,7 +88,7 @@ def hold_integers(graph: fx.GraphModule, node: fx.Node) -> None:
         user.target is aten.linear.default and user.args[1] is node for user in node.users
     )
     if not linear:
-        made = hold_before(graph, node, f"{weight.name}_rounded", weight.values)
+        made = hold_before(graph, node, f"{weight.name}_rounded", weight.values())
     else:
         refuse_unfit(weight)
         made = _integer_weight(graph, node, weight)
@@ -98,7 +98,7 @@ def hold_integers(graph: fx.GraphModule, node: fx.Node) -> None:
 
 def _integer_weight(graph: fx.GraphModule, node: fx.Node, weight: Rounded) -> fx.Node:
     held = hold_before(graph, node, f"{weight.name}_quantized", weight.integers)
-    scales, low, high = weight.scales, weight.low, weight.high
+    scales, low, high = weight.scales, weight.form.low, weight.form.high
     none = torch.zeros(scales.shape if weight.group else scales.shape[:1], dtype=torch.int64)
     empty = hold_before(graph, node, f"{weight.name}_zero", none)
     if weight.group:

@@ -8,11 +8,14 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
 from ai_edge_litert import schema_py_generated as schema
 
+from paredown.graph.quantized.codes import to_bytes
+from paredown.graph.quantized.forms import Rounded
 from paredown.graph.rows import rows
 from paredown.targets.formats.litert.edit import TYPES, File
-from paredown.targets.formats.rowwise import Rounded, fits
+from paredown.targets.formats.rowwise import fits
 
 BARRIER = float(np.nextafter(np.float32(1), np.float32(2)))  # a factor that nothing else has
 LEAST_HALF_BYTES = 64  # of a constant: below, the op that widens it takes more than is saved
@@ -240,7 +243,7 @@ def hold_groups(file: File, weights: list[Rounded]) -> None:
     """Let linear layers and lookups read weights that were rounded in groups as 4-bit integers with
     their scales; they are found by their values. LiteRT rounds a layer's input row by row."""
     known = {
-        rows(each.values, each.axis).contiguous().numpy().tobytes(): each
+        rows(each.values(), each.axis).contiguous().numpy().tobytes(): each
         for each in weights
         if fits(each)
     }
@@ -293,9 +296,8 @@ def pack_four_bits(file: File) -> None:
 
 
 def _nibbles(values: np.ndarray) -> np.ndarray:
-    """Two integers to a byte, the first in the lower half."""
-    halves = np.append(values, np.zeros(len(values) % 2, np.int8)).astype(np.uint8) & 15
-    packed: np.ndarray = halves[0::2] | halves[1::2] << 4
+    """Two integers to a byte, as two's complements."""
+    packed: np.ndarray = to_bytes(torch.from_numpy(values & 15), 4).numpy()
     return packed
 
 

@@ -16,14 +16,14 @@ from paredown.graph.edit import erase_counters, keep_meta
 from paredown.graph.fold import fold_batch_norm
 from paredown.graph.model import Model
 from paredown.graph.quantized.decomposed import DEQUANTIZE_CHANNEL, QUANTIZE_CHANNEL, decompose
+from paredown.graph.quantized.forms import Rounded
 from paredown.graph.quantized.grouped import PER_GROUP
 from paredown.graph.quantized.quantizers import (
     ACTIVATION_QUANTIZERS,
     PER_TENSOR,
-    quantized_weights,
     quantizers,
-    rounded,
-    stored_bits,
+    read,
+    weight_forms,
 )
 from paredown.graph.quantized.regions import FOLLOWERS, MOVERS
 from paredown.graph.sites import sites
@@ -31,7 +31,6 @@ from paredown.graph.state import remove_state, set_buffer, tensor_of
 from paredown.graph.values import refresh_values
 from paredown.targets.formats import rowwise
 from paredown.targets.formats.litert import edit, passes
-from paredown.targets.formats.rowwise import Rounded
 
 aten = torch.ops.aten
 ADAPTIVE: dict[Any, Any] = {
@@ -57,7 +56,7 @@ def encode(model: Model) -> bytes:
     file = edit.File(_convert(made))
     passes.finish(file, _rounds_values(model))
     passes.hold_groups(file, grouped)
-    if 4 in {stored_bits(node) for node in quantized_weights(model.graph).values()}:
+    if 4 in {form.bits for form in weight_forms(model.graph).values()}:
         passes.pack_four_bits(file)
     if half:
         passes.store_half(file)
@@ -90,10 +89,8 @@ def _prepared(model: Model) -> tuple[Model, list[Rounded]]:
             _crop_after(node)
         elif node.target in (aten.eye.default, aten.eye.m):
             _hold(made, node)
-        elif node.target is PER_GROUP and stored_bits(node) == 8 and not node.args[4]:
-            _by_channel(made, node)
         elif node.target is PER_GROUP:
-            grouped += _as_floats(made, node)
+            grouped += _rounded_alone(made, node)
     weighted = {site.node for site in sites(made.graph)}
     for node in quantizers(made.graph):
         if node.target is not PER_TENSOR:
@@ -109,34 +106,35 @@ def _prepared(model: Model) -> tuple[Model, list[Rounded]]:
     return made, grouped
 
 
-def _as_floats(model: Model, node: fx.Node) -> list[Rounded]:
-    """A weight that was rounded in groups, as floats, which the converter takes."""
-    weight = rowwise.read(model.graph, node)
+def _rounded_alone(model: Model, node: fx.Node) -> list[Rounded]:
+    """A weight of 8 bits with a scale for each channel as integers, and any other, which is given
+    back, as floats, which the converter takes."""
+    weight = read(model.graph, node)
+    if weight.form.bits == 8 and not weight.group:
+        _by_channel(model, node, weight)
+        return []
     linear = [site for site in sites(model.graph) if site.weight == weight.name]
     if any(site.kind in ("linear", "matmul") for site in linear):
         rowwise.refuse_unfit(weight)
-    held = rowwise.hold_before(model.graph, node, f"{weight.name}_rounded", weight.values)
+    held = rowwise.hold_before(model.graph, node, f"{weight.name}_rounded", weight.values())
     rowwise.replace_by(node, held)
     remove_state(model.graph, weight.name)
     return [weight]
 
 
-def _by_channel(model: Model, node: fx.Node) -> None:
+def _by_channel(model: Model, node: fx.Node, weight: Rounded) -> None:
     """A weight with a scale, and perhaps a zero point, for each channel, in PyTorch's own ops."""
-    arguments: Any = node.args
-    source, scale, zero_point, axis, _, low, high = arguments
-    name = str(source.target)
-    weight, scales = tensor_of(model.graph, name), tensor_of(model.graph, str(scale.target))
-    weight.data = rounded(model.graph, node)
+    name, scales, form = weight.name, weight.scales, weight.form
+    tensor_of(model.graph, name).data = weight.values()
     zeros = torch.zeros(scales.numel(), dtype=torch.int64)
-    if zero_point is not None:
-        zeros = tensor_of(model.graph, str(zero_point.target)).flatten().long()
+    if weight.zero_points is not None:
+        zeros = weight.zero_points.flatten().long()
     set_buffer(model.graph, f"{name}_channel_scale", scales.flatten())
     set_buffer(model.graph, f"{name}_channel_zero_point", zeros)
     with node.graph.inserting_before(node):
         held = [node.graph.get_attr(f"{name}_channel_{kind}") for kind in ("scale", "zero_point")]
-        rest = (*held, axis, low, high, torch.int8)
-        integers = node.graph.call_function(QUANTIZE_CHANNEL, (source, *rest))
+        rest: Any = (*held, weight.axis, form.low, form.high, torch.int8)
+        integers = node.graph.call_function(QUANTIZE_CHANNEL, (node.args[0], *rest))
         floats = node.graph.call_function(DEQUANTIZE_CHANNEL, (integers, *rest))
     keep_meta(floats, node)
     node.replace_all_uses_with(floats)

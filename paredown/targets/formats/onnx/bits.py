@@ -16,12 +16,11 @@ import onnx
 import onnx_ir as ir
 import torch
 from onnxscript import values as onnxscript_values
-from torch import Tensor
 
 from paredown.graph.fold import fold_batch_norm
 from paredown.graph.model import Model
-from paredown.graph.quantized.low_bits import BINARY, LOW_BITS, TERNARY, LowBits
-from paredown.graph.quantized.packed import pack
+from paredown.graph.quantized.forms import WEIGHT_FORMS, Form, Rounded
+from paredown.graph.quantized.low_bits import BINARY, TERNARY
 from paredown.graph.quantized.rounding import spread
 from paredown.targets.formats.onnx.edit import array, attribute, initializer, insert
 
@@ -82,12 +81,12 @@ class _Kind:
 
     function: str
     text: str
-    weights: LowBits
+    form: Form
 
 
 KINDS = {
-    "FakeQuantizeBinary": _Kind("UnpackBinary", _UNPACK_BINARY, LOW_BITS[BINARY]),
-    "FakeQuantizeTernary": _Kind("UnpackTernary", _UNPACK_TERNARY, LOW_BITS[TERNARY]),
+    "FakeQuantizeBinary": _Kind("UnpackBinary", _UNPACK_BINARY, WEIGHT_FORMS["binary"]),
+    "FakeQuantizeTernary": _Kind("UnpackTernary", _UNPACK_TERNARY, WEIGHT_FORMS["ternary"]),
 }
 
 
@@ -103,6 +102,11 @@ TRANSLATIONS: dict[Any, Callable[..., Any]] = {
     BINARY: _binary,
     TERNARY: _ternary,
 }  # for the exporter
+
+
+def words() -> dict[str, str]:
+    """A function of a file that unpacks weights -> what the weights are."""
+    return {kind.function: kind.form.word for kind in KINDS.values()}
 
 
 def fold_norms(model: Model) -> Model:
@@ -151,33 +155,38 @@ class _Packed:
 
     def call(self, graph: ir.Graph, node: ir.Node, order: tuple[int, ...]) -> ir.Value:
         """The unpacked integers of a weight, its axes in that order."""
-        kind, weight, axis, name = _facts(node, order)
-        integers = kind.weights.integers(weight, axis).permute(order)
-        data = pack(integers, kind.weights.bits).numpy()
-        key = kind.function, tuple(integers.shape), data.tobytes()
+        function, weight, name = KINDS[node.op_type].function, _read(node), _name(node, order)
+        integers = weight.shaped().permute(order)
+        data = weight.form.pack(integers).numpy()
+        key = function, tuple(integers.shape), data.tobytes()
         if key not in self.made:
             stored = initializer(graph, f"{name}_packed", data)
-            call = ir.node(kind.function, [stored], {"shape": list(integers.shape)}, domain=DOMAIN)
+            call = ir.node(function, [stored], {"shape": list(integers.shape)}, domain=DOMAIN)
             call.outputs[0].name = f"{name}_integers"
             self.made[key] = insert(graph, node, call)
         return self.made[key]
 
 
-def _facts(node: ir.Node, order: tuple[int, ...]) -> tuple[_Kind, Tensor, int, str]:
-    """How the weight is stored, the weight, its channel axis, and its name in the file."""
+def _read(node: ir.Node) -> Rounded:
+    """What a low-bit fake quantizer makes of its weight."""
     weight = array(node.inputs[0])
     assert weight is not None and node.inputs[0] is not None
-    turned = "" if list(order) == sorted(order) else "_t"
-    name = f"{node.inputs[0].name}{turned}"
-    return KINDS[node.op_type], torch.from_numpy(weight.copy()), attribute(node, "axis"), name
+    form, name = KINDS[node.op_type].form, str(node.inputs[0].name)
+    return form.read(name, torch.from_numpy(weight.copy()), attribute(node, "axis"))
+
+
+def _name(node: ir.Node, order: tuple[int, ...]) -> str:
+    """Of the weight with its axes in that order, in the file."""
+    assert node.inputs[0] is not None
+    return f"{node.inputs[0].name}{'' if list(order) == sorted(order) else '_t'}"
 
 
 def _scaled(
     graph: ir.Graph, before: ir.Node, integers: ir.Value, order: tuple[int, ...], integer: bool
 ) -> ir.Value:
     """The weight: a product that folds away, or a dequantize op that an integer kernel takes in."""
-    kind, weight, axis, name = _facts(before, order)
-    scales = kind.weights.scales(weight, axis)  # (C,)
+    weight, name = _read(before), _name(before, order)
+    scales, axis = weight.scales[:, 0], weight.axis  # (C,)
     if integer:  # a scale of 0 would divide the bias by 0; its channel's integers are zeros
         inputs = [
             integers,
@@ -187,7 +196,7 @@ def _scaled(
         made = ir.node("DequantizeLinear", inputs, {"axis": order.index(axis)})
         made.outputs[0].name = f"{name}_dequantized"
         return insert(graph, before, made)
-    wide = spread(scales, weight, axis).permute(order).contiguous()
+    wide = spread(scales, weight.weight, axis).permute(order).contiguous()
     scale = initializer(graph, f"{name}_scales", wide.numpy())
     alike = ir.node("CastLike", [integers, scale])
     alike.outputs[0].name = f"{name}_signs"

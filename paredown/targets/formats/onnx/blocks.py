@@ -17,7 +17,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -25,10 +24,19 @@ import torch
 from onnx.defs import OpSchema
 from onnxscript import values as onnxscript_values
 
-from paredown.graph.quantized import grouped
+from paredown.graph.quantized.codes import to_bytes
+from paredown.graph.quantized.forms import of_op
 from paredown.graph.quantized.grouped import PER_GROUP
 from paredown.targets.formats.onnx.bits import DOMAIN
-from paredown.targets.formats.onnx.edit import array, attribute, initializer, insert, replace
+from paredown.targets.formats.onnx.edit import (
+    SIGNED,
+    UNSIGNED,
+    array,
+    attribute,
+    initializer,
+    insert,
+    replace,
+)
 
 OP = "FakeQuantizeGroup"
 MICROSOFT = "com.microsoft"
@@ -100,9 +108,7 @@ class _Rounded:
 
     @property
     def kind(self) -> np.dtype:
-        signed = {8: np.int8, 4: ml_dtypes.int4}
-        unsigned = {8: np.uint8, 4: ml_dtypes.uint4}
-        return np.dtype((signed if self.zero is None else unsigned)[self.bits])
+        return (SIGNED if self.zero is None else UNSIGNED)[self.bits]
 
 
 def lower(model: ir.Model, standard: bool = False) -> None:
@@ -137,12 +143,11 @@ def _rounded(node: ir.Node) -> _Rounded:
     axis, group, low, high = (attribute(node, key) for key in ("axis", "group", "low", "high"))
     w, s = torch.from_numpy(weight.copy()), torch.from_numpy(scale.copy())
     z = None if zero is None else torch.from_numpy(zero.copy())
-    integers = grouped.integers(w, s, z, axis, group, low, high).numpy()
+    form, name = of_op(PER_GROUP, (high - low).bit_length()), str(node.inputs[0].name)
+    integers = form.read(name, w, s, z, axis, group, low, high).integers.numpy()
     if zero is not None:
         integers, zero = (a.astype(np.int16) - low for a in (integers, zero))
-    bits = (high - low).bit_length()
-    name = str(node.inputs[0].name)
-    return _Rounded(name, integers, scale, zero, weight.shape, axis, group, bits)
+    return _Rounded(name, integers, scale, zero, weight.shape, axis, group, form.bits)
 
 
 def _held(graph: ir.Graph, name: str, values: np.ndarray) -> ir.Value:
@@ -269,11 +274,9 @@ def _byte_table(
 
 
 def _packed(values: np.ndarray, bits: int) -> np.ndarray:
-    """Rows of unsigned bytes -> two to a byte, the first in its lower half, if of 4 bits."""
-    if bits == 8:
-        return values
-    even = np.pad(values, ((0, 0), (0, values.shape[1] % 2)))
-    return even[:, 0::2] | (even[:, 1::2] << 4)
+    """Rows of unsigned numbers -> bytes."""
+    packed: np.ndarray = to_bytes(torch.from_numpy(values), bits).numpy()
+    return packed
 
 
 def _shared_block(weight: _Rounded) -> int:

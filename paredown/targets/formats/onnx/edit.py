@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
+
+SIGNED = {8: np.dtype(np.int8), 4: np.dtype(ml_dtypes.int4)}  # bits -> what a file holds them in
+UNSIGNED = {8: np.dtype(np.uint8), 4: np.dtype(ml_dtypes.uint4)}
 
 
 def array(value: ir.Value | None) -> np.ndarray | None:

@@ -22,20 +22,18 @@ from paredown.core.errors import UserError
 from paredown.graph import structure
 from paredown.graph.model import Model
 from paredown.graph.program import lowered
-from paredown.graph.quantized.grouped import PER_GROUP
-from paredown.graph.quantized.quantizers import (
-    PER_CHANNEL,
-    PER_TENSOR,
-    quantized_weights,
-    stored_bits,
+from paredown.graph.quantized.forms import Rounded, of_op
+from paredown.graph.quantized.per_channel import PER_CHANNEL
+from paredown.graph.quantized.quantizers import PER_TENSOR, weight_forms
+from paredown.targets.formats.onnx import bits, blocks, dynamic, shared
+from paredown.targets.formats.onnx.edit import (
+    SIGNED,
+    array,
+    attribute,
+    initializer,
+    insert,
+    replace,
 )
-from paredown.targets.formats.onnx import (
-    bits,
-    blocks,
-    dynamic,
-    shared,
-)
-from paredown.targets.formats.onnx.edit import array, attribute, initializer, insert, replace
 
 MAX_BYTES = 2**31 - 1
 
@@ -149,9 +147,8 @@ def _export(model: Model) -> ir.Model:
 
 def _opset(model: Model) -> int | None:
     """Of the file: 4-bit tensors and blocks came with opset 21; else the exporter's usual."""
-    weights = quantized_weights(model.graph).values()
-    new = any(stored_bits(node) == 4 or node.target is PER_GROUP for node in weights)
-    return 21 if new else None
+    forms = weight_forms(model.graph).values()
+    return 21 if any(form.bits == 4 or form.alone for form in forms) else None
 
 
 @contextlib.contextmanager
@@ -179,14 +176,9 @@ def _root_cause(error: BaseException) -> str:
 def _integer_weights(graph: ir.Graph) -> None:
     """Weights behind a fake quantizer become integer initializers and a DequantizeLinear."""
     for node in [n for n in graph if n.op_type == "FakeQuantizeChannel"]:
-        weight, scale = array(node.inputs[0]), array(node.inputs[1])
-        assert weight is not None and scale is not None and node.inputs[0] is not None
-        axis, name = attribute(node, "axis"), str(node.inputs[0].name)
-        shape = [-1 if dim == axis else 1 for dim in range(weight.ndim)]
-        inverse = (np.float32(1) / scale.astype(np.float32)).reshape(shape)
-        low, high = attribute(node, "low"), attribute(node, "high")
-        kind = np.dtype(ml_dtypes.int4 if high - low < 16 else np.int8)
-        integers = np.clip(np.rint(weight * inverse), low, high).astype(kind)
+        weight = _read(node)
+        axis, name, scale = weight.axis, weight.name, weight.scales[:, 0].numpy()
+        integers = weight.shaped().numpy().astype(SIGNED[weight.form.bits])
         for user in [usage.node for usage in node.outputs[0].uses()]:
             if user.op_type == "Transpose":
                 order = list(attribute(user, "perm"))
@@ -198,6 +190,16 @@ def _integer_weights(graph: ir.Graph) -> None:
             made = _dequantize(graph, node, name, integers, scale, axis)
             node.outputs[0].replace_all_uses_with(made)
         graph.remove(node, safe=True)
+
+
+def _read(node: ir.Node) -> Rounded:
+    """What a fake quantizer of channels makes of its weight."""
+    weight, scale = array(node.inputs[0]), array(node.inputs[1])
+    assert weight is not None and scale is not None and node.inputs[0] is not None
+    axis, low, high = (attribute(node, key) for key in ("axis", "low", "high"))
+    form = of_op(PER_CHANNEL, (high - low).bit_length())
+    w, s = torch.from_numpy(weight.copy()), torch.from_numpy(scale.copy())
+    return form.read(str(node.inputs[0].name), w, s, axis, low, high)
 
 
 def _dequantize(
