@@ -287,7 +287,6 @@ def run(
     with _working(as_json, quiet):
         module, task = python_file.load(file)
         finished = compress(module, task, goals, target, steps, out, seed, _command())
-        report(finished, Path(finished.details["folder"]) / "report.html")
     if as_json:
         print(finished.to_json())
     else:

@@ -21,9 +21,8 @@ import pytest
 from paredown.core.goals import GoalCheck, Goals
 from paredown.core.measurement import Comparison, Measurement
 from paredown.core.results import Artifact, Run, Trial
-from paredown.report import charts
+from paredown.report import charts, sections
 from paredown.report import page as pages
-from paredown.report import sections
 from paredown.report.page import render, report
 from paredown.report.sections import SECTIONS, Section
 
