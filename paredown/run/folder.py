@@ -19,7 +19,7 @@ from paredown.targets.artifact import digest, parts, size_bytes
 
 
 def write(run: Run, folder: Path, artifact: Path, original: Path) -> None:
-    """The folder's results: artifact and original, recipe, report.html, run.json; each whole or not
+    """The folder's results: artifact and original, recipe, run.json, report.html; each whole or not
     there."""
     assert run.artifact is not None and run.original is not None
     progress.say(f"Results in {folder}")
@@ -32,8 +32,8 @@ def write(run: Run, folder: Path, artifact: Path, original: Path) -> None:
         given = [part.read_bytes() for part in parts(file)]
         write_together(dict(zip(parts(folder / name), given, strict=True)))
     write_atomically(folder / "recipe.toml", run.artifact.recipe.encode())
-    report(run, folder / "report.html")
     write_atomically(folder / "run.json", run.to_json().encode())
+    report(run, folder / "report.html")
 
 
 def load_run(folder: str | Path) -> Run:
