@@ -17,7 +17,7 @@ from paredown.core.measurement import Measurement
 from paredown.core.task import Target, Task
 from paredown.measure.measure import Measured
 from paredown.search.decide import decide, rank
-from paredown.search.offers import OFFERS
+from paredown.search.offers import offers
 from paredown.search.plan import attempts, plan
 from paredown.search.situation import Situation, expected_integer_bytes
 from paredown.steps import recipe
@@ -84,11 +84,11 @@ def test_every_offer_is_made_for_some_situation_and_says_for_which(wide):
         for size in ("0.05x", "0.2x", "0.9x")
         for name in ("onnxruntime", "pytorch")
     ] + [Situation(tables, task(), Goals(), BASELINE, Target(), seed=0)]
-    for offer in OFFERS:
+    for offer in offers():
         assert any(offer(situation) for situation in situations), offer.__qualname__
         assert (offer.__doc__ or "").startswith("Where"), f"{offer.__qualname__}: made when?"
     for situation in situations[:6]:
-        offered = [proposal for offer in OFFERS for proposal in offer(situation)]
+        offered = [proposal for offer in offers() for proposal in offer(situation)]
         made = (situation.model, situation.task, situation.goals, situation.baseline)
         assert plan(*made, situation.seed, situation.target) == offered
 

@@ -263,7 +263,9 @@ def test_packages_are_imported_only_when_needed(name):
 
 def architectures():
     for name, each in itertools.product(OTHERS, ARCHITECTURES):
-        yield pytest.param(name, each, marks=() if each in QUICK[name] else pytest.mark.slow)
+        yield pytest.param(
+            name, each, marks=() if each in QUICK.get(name, ()) else pytest.mark.slow
+        )
 
 
 @pytest.mark.parametrize(("name", "each"), list(architectures()))

@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 from paredown.core.files import write_atomically
 from paredown.core.results import Run
-from paredown.report.sections import SECTIONS
+from paredown.report.sections import sections
 from paredown.report.words import quantity, short
 from paredown.targets.artifact import parts
 
@@ -35,8 +35,8 @@ def render(run: Run) -> str:
     )
     templates.filters |= {"human": quantity, "short": short, "files": _files}
     shown = [
-        Markup(templates.get_template(f"sections/{section.name}.html").render(facts, run=run))
-        for section in SECTIONS
+        Markup(templates.get_template(f"sections/{section.template}").render(facts, run=run))
+        for section in sections()
         if (facts := section.facts(run)) is not None
     ]
     return templates.get_template("page.html").render(run=run, sections=shown)

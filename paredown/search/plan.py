@@ -8,7 +8,7 @@ from paredown.core.goals import Goals
 from paredown.core.measurement import Measurement
 from paredown.core.task import Target, Task
 from paredown.graph.model import Model
-from paredown.search.offers import OFFERS
+from paredown.search.offers import offers
 from paredown.search.proposal import Attempt, Proposal
 from paredown.search.situation import Situation
 from paredown.steps import recipe
@@ -35,7 +35,7 @@ def plan(
     miss a goal. ``seed`` is that of the training.
     """
     situation = Situation(model, task, goals, baseline, target or Target(), seed)
-    return [proposal for offer in OFFERS for proposal in offer(situation)]
+    return [proposal for offer in offers() for proposal in offer(situation)]
 
 
 def attempts(steps: Sequence[Step]) -> tuple[Attempt, ...]:

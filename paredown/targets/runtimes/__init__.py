@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Collection, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -10,6 +9,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Protocol, cast
 
 from paredown.core.errors import UserError
+from paredown.core.named import named
 
 if TYPE_CHECKING:
     import numpy as np
@@ -117,7 +117,8 @@ def source(name: str) -> Path:
 def _module(name: str) -> ModuleType:
     if name not in RUNTIMES:
         raise UserError(f"runtime: {name!r} is not one of {', '.join(RUNTIMES)}.")
-    return importlib.import_module(RUNTIMES[name])
+    module: ModuleType = named(RUNTIMES[name])
+    return module
 
 
 def ready(name: str) -> Runtime:
