@@ -243,15 +243,15 @@ def plan_verb(
     with _working(as_json):
         model, task = _captured(file)
         measurement = checks.baseline(model, task, target)
-    recipes = plan(model, task, goals, measurement, target=target)
+    proposals = plan(model, task, goals, measurement, target=target)
     if as_json:
         rows = [
-            {"title": r.title, "reason": r.reason, "recipe": recipe.to_toml(r.steps)}
-            for r in recipes
+            {"title": p.title, "reason": p.reason, "recipe": recipe.to_toml(p.steps)}
+            for p in proposals
         ]
         print_json({"baseline": dataclasses.asdict(measurement), "recipes": rows})
     else:
-        print_plan(recipes)
+        print_plan(proposals)
 
 
 @app.command()
@@ -287,7 +287,6 @@ def run(
     with _working(as_json, quiet):
         module, task = python_file.load(file)
         finished = compress(module, task, goals, target, steps, out, seed, _command())
-        report(finished, Path(finished.details["folder"]) / "report.html")
     if as_json:
         print(finished.to_json())
     else:

@@ -202,3 +202,69 @@ def test_a_weight_form(house):
     record = 'replace(_INT8, name="int2", made_by="Two()", word="int2", grid=range(-2, 2))'
     house.line("paredown/graph/quantized/forms.py", "WEIGHT_FORMS", record)
     assert house.tested("tests/test_forms.py", "int2 and (integers or packing or grid)") >= 8
+
+
+OFFER = '''"""Weights of half their size."""
+
+from paredown.search.pieces import make
+from paredown.search.proposal import Attempt, Proposal
+
+
+def three_bits(situation):
+    """Where a size is asked for."""
+    if situation.goals.size is None:
+        return []
+    attempt = Attempt((make("quantize_weights", bits=4),), "Small weights", "why", "smaller")
+    return [Proposal("small weights", "a size is asked for", (attempt,))]
+'''
+
+
+def test_an_offer(house):
+    house.new_file("paredown/search/offers/three_bits.py", OFFER)
+    spelled = '"paredown.search.offers.three_bits:three_bits"'
+    house.line("paredown/search/offers/__init__.py", "OFFERS", spelled)
+    assert house.tested("tests/test_plan.py", "every_offer") == 1
+    (house.folder / "planned.py").write_text(NET)
+    said = house.run("-m", "paredown", "plan", "planned.py", "--size", "0.9x")
+    assert "small weights: a size is asked for" in said
+
+
+FACTS = '''"""How the run was named."""
+
+
+def facts(run):
+    return {"letters": len(run.name)}
+'''
+TEMPLATE = '<section id="naming"><p>{{ letters }} letters: {{ run.name }}</p></section>\n'
+
+
+def test_a_section_of_the_report(house):
+    house.new_file("paredown/report/sections/naming.py", FACTS)
+    house.new_file("paredown/report/sections/naming.html", TEMPLATE)
+    spelled = '"paredown.report.sections.naming:facts"'
+    house.line("paredown/report/sections/__init__.py", "SECTIONS", spelled)
+    assert house.tested("tests/test_report.py", "template or small_and_closed") >= 5
+    code = "from tests.test_report import met_run, hostile_run; "
+    code += "from paredown.report.page import render; "
+    code += "print(render(met_run()).count('20 letters: ResNet-8 on CIFAR-10'), "
+    code += "render(hostile_run()).count('<script'))"
+    assert house.asked(code) == "1 0"
+
+
+def test_a_runtime(house):
+    """Another runtime that writes ONNX files: its own file, by another suffix."""
+    text = (ROOT / "paredown/targets/runtimes/onnxruntime.py").read_text()
+    assert text.count('".onnx"') == 1
+    house.new_file("paredown/targets/runtimes/twin.py", text.replace('".onnx"', '".twin"'))
+    spelled = '"twin": "paredown.targets.runtimes.twin"'
+    house.line("paredown/targets/runtimes/__init__.py", "RUNTIMES", spelled)
+    assert house.tested("tests/test_runtimes.py", "twin and (has_all or float32-cnn)") >= 2
+    code = f"""{NET}
+original = paredown.capture(model(), task().example)
+target = paredown.Target("twin")
+from pathlib import Path
+file = paredown.export(original, target, "model.twin").path
+found = paredown.measure({{"original": Path(file)}}, original, task(), target, rounds=2)
+print(found["original"].measurement.latency_ms_p50 > 0, paredown.open(file).input_names)
+"""
+    assert house.asked(code) == "True ['input']"

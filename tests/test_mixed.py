@@ -15,7 +15,7 @@ from paredown.core.goals import Goals
 from paredown.core.task import Task
 from paredown.graph.capture import capture
 from paredown.graph.quantized.quantizers import quantized_weights
-from paredown.report.mixed import mixed_precision
+from paredown.report.sections import mixed
 from paredown.steps import recipe
 from paredown.steps.quantization.mixed import least_floats, mean_score, sensitivities
 from paredown.steps.quantization.quantize import Quantize
@@ -134,7 +134,7 @@ def test_a_run_keeps_the_curve_and_replays(made, tmp_path):
     run = paredown.compress(model, task, Goals(max_drop="10%"), steps=[step], out=tmp_path / "run")
     [trial] = run.trials
     assert trial.kept and "exclude=" in trial.steps[0]
-    told = mixed_precision(run)
+    told = mixed.facts(run)
     assert "stay in float, so that the score falls by at most 6.00 points." in told["summary"]
     assert {row["now"] for row in told["rows"]} == {"float", "integers"}
     paredown.report(run, tmp_path / "page.html")

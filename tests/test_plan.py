@@ -17,8 +17,9 @@ from paredown.core.measurement import Measurement
 from paredown.core.task import Target, Task
 from paredown.measure.measure import Measured
 from paredown.search.decide import decide, rank
-from paredown.search.offers import expected_integer_bytes
+from paredown.search.offers import offers
 from paredown.search.plan import attempts, plan
+from paredown.search.situation import Situation, expected_integer_bytes
 from paredown.steps import recipe
 from paredown.targets.runtimes import runtime
 
@@ -49,8 +50,8 @@ def model():
     return paredown.capture(conv_net(8), task().example)
 
 
-def titles(recipes):
-    return [[attempt.title for attempt in item.attempts] for item in recipes]
+def titles(proposals):
+    return [[attempt.title for attempt in item.attempts] for item in proposals]
 
 
 def needs(item):
@@ -73,20 +74,39 @@ def cuts(item):
     return [step for step in item.steps if isinstance(step, paredown.PruneChannels)]
 
 
+def test_every_offer_is_made_for_some_situation_and_says_for_which(wide):
+    model, baseline = wide
+    tables = paredown.capture(nn.Embedding(5000, 64), (torch.zeros(1, 4, dtype=torch.long),))
+    given = dataclasses.replace(trainable(), validation=images())
+    situations = [
+        Situation(model, each, Goals("1%", size=size), baseline, Target(name), seed=0)
+        for each in (given, task(calibration=images()))
+        for size in ("0.05x", "0.2x", "0.9x")
+        for name in ("onnxruntime", "pytorch")
+    ] + [Situation(tables, task(), Goals(), BASELINE, Target(), seed=0)]
+    for offer in offers():
+        assert any(offer(situation) for situation in situations), offer.__qualname__
+        assert (offer.__doc__ or "").startswith("Where"), f"{offer.__qualname__}: made when?"
+    for situation in situations[:6]:
+        offered = [proposal for offer in offers() for proposal in offer(situation)]
+        made = (situation.model, situation.task, situation.goals, situation.baseline)
+        assert plan(*made, situation.seed, situation.target) == offered
+
+
 def test_int8_comes_first_where_it_should_do(wide):
     model, baseline = wide
-    recipes = plan(model, task(calibration=images()), Goals(size="0.3x"), baseline)
-    assert titles(recipes)[0] == ["8-bit integers"] and titles(recipes)[-1] == ["16-bit floats"]
-    assert recipes[0].steps == [paredown.Quantize()]
-    assert not any("train" in needs(item) for item in recipes)
-    assert "size is asked for" in recipes[0].reason
-    assert all(a.reason and a.expected for item in recipes for a in item.attempts)
+    proposals = plan(model, task(calibration=images()), Goals(size="0.3x"), baseline)
+    assert titles(proposals)[0] == ["8-bit integers"] and titles(proposals)[-1] == ["16-bit floats"]
+    assert proposals[0].steps == [paredown.Quantize()]
+    assert not any("train" in needs(item) for item in proposals)
+    assert "size is asked for" in proposals[0].reason
+    assert all(a.reason and a.expected for item in proposals for a in item.attempts)
 
 
 def test_more_than_int8_gives_is_cut_from_the_channels_in_rounds(wide):
     model, baseline = wide
-    recipes = plan(model, trainable(), Goals(size="0.1x", latency="0.4x"), baseline)
-    factored, first, deeper = recipes[:3]
+    proposals = plan(model, trainable(), Goals(size="0.1x", latency="0.4x"), baseline)
+    factored, first, deeper = proposals[:3]
     assert [type(step).__name__ for step in factored.steps] == ["LowRank", "Quantize"]
     assert factored.steps[0].amount == "parameters" and not needs(factored) & {"train", "loss"}
     assert first.reason.startswith("size and latency are asked for: leave ")
@@ -96,37 +116,37 @@ def test_more_than_int8_gives_is_cut_from_the_channels_in_rounds(wide):
         assert all(isinstance(step, paredown.FineTune) for step in item.steps[1:-1:2])
     left = [math.prod(1 - step.ratio for step in cuts(item)) for item in (first, deeper)]
     assert left[0] == pytest.approx(2 * left[1], rel=0.02) and left[0] < 0.4
-    assert all(a.reason and a.expected for item in recipes for a in item.attempts)
+    assert all(a.reason and a.expected for item in proposals for a in item.attempts)
 
 
 def test_latency_is_won_by_fewer_multiply_adds(wide):
     model, baseline = wide
-    recipes = plan(model, trainable(), Goals(latency="0.2x"), baseline)
-    assert {step.amount for item in recipes for step in cuts(item)} == {"macs"}
+    proposals = plan(model, trainable(), Goals(latency="0.2x"), baseline)
+    assert {step.amount for item in proposals for step in cuts(item)} == {"macs"}
     throughput = plan(
         model,
         trainable(),
         Goals(throughput="5x"),
         dataclasses.replace(baseline, throughput_per_s=1000.0),
     )
-    assert [item.steps for item in throughput] == [item.steps for item in recipes]
+    assert [item.steps for item in throughput] == [item.steps for item in proposals]
 
 
 def test_without_training_channels_are_cut_once_and_refitted(wide):
     model, baseline = wide
-    recipes = plan(model, task(calibration=images()), Goals(size="0.1x"), baseline)
-    assert titles(recipes)[:2] == [
+    proposals = plan(model, task(calibration=images()), Goals(size="0.1x"), baseline)
+    assert titles(proposals)[:2] == [
         ["Factor weights", "8-bit integers"],
         ["Cut channels", "8-bit integers"],
     ]
-    assert cuts(recipes[1])[0].reconstruct and "least squares" in recipes[1].reason
-    assert ["8-bit integers"] in titles(recipes)
+    assert cuts(proposals[1])[0].reconstruct and "least squares" in proposals[1].reason
+    assert ["8-bit integers"] in titles(proposals)
 
 
 def test_four_bits_come_first_where_they_do_for_the_size(wide):
     model, baseline = wide
-    recipes = plan(model, trainable(), Goals(size="0.2x"), baseline)
-    four, tuned = recipes[0].steps
+    proposals = plan(model, trainable(), Goals(size="0.2x"), baseline)
+    four, tuned = proposals[0].steps
     assert four == paredown.Quantize("int4") and isinstance(tuned, paredown.FineTune)
     # not for the time, which is that of int8, nor without training
     for goals, given in (
@@ -135,8 +155,8 @@ def test_four_bits_come_first_where_they_do_for_the_size(wide):
     ):
         assert "int4" not in str([item.steps for item in plan(model, given, goals, baseline)])
     # where not even they do, signs are the last that is tried before 16 bits
-    recipes = plan(model, trainable(), Goals(size="0.05x"), baseline)
-    binary = recipes[-2].steps
+    proposals = plan(model, trainable(), Goals(size="0.05x"), baseline)
+    binary = proposals[-2].steps
     assert [type(step).__name__ for step in binary] == ["Binarize", "FineTune", "Quantize"]
     others = plan(model, trainable(), Goals(size="0.05x"), baseline, target=Target("executorch"))
     assert "Binarize" not in str([item.steps for item in others])
@@ -145,8 +165,8 @@ def test_four_bits_come_first_where_they_do_for_the_size(wide):
 def test_values_are_shared_where_the_file_keeps_each_once(wide):
     model, baseline = wide
     goals = Goals(size="0.05x")
-    recipes = plan(model, trainable(), goals, baseline, target=Target("pytorch"))
-    firsts = [type(item.steps[0]).__name__ for item in recipes]
+    proposals = plan(model, trainable(), goals, baseline, target=Target("pytorch"))
+    firsts = [type(item.steps[0]).__name__ for item in proposals]
     assert firsts[-3:] == ["ShareWeights", "HashWeights", "Cast"]
     assert "ShareWeights" not in str([i.steps for i in plan(model, trainable(), goals, baseline)])
 
@@ -177,17 +197,17 @@ def test_tables_that_weigh_most_become_integers():
     size = sum(tensor.nbytes for tensor in model.state_dict().values())
     given = Task((ids,), paredown.accuracy)
     baseline = dataclasses.replace(BASELINE, size_bytes=size)
-    recipes = plan(model, given, Goals(size="0.3x"), baseline)
-    assert recipes[0].steps == [paredown.QuantizeWeights(4, method="rtn")]
+    proposals = plan(model, given, Goals(size="0.3x"), baseline)
+    assert proposals[0].steps == [paredown.QuantizeWeights(4, method="rtn")]
 
 
 def test_without_labels_the_original_teaches(wide):
     model, baseline = wide
-    recipes = plan(model, task(train=images()), Goals(size="0.1x"), baseline, seed=3)
-    taught = [s for item in recipes for s in item.steps if isinstance(s, paredown.Distill)]
+    proposals = plan(model, task(train=images()), Goals(size="0.1x"), baseline, seed=3)
+    taught = [s for item in proposals for s in item.steps if isinstance(s, paredown.Distill)]
     assert taught and all(step.alpha == 0 and step.seed == 3 for step in taught)
-    assert not any("loss" in needs(item) for item in recipes)
-    assert "distillation, which needs no labels" in recipes[1].reason
+    assert not any("loss" in needs(item) for item in proposals)
+    assert "distillation, which needs no labels" in proposals[1].reason
 
 
 def test_the_seed_is_that_of_the_training(model):
@@ -210,8 +230,8 @@ def test_nothing_to_quantize_leaves_16_bits():
             return x * self.scale
 
     captured = paredown.capture(Scale(), (torch.zeros(1, 16),))
-    recipes = plan(captured, task(calibration=images()), Goals(size="0.3x"), BASELINE)
-    assert titles(recipes) == [["16-bit floats"]]
+    proposals = plan(captured, task(calibration=images()), Goals(size="0.3x"), BASELINE)
+    assert titles(proposals) == [["16-bit floats"]]
 
 
 @pytest.mark.parametrize(
@@ -236,13 +256,13 @@ def test_only_what_the_runtime_writes_is_planned(wide, runtime_name):
     model, baseline = wide
     chosen, target = runtime(runtime_name), Target(runtime_name)
     for goals in (Goals(size="0.3x"), Goals(latency="0.2x"), Goals()):
-        recipes = plan(model, trainable(), goals, baseline, target=target)
-        forms = {getattr(step, "form", None) for item in recipes for step in item.steps} - {None}
-        assert recipes and forms <= chosen.FORMS and ("fp16" in forms) == ("fp16" in chosen.FORMS)
+        proposals = plan(model, trainable(), goals, baseline, target=target)
+        forms = {getattr(step, "form", None) for item in proposals for step in item.steps} - {None}
+        assert proposals and forms <= chosen.FORMS and ("fp16" in forms) == ("fp16" in chosen.FORMS)
         assert ("int8" in forms) == (chosen.INT8_BYTES is not None)
-        assert any(cuts(item) for item in recipes)
-        assert not any(recipe.problems(item.steps, trainable(), target) for item in recipes)
-        assert all(a.reason and a.expected for item in recipes for a in item.attempts)
+        assert any(cuts(item) for item in proposals)
+        assert not any(recipe.problems(item.steps, trainable(), target) for item in proposals)
+        assert all(a.reason and a.expected for item in proposals for a in item.attempts)
 
 
 def test_own_steps_are_tried_with_what_recovers_them():

@@ -8,19 +8,23 @@ import math
 import random
 import re
 import struct
+import tomllib
 import zlib
 from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import pytest
 
 from paredown.core.goals import GoalCheck, Goals
 from paredown.core.measurement import Comparison, Measurement
 from paredown.core.results import Artifact, Run, Trial
 from paredown.report import charts
+from paredown.report import page as pages
 from paredown.report.page import render, report
+from paredown.report.sections import Section, sections
 
 CLASSES = ("plane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 WHERE = {
@@ -402,6 +406,31 @@ def test_a_minimal_run_leaves_out_what_it_does_not_have() -> None:
     page = render(minimal_run())
     assert set(re.findall(r'<section id="(\w+)"', page)) == {"repeat"}
     assert "900 B" in page and "score: at most 1 points lower; size: 200 KB; latency: 0.5×" in page
+
+
+def test_every_section_is_two_files_and_stands_in_its_place() -> None:
+    folder = Path(pages.__file__).parent / "sections"
+    names = [section.template.removesuffix(".html") for section in sections()]
+    for suffix in (".py", ".html"):
+        assert sorted(path.stem for path in folder.glob(f"[a-z]*{suffix}")) == sorted(names)
+    shown = re.findall(r'<section id="(\w+)"', render(met_run()))
+    assert shown == [name for name in names if name not in ("head", "mixed", "explained")]
+
+
+def test_every_template_comes_with_the_package() -> None:
+    root = Path(pages.__file__).parent.parent
+    settings = tomllib.loads((root.parent / "pyproject.toml").read_text())
+    globs = settings["tool"]["setuptools"]["package-data"]["paredown"]
+    assert {path for glob in globs for path in root.glob(glob)} >= set(root.rglob("*.html"))
+
+
+def test_a_section_that_lacks_what_its_template_shows_is_an_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    empty = Section("census.html", lambda run: {"kinds": []})
+    monkeypatch.setattr(pages, "sections", lambda: [empty])
+    with pytest.raises(jinja2.UndefinedError, match="columns"):
+        render(met_run())
 
 
 @pytest.mark.parametrize("missing", sorted(details()))

@@ -25,6 +25,7 @@ from paredown.core.goals import Goals
 from paredown.core.results import Run
 from paredown.core.task import Target, Task
 from paredown.graph.doors.python_file import load as load_user
+from paredown.report.page import render
 from paredown.run import compress
 from paredown.run import stages as stages_of_runs
 from paredown.run.folder import load_run
@@ -555,6 +556,16 @@ def test_a_finished_run_is_shown_again(user, paredown_cli, monkeypatch):
     assert (code, err) == (0, "") and "This run is finished" in out
     assert Path("r/run.json").read_bytes() == first and stages("r") == records
     assert Path("r/model.onnx").stat().st_size == load("r").artifact.size_bytes
+
+
+def test_compress_writes_the_report_and_again_where_it_is_gone(user, here):
+    model, task = load_user(Path(user(NO_TRAIN)))
+    run = paredown.compress(model, task, Goals(size="0.5x"), out="r")
+    page = Path("r/report.html")
+    assert page.read_text() == render(run)
+    page.unlink()
+    assert paredown.compress(model, task, Goals(size="0.5x"), out="r") == run
+    assert page.read_text() == render(run)
 
 
 def test_a_damaged_stage_is_made_again(user, paredown_cli):

@@ -2,10 +2,13 @@
 
 import dataclasses
 import hashlib
+import inspect
 import itertools
 import subprocess
 import sys
+import types
 from pathlib import Path
+from typing import get_args, get_origin, get_type_hints
 
 import numpy as np
 import pytest
@@ -19,10 +22,10 @@ from paredown.core.errors import UserError
 from paredown.core.task import Task
 from paredown.graph import structure
 from paredown.steps.step import FORMS
-from paredown.targets import parity
+from paredown.targets import parity, runtimes
 from paredown.targets.artifact import digest, parts, size_bytes
 from paredown.targets.devices.local import Probe
-from paredown.targets.runtimes import RUNTIMES, ready, runtime
+from paredown.targets.runtimes import RUNTIMES, Runtime, ready, runtime
 from tests.architectures import ARCHITECTURES, make, with_batch
 from tests.test_contract import KINDS, build
 
@@ -115,6 +118,35 @@ def lowered(shaped, tmp_path_factory):
     return get
 
 
+@pytest.mark.parametrize("name", RUNTIMES)
+def test_every_runtime_has_all_that_a_runtime_has(name):
+    for member, promised in vars(Runtime).items():
+        if isinstance(promised, property):
+            kind = get_type_hints(promised.fget)["return"]
+            each = get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+            plain = tuple(get_origin(one) or one for one in each)
+            assert isinstance(getattr(runtime(name), member), plain), member
+        elif not member.startswith("_"):
+            asked = list(inspect.signature(promised).parameters.values())[1:]
+            given = list(inspect.signature(getattr(runtime(name), member)).parameters.values())
+            assert [(p.name, p.default) for p in given] == [(p.name, p.default) for p in asked]
+
+
+def test_a_type_checker_sees_what_is_no_runtime(tmp_path):
+    """What `runtime` gives is cast to a `Runtime`; here each module is checked to be one."""
+    package = Runtime.__module__
+    modules = [*RUNTIMES.values(), package]  # the last is none
+    lines = [f"import {module}" for module in modules]
+    lines += [f"n{n}: {package}.Runtime = {module}" for n, module in enumerate(modules)]
+    written = tmp_path / "runtimes_checked.py"
+    written.write_text("\n".join(lines) + "\n")
+    command = [sys.executable, "-m", "mypy", "--config-file", "pyproject.toml", str(written)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    said = [line for line in done.stdout.splitlines() if f"{written.name}:" in line]
+    wrong = {int(line.split(":")[1]) for line in said if ": error: " in line}
+    assert wrong == {len(lines)}, done.stdout + done.stderr
+
+
 def outputs(model, leaves):
     with torch.no_grad():
         return list(model.graph(*[leaf.clone() for leaf in leaves]))
@@ -200,7 +232,7 @@ def test_a_damaged_file_is_refused_in_words(name, lowered, tmp_path):
                 continue  # other weights are weights too: that is what the digest is for
             with (
                 pytest.raises(UserError, match=rf"{path.name}: opening it ") as told,
-                Probe(path, Path(runtime(name).__file__)),
+                Probe(path, runtimes.source(name)),
             ):
                 pass
             assert "Traceback" not in str(told.value) and ".cpp" not in str(told.value)
@@ -231,7 +263,9 @@ def test_packages_are_imported_only_when_needed(name):
 
 def architectures():
     for name, each in itertools.product(OTHERS, ARCHITECTURES):
-        yield pytest.param(name, each, marks=() if each in QUICK[name] else pytest.mark.slow)
+        yield pytest.param(
+            name, each, marks=() if each in QUICK.get(name, ()) else pytest.mark.slow
+        )
 
 
 @pytest.mark.parametrize(("name", "each"), list(architectures()))

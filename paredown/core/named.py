@@ -1,4 +1,4 @@
-"""Things by name: plain dicts of ``"module:attribute"``, imported when first asked for."""
+"""Things by name: plain tables of ``"module:attribute"``, imported when first asked for."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ class Run:
     versions: dict[str, str]
     data: dict[str, Any]  # split -> {"examples": n, "fingerprint": sha256}
     seed: int
-    plan: list[dict[str, Any]]  # ranked recipes: {"title", "reason", "expected", "steps"}
+    plan: list[dict[str, Any]]  # ranked proposals: {"title", "reason", "expected", "steps"}
     baseline: Measurement  # on validation, as every trial
     trials: list[Trial]
     artifact: Artifact | None

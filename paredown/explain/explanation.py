@@ -20,14 +20,14 @@ from paredown.data.feed import Batch, examples
 from paredown.explain.cause import Cause
 from paredown.explain.diagnose import Context, find_causes
 from paredown.explain.layers import Layer, find_layers, folded
-from paredown.explain.noise import PARTS, Inside, Meter
+from paredown.explain.noise import PARTS, Meter
 from paredown.explain.remedies import try_remedies
 from paredown.explain.restore import Outcome, Pruning, Ranking, Rounding, rank
 from paredown.explain.watch import Watch
 from paredown.graph.model import Model
 from paredown.graph.quantized.runner import Runner, all_quantizers
 from paredown.steps.step import Step
-from paredown.targets.runtimes import runtime
+from paredown.targets.runtimes import Inside, runtime
 
 EXAMPLES = 256  # at most, of the validation split
 SPLIT = "validation"
@@ -140,9 +140,9 @@ def explain_file(
 def _inside(compressed: Model, file: Path, name: str, layers: Sequence[Layer]) -> Inside:
     """The exported file: its outputs, and the layers' results where its runtime can show them."""
     chosen = runtime(name)
-    if hasattr(chosen, "open_inside"):
-        opened: Inside = chosen.open_inside(compressed, file, {each.result.name for each in layers})
-        return opened
+    inside = chosen.open_inside(compressed, file, {each.result.name for each in layers})
+    if inside is not None:
+        return inside
     predictor = chosen.open(file)
 
     def outputs(leaves: Sequence[Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:

@@ -16,13 +16,11 @@ from paredown.graph.quantized.forms import form_of
 from paredown.graph.quantized.quantizers import ACTIVATION_QUANTIZERS
 from paredown.graph.quantized.runner import Runner, all_quantizers
 from paredown.graph.state import tensor_of
+from paredown.targets.runtimes import Inside
 
 SAME_DB = 140.0  # no difference at all, or one that float32 cannot hold
 ALIKE_DB = 6.0  # far below what the exporter's check of a file allows, far above another tensor's
 PARTS = ("weights", "input", "output")  # what a layer's own rounding consists of
-
-# the inputs' tensors -> the exported file's outputs, and the inner values that it shows, by node
-Inside = Callable[[Sequence[Tensor]], tuple[list[Tensor], dict[str, Tensor]]]
 
 
 @dataclass

@@ -18,7 +18,7 @@ from paredown.graph.model import Model
 from paredown.measure import speedups, stats
 from paredown.measure.inputs import arrays, deployed_example, leaves
 from paredown.targets.devices.device import TIMEOUT_S, Opened, device, write_batches
-from paredown.targets.runtimes import ready, runtime
+from paredown.targets.runtimes import ready, source
 
 # A file is up to 2 % faster in one process than in the next, for as long as they live. Seen with
 # one process each: a "speed-up" of a file over itself in 11 of 24 measurements; with a fresh one
@@ -165,7 +165,7 @@ def opened(
     Raises:
         UserError: no such device or runtime, or a file that cannot be opened.
     """
-    start, code = device(target.device), Path(runtime(target.runtime).__file__)
+    start, code = device(target.device), source(target.runtime)
     with ExitStack() as stack:
         yield {
             name: stack.enter_context(start(file, code, target.threads, timeout_s))

@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-from importlib import resources
 from pathlib import Path
-from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
 from paredown.core.files import write_atomically
 from paredown.core.results import Run
-from paredown.core.task import SPLITS
-from paredown.report.explained import explanation
-from paredown.report.mixed import mixed_precision
-from paredown.report.sections import census, classes, flips, histograms, latency, layers
-from paredown.report.table import comparison, head
-from paredown.report.trajectory import trajectory
+from paredown.report.sections import sections
 from paredown.report.words import quantity, short
 from paredown.targets.artifact import parts
-
-__all__ = ["comparison", "render", "report"]
 
 
 def report(run: Run, path: Path) -> Path:
@@ -34,33 +26,22 @@ def report(run: Run, path: Path) -> Path:
 
 def render(run: Run) -> str:
     """The page as text; it depends on nothing but ``run``."""
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    templates = Environment(
+        loader=PackageLoader("paredown.report", ""),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    environment.filters |= {"human": quantity, "short": short, "files": _files}
-    source = resources.files(__package__).joinpath("page.html").read_text("utf-8")
-    return environment.from_string(source).render(
-        run=run,
-        **head(run),
-        **trajectory(run),
-        mixed=mixed_precision(run),
-        explained=explanation(run),
-        layers=layers(run),
-        histograms=histograms(run),
-        classes=classes(run),
-        flips=flips(run),
-        latency=latency(run),
-        census=census(run),
-        notes=run.details.get("notes") or [],
-        data=sorted(run.data.items(), key=_split_order),
-        reproduce="\n".join(run.details.get("reproduce") or []),
-    )
+    templates.filters |= {"human": quantity, "short": short, "files": _files}
+    shown = [
+        Markup(templates.get_template(f"sections/{section.template}").render(facts, run=run))
+        for section in sections()
+        if (facts := section.facts(run)) is not None
+    ]
+    return templates.get_template("page.html").render(run=run, sections=shown)
 
 
 def _files(path: str) -> str:
     """The names of an artifact's files."""
     return " and ".join(part.name for part in parts(Path(path)))
-
-
-def _split_order(item: tuple[str, Any]) -> tuple[int, str]:
-    return (SPLITS.index(item[0]) if item[0] in SPLITS else len(SPLITS)), item[0]

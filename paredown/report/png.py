@@ -13,6 +13,7 @@ def picture(image: Tensor) -> str | None:
     """A (C, H, W) or (H, W) tensor as a PNG data URI, stretched to full contrast; else None.
 
     Example:
+        >>> import torch
         >>> picture(torch.rand(1, 8, 8))[:22], picture(torch.rand(5))
         ('data:image/png;base64,', None)
     """

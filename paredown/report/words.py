@@ -86,3 +86,11 @@ def ratio(goal: str, before: float | None, after: float | None) -> tuple[str, st
         return "1×", "the same", ""
     better, worse = WORDS[goal]
     return (times(gain), better, "better") if gain > 1 else (times(1 / gain), worse, "worse")
+
+
+def axis_unit(goal: str, top: float) -> tuple[str, float]:
+    """The unit in which ``top`` reads best, and its size."""
+    if goal == "latency":
+        return ("ms", 1.0) if top >= 0.1 else ("µs", 1e-3)
+    units = (("GB", 1e9), ("MB", 1e6), ("KB", 1e3))
+    return next((found for found in units if top >= found[1]), ("B", 1.0))

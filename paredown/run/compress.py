@@ -28,7 +28,7 @@ from paredown.run.identity import identity_of
 from paredown.run.ledger import FINISHED, RUN, Ledger, stage_key
 from paredown.run.stages import Best, State, begun, tried
 from paredown.search import decide, plan
-from paredown.search.offers import Attempt, Recipe
+from paredown.search.proposal import Attempt, Proposal
 from paredown.ship.pack.container import packed_bytes
 from paredown.steps import recipe
 from paredown.steps.step import Step
@@ -101,33 +101,33 @@ def _files(ledger: Ledger, run: Run) -> list[Path]:
     return [path for path in found if path is not None]
 
 
-def _recipes(state: State, steps: Sequence[Step] | None) -> list[Recipe]:
+def _proposals(state: State, steps: Sequence[Step] | None) -> list[Proposal]:
     if state.done(state.baseline):
         progress.say("The original meets every goal already: nothing is changed.")
         return []
     if steps is not None:
-        return [Recipe("as asked", "the recipe that was given", plan.attempts(steps))]
-    recipes = plan.plan(
+        return [Proposal("as asked", "the recipe that was given", plan.attempts(steps))]
+    proposals = plan.plan(
         state.original, state.task, state.goals, state.baseline, state.seed, state.target
     )
     progress.say("Plan")
-    for number, item in enumerate(recipes, 1):
+    for number, item in enumerate(proposals, 1):
         progress.say(f"  {number}. {item.title}: {item.reason}")
         for attempt in item.attempts:
             progress.say(f"     - {attempt.title}: {attempt.reason}; expected: {attempt.expected}")
-    return recipes
+    return proposals
 
 
-def _try_recipes(state: State, recipes: list[Recipe]) -> tuple[list[Trial], Best]:
-    """Each recipe from the original, until one meets the goals; the best of them otherwise.
+def _try_proposals(state: State, proposals: list[Proposal]) -> tuple[list[Trial], Best]:
+    """Each proposal from the original, until one meets the goals; the best of them otherwise.
 
-    Where no amount is asked for, the first recipe that pays is enough.
+    Where no amount is asked for, the first proposal that pays is enough.
     """
     start = Best(state.original, "", state.original_file, [], state.baseline)
     bounded = any(getattr(state.goals, goal) is not None for goal in GOALS)
     trials: list[Trial] = []
     outcomes = [start]
-    for item in recipes:
+    for item in proposals:
         progress.say(f"Recipe: {item.title}")
         found, best = _try_attempts(state, item.attempts, start)
         trials += found
@@ -158,9 +158,9 @@ def _try_attempts(
 
 
 def _run(state: State, steps: Sequence[Step] | None, identity: dict[str, Any], command: str) -> Run:
-    """All recipes, and then the claim: on the test split, which no decision has seen."""
-    recipes = _recipes(state, steps)
-    trials, best = _try_recipes(state, recipes)
+    """All proposals, and then the claim: on the test split, which no decision has seen."""
+    proposals = _proposals(state, steps)
+    trials, best = _try_proposals(state, proposals)
     progress.say("Proof: the exported file beside the original, on the test split")
     files = {"original": state.original_file, "compressed": best.file}
     measured = measure(files, state.original, state.task, state.target, split="test")
@@ -176,7 +176,7 @@ def _run(state: State, steps: Sequence[Step] | None, identity: dict[str, Any], c
         versions=identity["versions"],
         data=identity["data"],
         seed=state.seed,
-        plan=[plan_row(item) for item in recipes],
+        plan=[plan_row(item) for item in proposals],
         baseline=state.baseline,
         trials=trials,
         artifact=artifact("model", best.file, best.steps, state.target),
@@ -217,7 +217,7 @@ def _explanation(state: State, best: Best, took_s: float) -> dict[str, Any] | No
     return within_run(*made, state.task, best.steps, seconds)
 
 
-def plan_row(item: Recipe) -> dict[str, Any]:
+def plan_row(item: Proposal) -> dict[str, Any]:
     return {
         "title": item.title,
         "reason": item.reason,

@@ -12,13 +12,15 @@ from paredown.core.files import write_atomically, write_together
 from paredown.core.results import Artifact, Run
 from paredown.core.task import Target, Task
 from paredown.data import splits
+from paredown.report.page import report
 from paredown.steps import recipe
 from paredown.steps.step import Step
 from paredown.targets.artifact import digest, parts, size_bytes
 
 
 def write(run: Run, folder: Path, artifact: Path, original: Path) -> None:
-    """The folder's results: artifact and original, recipe, run.json; each whole or not there."""
+    """The folder's results: artifact and original, recipe, run.json, report.html; each whole or not
+    there."""
     assert run.artifact is not None and run.original is not None
     progress.say(f"Results in {folder}")
     run.details["folder"] = str(folder)
@@ -31,6 +33,7 @@ def write(run: Run, folder: Path, artifact: Path, original: Path) -> None:
         write_together(dict(zip(parts(folder / name), given, strict=True)))
     write_atomically(folder / "recipe.toml", run.artifact.recipe.encode())
     write_atomically(folder / "run.json", run.to_json().encode())
+    report(run, folder / "report.html")
 
 
 def load_run(folder: str | Path) -> Run:

@@ -24,7 +24,7 @@ from paredown.graph.store import encode
 from paredown.measure.measure import Measured, compare, measure
 from paredown.run.ledger import MODEL, Ledger, stage_key
 from paredown.search import decide
-from paredown.search.offers import Attempt
+from paredown.search.proposal import Attempt
 from paredown.ship.pack.container import packed_bytes
 from paredown.steps import recipe
 from paredown.steps.step import Setting, Step

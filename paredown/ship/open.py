@@ -5,15 +5,14 @@ from __future__ import annotations
 import tempfile
 import weakref
 from pathlib import Path
-from typing import Any
 
 from paredown.core.errors import UserError
-from paredown.targets.runtimes import RUNTIMES, ready, runtime
+from paredown.targets.runtimes import RUNTIMES, Predictor, ready, runtime
 
 PACKED = ".pare"  # what `paredown.pack` writes
 
 
-def open(path: str | Path, threads: int = 1) -> Any:
+def open(path: str | Path, threads: int = 1) -> Predictor:
     """A predictor over an artifact, packed or not: one array per input in, a tuple of arrays out.
 
     Raises:
@@ -32,7 +31,7 @@ def open(path: str | Path, threads: int = 1) -> Any:
     raise UserError(f"{path}: no runtime opens {path.suffix or 'such'} files.")
 
 
-def _open_packed(path: Path, threads: int) -> Any:
+def _open_packed(path: Path, threads: int) -> Predictor:
     """Unpacked into a folder that is there for as long as the predictor is."""
     from paredown.ship.pack.container import unpack
 

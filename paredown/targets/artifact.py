@@ -63,6 +63,6 @@ def export(model: Model, target: Target, path: str | Path) -> Artifact:
         ...     paredown.open(artifact.path)(torch.zeros(3, 4).numpy())[0].shape
         (3, 2)
     """
-    written: Path = ready(target.runtime).lower(model, path)
+    written = ready(target.runtime).lower(model, path)
     size = sum(part.stat().st_size for part in parts(written))
     return Artifact(str(written), target.runtime, digest(written), size, "")

@@ -125,7 +125,7 @@ class QuantizeWeights(Step):
 
     def settle(self, model: Model, task: Task, setting: Setting) -> QuantizeWeights:
         """The same step without zero points, where the runtime's kernels take none."""
-        symmetric = getattr(runtime(setting.target.runtime), "SYMMETRIC", ())
+        symmetric = runtime(setting.target.runtime).SYMMETRIC
         if self.zero_point is None and self.bits in symmetric:
             return replace(self, zero_point=False)
         return self

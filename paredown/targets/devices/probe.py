@@ -86,13 +86,12 @@ class Session:
         return {"peak_bytes": peak_bytes()}
 
     def versions(self) -> dict[str, Any]:
-        name = Path(self.runtime.__file__).stem
         return {
             "cpu": cpu_model(),
             "cores": str(usable_cores()),
             "os": platform.platform(),
             "python": platform.python_version(),
-            "runtime": self.runtime.version() if hasattr(self.runtime, "version") else name,
+            "runtime": self.runtime.version(),
         }
 
 

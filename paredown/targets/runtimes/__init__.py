@@ -1,21 +1,22 @@
-"""Runtimes by name. Each is a module with
-
-- ``SUFFIX`` of the file that is opened, and ``COMPANIONS``, the suffixes of those beside it;
-- ``FORMS``, names of what it can write besides float32 (see `paredown.graph.quantized.forms`), and
-  ``INT8_BYTES``, what integers add to a file for each channel and for each layer: None where they
-  are only simulated;
-- ``SYMMETRIC``, where there are such: bits of weights alone that may have no zero points;
-- ``PACKAGES``, the distributions it needs; the extra that installs them has the runtime's name;
-- ``lower(model, path)``, ``open(path, threads)``, ``census(path)`` and ``version()``.
-"""
+"""Runtimes by name, and what each promises; each is a module that is a `Runtime`."""
 
 from __future__ import annotations
 
-import importlib
+from collections.abc import Collection, Sequence
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Protocol, cast
 
 from paredown.core.errors import UserError
+from paredown.core.named import named
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+    from paredown.core.measurement import Census
+    from paredown.graph.model import Model
 
 RUNTIMES = {
     "onnxruntime": "paredown.targets.runtimes.onnxruntime",
@@ -27,18 +28,100 @@ RUNTIMES = {
 CORE = ("onnxruntime", "pytorch")  # installed with paredown; each other one has its extra
 
 
-def runtime(name: str) -> Any:
+class Predictor(Protocol):
+    """An open file."""
+
+    input_names: list[str]
+    output_names: list[str]
+
+    def __call__(self, *arrays: np.ndarray) -> tuple[np.ndarray, ...]:
+        """One array per input, the batch first -> one per output."""
+
+
+class Inside(Protocol):
+    """An open file that shows its inner values."""
+
+    def __call__(self, leaves: Sequence[Tensor], /) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """The inputs' tensors -> the outputs, and the inner values by the name of their node."""
+
+
+class Runtime(Protocol):
+    """A module that writes files and opens them, loaded by its path where only numpy is.
+
+    The names in capitals are constants of the module.
+    """
+
+    @property
+    def SUFFIX(self) -> str:
+        """Of the file that is opened."""
+
+    @property
+    def COMPANIONS(self) -> tuple[str, ...]:
+        """The suffixes of the files beside it."""
+
+    @property
+    def FORMS(self) -> frozenset[str]:
+        """What it can write besides float32, by the names in `paredown.graph.quantized.forms`."""
+
+    @property
+    def SYMMETRIC(self) -> frozenset[int]:
+        """Bits of weights alone that may have no zero points."""
+
+    @property
+    def INT8_BYTES(self) -> tuple[int, int] | None:
+        """What integers add to a file for each channel and for each layer, in bytes; None where
+        they are only simulated."""
+
+    @property
+    def PACKAGES(self) -> tuple[str, ...]:
+        """The distributions that it needs; the extra that installs them has the runtime's name."""
+
+    def lower(self, model: Model, path: Path | str) -> Path:
+        """Write the model as a file, and check it against the model.
+
+        Raises:
+            UserError: the runtime cannot take the model, or the file differs from it.
+        """
+
+    def open(self, path: Path | str, threads: int = 1) -> Predictor:
+        """Open a file on the CPU with that many threads of one inference."""
+
+    def open_inside(self, model: Model, path: Path | str, names: Collection[str]) -> Inside | None:
+        """A file made of the model, open to show the values of those nodes; None: it cannot."""
+
+    def census(self, path: Path | str) -> Census:
+        """What the runtime really runs for a file, and in which precision."""
+
+    def version(self) -> str:
+        """Its name and version."""
+
+
+def runtime(name: str) -> Runtime:
     """The runtime's module.
 
     Raises:
         UserError: no such runtime.
     """
+    return cast(Runtime, _module(name))
+
+
+def source(name: str) -> Path:
+    """The runtime's own file, for a process that loads it by its path.
+
+    Raises:
+        UserError: no such runtime.
+    """
+    return Path(str(_module(name).__file__))
+
+
+def _module(name: str) -> ModuleType:
     if name not in RUNTIMES:
         raise UserError(f"runtime: {name!r} is not one of {', '.join(RUNTIMES)}.")
-    return importlib.import_module(RUNTIMES[name])
+    module: ModuleType = named(RUNTIMES[name])
+    return module
 
 
-def ready(name: str) -> Any:
+def ready(name: str) -> Runtime:
     """The runtime's module, all that it needs being installed.
 
     Raises:

@@ -14,7 +14,7 @@ import os
 import re
 import tempfile
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -241,6 +241,10 @@ def _run(model: Model) -> tuple[np.ndarray, ...]:
         made = Path(folder) / f"model{SUFFIX}"
         made.write_bytes(write.encode(model, SIGNATURE))
         return open(made)(*[item.example.numpy() for item in model.inputs])
+
+
+def open_inside(model: Model, path: Path | str, names: Collection[str]) -> None:
+    """None: ExecuTorch shows no inner values."""
 
 
 def census(path: Path | str) -> Census:

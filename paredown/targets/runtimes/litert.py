@@ -12,7 +12,7 @@ import json
 import mmap
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -206,6 +206,10 @@ def _run(model: Model) -> tuple[np.ndarray, ...]:
         made = Path(folder) / f"model{SUFFIX}"
         made.write_bytes(worker().convert(model))
         return worker().predictor(made)(*[item.example.numpy() for item in model.inputs])
+
+
+def open_inside(model: Model, path: Path | str, names: Collection[str]) -> None:
+    """None: LiteRT shows no inner values."""
 
 
 def census(path: Path | str) -> Census:

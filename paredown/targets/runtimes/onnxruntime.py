@@ -16,6 +16,7 @@ import numpy as np
 if TYPE_CHECKING:
     from paredown.core.measurement import Census
     from paredown.graph.model import Model
+    from paredown.targets.runtimes import Inside
 
 
 SUFFIX, COMPANIONS = ".onnx", ()
@@ -26,6 +27,7 @@ FORMS = frozenset(
         *("binary", "ternary", "fp16"),
     }
 )
+SYMMETRIC: frozenset[int] = frozenset()
 INT8_BYTES = (8, 1050)  # of scales, and of nodes and their names, as found in conv nets
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
@@ -115,7 +117,7 @@ def lower(model: Model, path: Path | str) -> Path:
     return path
 
 
-def open_inside(model: Model, path: Path | str, names: Collection[str]) -> Any:
+def open_inside(model: Model, path: Path | str, names: Collection[str]) -> Inside:
     """What runs a file made of ``model`` and gives its outputs and the values of those nodes."""
     from paredown.targets.formats.onnx import values
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ SUFFIX, COMPANIONS = ".xml", (".bin",)  # the graph, and the weights
 FORMS = frozenset(
     {"int8", "int8-dynamic", "int8-weights", "int4", "int4-weights", "fp16"}
 )  # besides float32; see paredown.graph.quantized.forms
+SYMMETRIC: frozenset[int] = frozenset()
 INT8_BYTES = (4, 1950)  # of scales, and of the ops around a layer, as found in conv nets
 PACKAGES = ("openvino", "onnx", "onnxscript")
 
@@ -171,6 +173,10 @@ def lower(model: Model, path: Path | str) -> Path:
         path.with_suffix(COMPANIONS[0]).unlink()
         raise
     return path
+
+
+def open_inside(model: Model, path: Path | str, names: Collection[str]) -> None:
+    """None: OpenVINO shows no inner values."""
 
 
 def census(path: Path | str) -> Census:

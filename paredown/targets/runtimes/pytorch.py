@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from paredown.core.measurement import Census
     from paredown.graph.model import Model
+    from paredown.targets.runtimes import Inside
 
 
 SUFFIX, COMPANIONS = ".safetensors", ()
@@ -23,6 +24,7 @@ FORMS = frozenset(
         *("binary", "ternary", "fp16", "bf16"),
     }
 )
+SYMMETRIC: frozenset[int] = frozenset()
 INT8_BYTES = None  # weights stay float
 PACKAGES = ("torch", "safetensors")
 UNPACKED = "PyTorch unpacks {} weights when it opens the file, and runs them in float."
@@ -116,7 +118,7 @@ def _kind(tensor: torch.Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def open_inside(model: Model, path: Path | str, names: Collection[str]) -> Any:
+def open_inside(model: Model, path: Path | str, names: Collection[str]) -> Inside:
     """What runs a file made of ``model`` and gives its outputs and the values of those nodes."""
     import torch
     from torch import fx

@@ -9,13 +9,12 @@ from markupsafe import Markup
 
 from paredown.core.results import Run
 from paredown.report import charts
-from paredown.report.sections import axis_unit
-from paredown.report.words import change, quantity, score
+from paredown.report.words import axis_unit, change, quantity, score
 
 LAYERS = 24
 
 
-def mixed_precision(run: Run) -> dict[str, Any] | None:
+def facts(run: Run) -> dict[str, Any] | None:
     """The curve of the last kept step that chose layers by their cost, or None."""
     kept = [trial for trial in run.trials if trial.kept]
     found = [each for trial in kept for each in trial.findings if each["kind"] == "mixed precision"]

@@ -10,20 +10,18 @@ from markupsafe import Markup
 from paredown.core.measurement import Measurement
 from paredown.core.results import Run, Trial
 from paredown.report import charts
-from paredown.report.sections import axis_unit
-from paredown.report.words import change, quantity, score
+from paredown.report.words import axis_unit, change, quantity, score
 
 
-def trajectory(run: Run) -> dict[str, Any]:
+def facts(run: Run) -> dict[str, Any] | None:
+    if not run.trials:
+        return None
     points = run.baseline.score_in_points
     steps = [_step(index, trial, points) for index, trial in enumerate(run.trials, 1)]
     return {
         "baseline": _came(run.baseline, points),
         "steps": steps,
-        "undone": [step for step in steps if not step["kept"]],
-        "trajectories": [
-            Markup(chart) for goal in ("size", "latency") if (chart := _against(run, goal))
-        ],
+        "charts": [Markup(chart) for goal in ("size", "latency") if (chart := _against(run, goal))],
     }
 
 

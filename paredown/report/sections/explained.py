@@ -34,7 +34,7 @@ SERIES = {
 }
 
 
-def explanation(run: Run) -> dict[str, Any] | None:
+def facts(run: Run) -> dict[str, Any] | None:
     """The section's parts; None where nothing was explained."""
     found = run.details.get("explanation")
     if not found:
