@@ -33,7 +33,8 @@ class Copy:
     def line(self, path: str, table: str, line: str) -> None:
         """One line at the end of a table, the only change to a file that was there."""
         text = (self.folder / path).read_text()
-        node = next(n for n in ast.parse(text).body if table in ast.unparse(n).split("=")[0])
+        made = [n for n in ast.parse(text).body if isinstance(n, ast.Assign | ast.AnnAssign)]
+        node = next(n for n in made if re.match(rf"{table}\b", ast.unparse(n)))
         lines = text.splitlines(keepends=True)
         lines.insert(node.end_lineno - 1, f"    {line},\n")
         (self.folder / path).write_text("".join(lines))
