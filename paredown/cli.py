@@ -29,7 +29,7 @@ from paredown.graph.coupling.coupling import analyze
 from paredown.graph.doors import python_file
 from paredown.graph.model import Model
 from paredown.report.page import report
-from paredown.run import check as checks
+from paredown.run import preflight
 from paredown.run.compress import compress
 from paredown.run.explain import explain
 from paredown.run.folder import load_run
@@ -140,7 +140,7 @@ def check(
 ) -> None:
     """Capture, export and dry-run one batch; name every problem at once, change nothing."""
     with _working(as_json):
-        found = checks.check_file(file, Target(runtime=runtime), recipe_file)
+        found = preflight.check_file(file, Target(runtime=runtime), recipe_file)
     if as_json:
         print_json(dataclasses.asdict(found))
     else:
@@ -166,7 +166,7 @@ def baseline(
     """Measure the model as it is: the exported file, in a fresh process."""
     with _working(as_json):
         model, task = _captured(file)
-        measurement = checks.baseline(model, task, Target(runtime, device, threads))
+        measurement = preflight.baseline(model, task, Target(runtime, device, threads))
     if as_json:
         print_json(dataclasses.asdict(measurement))
         return
@@ -242,7 +242,7 @@ def plan_verb(
     target = Target(runtime, device, threads)
     with _working(as_json):
         model, task = _captured(file)
-        measurement = checks.baseline(model, task, target)
+        measurement = preflight.baseline(model, task, target)
     proposals = plan(model, task, goals, measurement, target=target)
     if as_json:
         rows = [

@@ -27,7 +27,7 @@ from paredown.graph.capture import capture
 from paredown.graph.model import Model
 from paredown.graph.program import reexport
 from paredown.measure import timing
-from paredown.run import check as checks
+from paredown.run import preflight
 from paredown.ship import open
 from paredown.steps import STEPS, recipe, step_class
 from paredown.steps.pruning.criteria import CRITERIA
@@ -261,14 +261,14 @@ def test_a_missing_package_names_the_extra_before_any_work(name, built, monkeypa
     for work in (
         lambda: artifact.export(model, target, tmp_path / "model"),
         lambda: open.open(tmp_path / f"model{runtime(name).SUFFIX}"),
-        lambda: checks.baseline(model, task, target),
+        lambda: preflight.baseline(model, task, target),
         lambda: compress(model, task, Goals(), target, out=tmp_path / "run"),
         lambda: timing.speedup(model, model, target),
     ):
         with pytest.raises(UserError, match=said):
             work()
     assert not (tmp_path / "run").exists()
-    [problem] = checks.check(model, task, target).problems
+    [problem] = preflight.check(model, task, target).problems
     assert re.match(said, problem) and (f"'paredown[{name}]'" in problem or name in runtimes.CORE)
 
 

@@ -62,7 +62,7 @@ def test_ties_that_fall_otherwise_are_agreement_enough(chaotic, tmp_path, monkey
     got = otherwise(chaotic, 7)
     found = parity.agreement_db(chaotic(chaotic.inputs[0].example).detach().numpy(), got)
     monkeypatch.setattr(parity, "QUANTIZED_DB", found + 3)  # what a deeper network falls below
-    parity.check(chaotic, tmp_path / "file", File(got), never)
+    parity.confirm(chaotic, tmp_path / "file", File(got), never)
 
 
 @pytest.mark.parametrize("share", [0.3, 1.0, 3.0])
@@ -71,11 +71,11 @@ def test_other_differences_are_not(chaotic, tmp_path, share):
     noise = np.random.default_rng(0).normal(size=exact.shape).astype(np.float32)
     wrong = exact + share * exact.std() * noise
     with pytest.raises(UserError, match=r"output 'output' differs .*'layer' at 3 dB"):
-        parity.check(chaotic, tmp_path / "file", File(wrong), lambda *_: (3.0, "layer"))
+        parity.confirm(chaotic, tmp_path / "file", File(wrong), lambda *_: (3.0, "layer"))
 
 
 def test_where_ties_alone_decide_outputs_do_not_count(chaotic, tmp_path, monkeypatch):
     monkeypatch.setattr(parity, "TELLING_DB", 1000.0)
     monkeypatch.setattr(parity, "QUANTIZED_DB", 1000.0)
     with pytest.raises(AssertionError, match="worst tensor"):
-        parity.check(chaotic, tmp_path / "file", File(otherwise(chaotic, 7)), never)
+        parity.confirm(chaotic, tmp_path / "file", File(otherwise(chaotic, 7)), never)

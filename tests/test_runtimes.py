@@ -246,7 +246,7 @@ def test_a_file_that_differs_is_not_left_behind(name, built, lowered, monkeypatc
     def differs(*_):
         raise UserError(said)
 
-    monkeypatch.setattr(parity, "check", differs)
+    monkeypatch.setattr(parity, "confirm", differs)
     with pytest.raises(UserError, match=said):
         runtime(name).lower(built["cnn"][0], tmp_path / f"model{runtime(name).SUFFIX}")
     assert not list(tmp_path.iterdir())

@@ -22,10 +22,10 @@ from paredown.graph.capture import capture
 from paredown.graph.model import Model
 from paredown.measure.measure import compare, measure
 from paredown.run import details
-from paredown.run.check import problems
 from paredown.run.folder import artifact, write
 from paredown.run.identity import identity_of
 from paredown.run.ledger import FINISHED, RUN, Ledger, stage_key
+from paredown.run.preflight import problems
 from paredown.run.stages import Best, State, begun, tried
 from paredown.search import decide, plan
 from paredown.search.proposal import Attempt, Proposal

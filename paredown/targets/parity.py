@@ -25,7 +25,7 @@ TIE = 0.02  # of a step: what lies as near to the middle of two steps may be rou
 TELLING_DB, SLACK_DB = 10.0, 1.0
 
 
-def check(
+def confirm(
     model: Model,
     path: Path,
     predictor: Any,

@@ -223,7 +223,7 @@ def lower(model: Model, path: Path | str) -> Path:
         with _muted() as said:
             try:
                 predictor = open(path)
-                parity.check(model, path, predictor, lambda m, _: parity.worst_tensor(m, _run))
+                parity.confirm(model, path, predictor, lambda m, _: parity.worst_tensor(m, _run))
             except RuntimeError as error:
                 reason = _reason(said(), error)
                 raise UserError(f"{path.name}: ExecuTorch cannot run it: {reason}") from error

@@ -189,7 +189,7 @@ def lower(model: Model, path: Path | str) -> Path:
     path = Path(path)
     write_atomically(path, worker().convert(model))
     try:
-        parity.check(
+        parity.confirm(
             model, path, worker().predictor(path), lambda m, _: parity.worst_tensor(m, _run)
         )
     except UserError:

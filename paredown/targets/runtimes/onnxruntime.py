@@ -110,7 +110,7 @@ def lower(model: Model, path: Path | str) -> Path:
     path = Path(path)
     write_atomically(path, write.encode(model))
     try:
-        parity.check(model, path, open(path), values.worst_tensor)
+        parity.confirm(model, path, open(path), values.worst_tensor)
     except UserError:
         path.unlink()
         raise

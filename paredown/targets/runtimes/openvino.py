@@ -167,7 +167,7 @@ def lower(model: Model, path: Path | str) -> Path:
         return write.worst_tensor(model, lambda graph: Predictor(graph, 1))
 
     try:
-        parity.check(model, path, open(path), worst_tensor)
+        parity.confirm(model, path, open(path), worst_tensor)
     except UserError:
         path.unlink()
         path.with_suffix(COMPANIONS[0]).unlink()

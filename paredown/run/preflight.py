@@ -41,7 +41,7 @@ NEEDED = {
 
 
 @dataclass
-class Check:
+class Found:
     """What was found: problems to mend, notes to know, facts that hold."""
 
     problems: list[str] = field(default_factory=list)
@@ -59,9 +59,9 @@ class Check:
         return None
 
 
-def check_file(file: Path, target: Target, recipe_file: Path | None = None) -> Check:
+def check_file(file: Path, target: Target, recipe_file: Path | None = None) -> Found:
     """`check` of what a user's Python file makes, and of a recipe file."""
-    found = Check()
+    found = Found()
     steps = found.tried("the recipe", lambda: recipe.load(recipe_file) if recipe_file else [])
     functions = found.tried(str(file), lambda: load_file(file))
     if functions is None:
@@ -75,15 +75,15 @@ def check_file(file: Path, target: Target, recipe_file: Path | None = None) -> C
 
 def check(
     module: nn.Module | Model, task: Task, target: Target, steps: Sequence[Step] = ()
-) -> Check:
+) -> Found:
     """Capture, export, score and differentiate one batch; every problem at once."""
-    found = Check()
+    found = Found()
     _check(found, module, task, target, steps)
     return found
 
 
 def _check(
-    found: Check,
+    found: Found,
     module: nn.Module | Model | None,
     task: Task,
     target: Target,
@@ -106,13 +106,13 @@ def _check(
 
 def problems(model: Model, task: Task, target: Target, steps: Sequence[Step] = ()) -> list[str]:
     """What a run would stumble over, one sentence each; the export aside, this is quick."""
-    found = Check()
+    found = Found()
     _ask(found, model, task, target, steps)
     return found.problems
 
 
 def _ask(
-    found: Check, model: Model | None, task: Task, target: Target, steps: Sequence[Step]
+    found: Found, model: Model | None, task: Task, target: Target, steps: Sequence[Step]
 ) -> None:
     """Everything that can be asked of task, target and recipe, and one batch of each split."""
     lacking = task.missing(set(NEEDED))
