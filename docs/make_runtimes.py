@@ -19,7 +19,8 @@ sys.path.insert(0, str(ROOT))
 
 import paredown  # noqa: E402
 from paredown.core.task import Task  # noqa: E402
-from paredown.steps.step import FORMS, Step  # noqa: E402
+from paredown.graph.quantized.forms import WEIGHT_FORMS  # noqa: E402
+from paredown.steps.step import Step  # noqa: E402
 from paredown.targets.artifact import size_bytes  # noqa: E402
 from paredown.targets.runtimes import RUNTIMES, ready  # noqa: E402
 
@@ -44,9 +45,9 @@ class Net(nn.Module):
 
 
 def steps() -> dict[str, Step]:
-    """Form -> the step that `FORMS` names for it."""
+    """Form -> the step that its record names."""
     names = {name: getattr(paredown, name) for name in paredown.__all__}
-    return {form: eval(spelled, names) for form, spelled in FORMS.items()}
+    return {form.name: eval(form.made_by, names) for form in WEIGHT_FORMS.values()}
 
 
 def cell(model: paredown.Model, name: str, form: str, whole: int, folder: Path) -> str:
@@ -70,15 +71,17 @@ def table() -> str:
     model = paredown.capture(Net().eval(), task.example)
     made = {form: step.apply(model, task) for form, step in steps().items()}
     rows = [f"| step | {' | '.join(RUNTIMES)} |", "|---" * (len(RUNTIMES) + 1) + "|"]
-    cells: dict[str, list[str]] = {form: [] for form in FORMS}
+    cells: dict[str, list[str]] = {form: [] for form in WEIGHT_FORMS}
     for name in RUNTIMES:
         with tempfile.TemporaryDirectory() as folder:
             whole = size_bytes(
                 ready(name).lower(model, Path(folder) / f"whole{ready(name).SUFFIX}")
             )
-            for form in FORMS:
+            for form in WEIGHT_FORMS:
                 cells[form].append(cell(made[form], name, form, whole, Path(folder)))
-    rows += [f"| `{FORMS[form]}` | {' | '.join(found)} |" for form, found in cells.items()]
+    rows += [
+        f"| `{WEIGHT_FORMS[form].made_by}` | {' | '.join(found)} |" for form, found in cells.items()
+    ]
     return "\n".join(rows) + "\n"
 
 

@@ -26,13 +26,14 @@ from paredown.graph import store
 from paredown.graph.capture import capture
 from paredown.graph.model import Model
 from paredown.graph.program import reexport
+from paredown.graph.quantized.forms import WEIGHT_FORMS
 from paredown.measure import timing
 from paredown.run import preflight
 from paredown.ship import open
 from paredown.steps import STEPS, recipe, step_class
 from paredown.steps.pruning.criteria import CRITERIA
 from paredown.steps.quantization.cast import Cast
-from paredown.steps.step import ALONE, FORMS, Step
+from paredown.steps.step import ALONE, Step
 from paredown.targets import artifact, runtimes
 from paredown.targets.runtimes import RUNTIMES, onnxruntime, runtime
 from tests.architectures.blocks import EncoderBlock
@@ -234,7 +235,7 @@ def test_an_unknown_step_suggests_the_nearest():
 @pytest.mark.parametrize("name", RUNTIMES)
 def test_every_runtime_says_what_it_is(name):
     chosen = runtime(name)
-    assert set(FORMS) >= chosen.FORMS and chosen.PACKAGES
+    assert set(WEIGHT_FORMS) >= chosen.FORMS and chosen.PACKAGES
     extras = tomllib.loads(PYPROJECT.read_text())["project"]["optional-dependencies"]
     assert name in extras or name in runtimes.CORE
     suffixes = [runtime(other).SUFFIX for other in RUNTIMES]

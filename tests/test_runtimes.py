@@ -21,7 +21,7 @@ from docs import make_architectures as page
 from paredown.core.errors import UserError
 from paredown.core.task import Task
 from paredown.graph import structure
-from paredown.steps.step import FORMS
+from paredown.graph.quantized.forms import WEIGHT_FORMS
 from paredown.targets import parity, runtimes
 from paredown.targets.artifact import digest, parts, size_bytes
 from paredown.targets.devices.local import Probe
@@ -37,7 +37,7 @@ FLOAT = "float32"
 CASES = [
     (name, form, kind)
     for name in RUNTIMES
-    for form, kind in itertools.product([FLOAT, *FORMS], KINDS)
+    for form, kind in itertools.product([FLOAT, *WEIGHT_FORMS], KINDS)
     if form == FLOAT or form in runtime(name).FORMS
 ]
 INTEGER = ("int8", "int8-dynamic", "int4")  # forms whose activations are integers too
@@ -77,8 +77,10 @@ PARTLY_IN_FLOAT = {  # as the census tells
 
 
 def step(form: str):
-    """The step that `FORMS` names for a form, as a person would type it."""
-    return eval(FORMS[form], {name: getattr(paredown, name) for name in paredown.__all__})
+    """The step that the record of a form names, as a person would type it."""
+    return eval(
+        WEIGHT_FORMS[form].made_by, {name: getattr(paredown, name) for name in paredown.__all__}
+    )
 
 
 @pytest.fixture(scope="module")

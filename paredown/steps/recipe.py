@@ -18,8 +18,9 @@ from paredown.core.task import Target, Task
 from paredown.graph.capture import capture
 from paredown.graph.holds.every import HOLDS
 from paredown.graph.model import Model
+from paredown.graph.quantized.forms import WEIGHT_FORMS
 from paredown.steps import STEPS, step_class
-from paredown.steps.step import ALONE, FORMS, Setting, Step
+from paredown.steps.step import ALONE, Setting, Step
 from paredown.targets.artifact import digest
 from paredown.targets.runtimes import RUNTIMES, runtime
 
@@ -101,7 +102,7 @@ def _unwritable(steps: Sequence[Step], name: str) -> list[str]:
         form = step.form
         if form is not None and form not in can:
             others = [other for other, forms in able.items() if form in forms]
-            here = " or ".join(FORMS[each] for each in FORMS if each in can)
+            here = " or ".join(f.made_by for f in WEIGHT_FORMS.values() if f.name in can)
             elsewhere = f", or the runtime {' or '.join(others)}" if others else ""
             found.append(f"{line(step)}: {name} cannot run {form}; use {here}{elsewhere}.")
     return found

@@ -9,10 +9,6 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from paredown.core.task import Target, Task
 from paredown.graph.model import Model
-from paredown.graph.quantized import forms
-
-# What weights and activations can be besides float32, and the step that makes it.
-FORMS = {form.name: form.made_by for form in forms.WEIGHT_FORMS.values()}
 
 
 def forget(fact: dict[str, Any]) -> None:
@@ -85,7 +81,7 @@ class Step(Protocol):
 
     @property
     def form(self) -> str | None:
-        """What weights or activations are afterwards, a key of `FORMS`; None is float32.
+        """The name of the weight form that it makes; None where all stays float32.
 
         A runtime names in its own ``FORMS`` those that it can write.
         """
