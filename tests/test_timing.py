@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from paredown.core.errors import UserError
 from paredown.core.task import Target
+from paredown.data import batches
 from paredown.graph.capture import capture
 from paredown.graph.model import Model
 from paredown.measure import inputs, timing
@@ -217,7 +218,7 @@ def test_a_decision_takes_less_time_than_a_final_measurement() -> None:
 @pytest.mark.parametrize("length", [1, 3, 4])
 def test_a_short_batch_is_padded_with_its_last_example(small: Model, length: int) -> None:
     x = torch.arange(float(length))[:, None].expand(length, FEATURES)
-    [padded] = inputs.leaves(small, x, "x", 4)
+    [padded] = inputs.leaves(small, batches.padded(x, 4), "x")
     assert padded[:, 0].tolist() == [min(n, length - 1) for n in range(4)]
     [same] = inputs.leaves(small, x, "x")
     assert same is x

@@ -30,7 +30,7 @@ def deployed(model: Model, examples: Any, split: str) -> tuple[list[list[np.ndar
     found: list[list[np.ndarray]] = []
     shapes = [item.example.shape for item in model.inputs]
     for each in feed.every(model, examples, batch, CYCLE):
-        tensors = leaves(model, batches.padded(each.inputs, batch), split)
+        tensors = leaves(model, batches.padded(each.inputs, batch), of_split(split))
         if [tensor.shape for tensor in tensors] == shapes:
             found.append(arrays(model, tensors))
             total += sum(array.nbytes for array in found[-1])
@@ -47,13 +47,17 @@ def deployed_example(model: Model) -> list[np.ndarray]:
     return arrays(model, [item.example for item in model.inputs])
 
 
-def leaves(model: Model, inputs: Any, split: str) -> list[Tensor]:
-    """The tensors of a batch of that split in the model's order.
+def of_split(name: str) -> str:
+    """Where the batches of a split come from, in words."""
+    return f"task: its {name} split"
+
+
+def leaves(model: Model, inputs: Any, source: str) -> list[Tensor]:
+    """The tensors of a batch in the model's order; ``source`` says where it comes from.
 
     Raises:
         UserError: other shapes or dtypes than the captured ones.
     """
-    source = f"task: its {split} split"
     args, kwargs = splits.arguments(inputs)
     try:
         bound = model.bind(args, kwargs)

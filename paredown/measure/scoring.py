@@ -43,7 +43,7 @@ def score_files(
     with tempfile.TemporaryDirectory(prefix="paredown-") as folder:
         read, made = Path(folder) / "inputs.npz", Path(folder) / "outputs.npz"
         for batch in track(given, f"scoring {split}"):
-            leaves = inputs.leaves(model, batch.inputs, split)
+            leaves = inputs.leaves(model, batch.inputs, inputs.of_split(split))
             write_batches(read, [inputs.arrays(model, leaves)])
             for name, probe in probes.items():
                 [arrays] = probe.run(read, made)

@@ -149,7 +149,7 @@ def _first_batch(model: Model, task: Task, split: str) -> Batch:
 
 def _fits(model: Model, task: Task, split: str) -> bool:
     """Whether the inputs of a split are those of the example; the last batch may be shorter."""
-    inputs.leaves(model, _first_batch(model, task, split).inputs, split)
+    inputs.leaves(model, _first_batch(model, task, split).inputs, inputs.of_split(split))
     return True
 
 
