@@ -27,6 +27,7 @@ from paredown.explain.words import shown as shown_explanation
 from paredown.graph.capture import capture
 from paredown.graph.coupling.coupling import analyze
 from paredown.graph.doors import python_file
+from paredown.graph.doors.other_files import told
 from paredown.graph.model import Model
 from paredown.report.page import report
 from paredown.run import preflight
@@ -35,7 +36,7 @@ from paredown.run.explain import explain
 from paredown.run.folder import load_run
 from paredown.run.replay import replay
 from paredown.run.words import file_of, measurement_rows, print_run, why
-from paredown.search.plan import plan
+from paredown.search.plan import as_asked, plan
 from paredown.search.words import print_plan
 from paredown.ship.pack.container import pack, unpack
 from paredown.ship.pack.words import print_contents
@@ -73,6 +74,9 @@ Energy = Annotated[str | None, typer.Option(help='Energy per inference: "5mJ", "
 Runtime = Annotated[str, typer.Option(help=f"Runtime of the artifact: {', '.join(RUNTIMES)}.")]
 Device = Annotated[str, typer.Option(help=f"Where to measure: {', '.join(DEVICES)}.")]
 Threads = Annotated[int, typer.Option(help="Threads of the runtime.")]
+RecipeFile = Annotated[
+    Path | None, typer.Option("--recipe", help="A recipe of your own, instead of the plan's.")
+]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print the result only.")]
 
 
@@ -216,10 +220,7 @@ def inspect_verb(
 
 def _opened(file: Path) -> Model:
     if file.suffix not in (".pt2", ".safetensors"):
-        raise UserError(
-            f"{file}: expected a Python file with model() and task(), a .pt2 program or a saved "
-            ".safetensors model."
-        )
+        raise UserError(told(file))
     return capture(file)
 
 
@@ -235,15 +236,21 @@ def plan_verb(
     runtime: Runtime = "onnxruntime",
     device: Device = "local",
     threads: Threads = 1,
+    recipe_file: RecipeFile = None,
     as_json: Json = False,
 ) -> None:
     """Say which recipes would be tried for these goals, in which order and why."""
     goals = Goals(max_drop, size, latency, memory, throughput, energy)
     target = Target(runtime, device, threads)
+    steps = recipe.load(recipe_file) if recipe_file else None
     with _working(as_json):
         model, task = _captured(file)
+        lacking = recipe.problems(steps or [], task, target)
+        if lacking:
+            raise UserError("\n".join(lacking))
         measurement = preflight.baseline(model, task, target)
-    proposals = plan(model, task, goals, measurement, target=target)
+    asked = [as_asked(steps)] if steps else None
+    proposals = asked or plan(model, task, goals, measurement, target=target)
     if as_json:
         rows = [
             {"title": p.title, "reason": p.reason, "recipe": recipe.to_toml(p.steps)}
@@ -266,9 +273,7 @@ def run(
     runtime: Runtime = "onnxruntime",
     device: Device = "local",
     threads: Threads = 1,
-    recipe_file: Annotated[
-        Path | None, typer.Option("--recipe", help="A recipe of your own, instead of the plan's.")
-    ] = None,
+    recipe_file: RecipeFile = None,
     out: Annotated[
         Path | None,
         typer.Option(help="Run folder, by default a new one under runs/ for each other input."),

@@ -183,7 +183,46 @@ def test_a_file_must_be_there_and_python(user, paredown_cli):
     refused(paredown_cli("run", "nowhere.py", "--out", "r"), r"nowhere\.py: no such file")
     Path("net.txt").write_text(TINY)
     refused(paredown_cli("run", "net.txt", "--out", "r"), "expected a Python file")
-    refused(paredown_cli("run", ".", "--out", "r"), "no such file")
+    refused(paredown_cli("run", ".", "--out", "r"), r"\.: is a folder; expected a Python file")
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    {
+        "net.onnx": "a file that a runtime runs: paredown.open runs it",
+        "net.pth": r"holds weights without their module; load them in model\(\)",
+        "net.keras": "is a Keras or TensorFlow model, which cannot be compressed",
+        "run/run.json": "is a run's folder, for paredown report",
+        "face/config.json": "is a folder as Hugging Face has them; load it with from_pretrained",
+        "tf/saved_model.pb": "is a TensorFlow model, which cannot be compressed",
+    }.items(),
+)
+def test_what_is_no_python_file_is_told_for_what_it_is(user, paredown_cli, name, said):
+    Path(name).parent.mkdir(exist_ok=True)
+    Path(name).touch()
+    where = name.partition("/")[0]
+    for verb in ("run", "check", "inspect", "baseline"):
+        code, out, err = paredown_cli(verb, where)
+        assert code == 1 and re.search(said, out + err) and "expected a Python file" in out + err
+
+
+def test_a_recipe_of_ones_own_is_planned(user, paredown_cli):
+    user()
+    Path("own.toml").write_text('[[step]]\nname = "cast"\ndtype = "bf16"\n')
+    code, _, err = paredown_cli("plan", "net.py", "--recipe", "own.toml")
+    assert code == 1 and "onnxruntime cannot run bf16" in err
+    Path("own.toml").write_text('[[step]]\nname = "cast"\n')
+    code, out, _ = paredown_cli("plan", "net.py", "--recipe", "own.toml", "--size", "0.6x")
+    assert code == 0 and "1. as asked: the recipe that was given" in out and "expected" not in out
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    {"tflite": "litert", "ort": "onnxruntime", "ov": "openvino", "et": "executorch"}.items(),
+)
+def test_a_runtime_is_known_by_its_other_names(user, paredown_cli, name, meant):
+    user()
+    refused(paredown_cli(*RUN, "--runtime", name), f"did you mean '{meant}'")
 
 
 @pytest.mark.parametrize(

@@ -210,6 +210,7 @@ def test_a_model_without_groups_says_so(user, paredown_cli):
 )
 def test_a_wrong_file_is_a_sentence(paredown_cli, tmp_path, monkeypatch, name, said):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "net.onnx").touch()
     code, _, err = paredown_cli("inspect", name)
     assert code == 1 and re.search(said, err)
 

@@ -106,7 +106,7 @@ def _proposals(state: State, steps: Sequence[Step] | None) -> list[Proposal]:
         progress.say("The original meets every goal already: nothing is changed.")
         return []
     if steps is not None:
-        return [Proposal("as asked", "the recipe that was given", plan.attempts(steps))]
+        return [plan.as_asked(steps)]
     proposals = plan.plan(
         state.original, state.task, state.goals, state.baseline, state.seed, state.target
     )

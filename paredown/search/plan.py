@@ -38,6 +38,11 @@ def plan(
     return [proposal for offer in offers() for proposal in offer(situation)]
 
 
+def as_asked(steps: Sequence[Step]) -> Proposal:
+    """The only proposal where a user gives a recipe."""
+    return Proposal("as asked", "the recipe that was given", attempts(steps))
+
+
 def attempts(steps: Sequence[Step]) -> tuple[Attempt, ...]:
     """A user's own recipe cut into attempts: each step with the recovering ones behind it."""
     groups: list[list[Step]] = []

@@ -17,4 +17,5 @@ def print_plan(proposals: list[Proposal]) -> None:
             steps = ", ".join(recipe.line(step) for step in attempt.steps)
             console.print(f"   - {attempt.title}: {escape(steps)}", highlight=False)
             console.print(f"     why: {attempt.reason}", highlight=False)
-            console.print(f"     expected: {attempt.expected}", highlight=False)
+            if attempt.expected:
+                console.print(f"     expected: {attempt.expected}", highlight=False)

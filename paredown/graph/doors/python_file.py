@@ -16,6 +16,7 @@ from torch import nn
 
 from paredown.core.errors import UserError
 from paredown.core.task import Task
+from paredown.graph.doors.other_files import told
 from paredown.graph.model import Model
 
 
@@ -70,10 +71,8 @@ def functions_of(path: str | Path, functions: tuple[str, ...]) -> list[Callable[
         UserError: no such file, an error in it, or one of the functions is missing.
     """
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such file.")
-    if path.suffix != ".py":
-        raise UserError(f"{path}: expected a Python file that defines model() and task().")
+    if not path.is_file() or path.suffix != ".py":
+        raise UserError(told(path))
     name = f"paredown_user_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None

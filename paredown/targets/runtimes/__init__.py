@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Collection, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -24,6 +25,13 @@ RUNTIMES = {
     "pytorch": "paredown.targets.runtimes.pytorch",
     "executorch": "paredown.targets.runtimes.executorch",
     "litert": "paredown.targets.runtimes.litert",
+}
+OTHERWISE = {  # what people call them: letters and digits alone
+    **dict.fromkeys(("ort", "onnx", "onnxrt"), "onnxruntime"),
+    **dict.fromkeys(("ov", "ir"), "openvino"),
+    **dict.fromkeys(("torch", "pt", "libtorch"), "pytorch"),
+    **dict.fromkeys(("et", "pte", "xnnpack", "pytorchmobile"), "executorch"),
+    **dict.fromkeys(("tflite", "tensorflowlite", "tfl", "litertorch"), "litert"),
 }
 CORE = ("onnxruntime", "pytorch")  # installed with paredown; each other one has its extra
 
@@ -116,9 +124,16 @@ def source(name: str) -> Path:
 
 def _module(name: str) -> ModuleType:
     if name not in RUNTIMES:
-        raise UserError(f"runtime: {name!r} is not one of {', '.join(RUNTIMES)}.")
+        raise UserError(f"runtime: {name!r} is not one of {', '.join(RUNTIMES)}{_meant(name)}")
     module: ModuleType = named(RUNTIMES[name])
     return module
+
+
+def _meant(name: str) -> str:
+    """The runtime that a user may have meant, as the end of a sentence."""
+    called = OTHERWISE.get(name.lower().replace("-", "").replace("_", "").replace(" ", ""))
+    near = [called] if called else difflib.get_close_matches(name.lower(), RUNTIMES, 1, 0.5)
+    return f"; did you mean {near[0]!r}?" if near else "."
 
 
 def ready(name: str) -> Runtime:
