@@ -199,6 +199,18 @@ def test_part_of_an_epoch_and_the_schedule(model):
     assert set(steps) == {16}  # a batch of one example has no variance
 
 
+@pytest.mark.parametrize(
+    ("epochs", "steps"),
+    [(1.05, 6), (2.08, 12), (1.09, 7), (0.01, 1), (0.5, 3), (1.95, 12), (1, 6), (1 + 1e-9, 6)],
+)
+def test_a_part_of_an_epoch_too_small_for_a_step_is_none(model, epochs, steps):
+    taken = []
+    task = replace(TASK, loss=lambda out, y: taken.append(1) or cross_entropy(out, y))
+    history = fit(model, task, replace(FAST, epochs=epochs))
+    assert len(taken) == steps and len(history) == -(-steps // 6)
+    assert all(row["lr"] > 0 for row in history)
+
+
 def test_out_of_memory_halves_the_batch_and_keeps_its_gradient(model, monkeypatch, said):
     plain = capture(nn.Sequential(nn.Flatten(), nn.Linear(36, 2)), TASK.example)
     whole, halved = plain.copy(), plain.copy()

@@ -63,7 +63,8 @@ def fit(
             state = _start(model, task, settings, objective.extra)
             if checkpoint is not None:
                 resume(checkpoint, mark, model, state)
-            while state.epoch < math.ceil(settings.epochs) and not _stopped(state, settings):
+            per_epoch, total = _steps(model, task, settings, state)
+            while state.epoch * per_epoch < total and not _stopped(state, settings):
                 _one_epoch(model, task, settings, state, objective, lasso)
                 if checkpoint is not None:
                     write(checkpoint, mark, model, state)
@@ -89,8 +90,7 @@ def _one_epoch(
 ) -> None:
     """Epoch ``state.epoch``: every step, the validation score, the row of the history."""
     split = splits.split(task, "train")
-    per_epoch = batches.per_epoch(splits.size(split), state.batch, model.fixed_batch)
-    total = max(1, round(settings.epochs * per_epoch))
+    per_epoch, total = _steps(model, task, settings, state)
     first = state.epoch * per_epoch
     seed = settings.seed * 1_000_003 + state.epoch  # so a resumed epoch draws the same numbers
     machine.seed(seed)
@@ -124,6 +124,13 @@ def _one_epoch(
     score = f", validation score {row['score']:.4g}" if "score" in row else ""
     gone = f", {lasso.zeros()} of {len(lasso.group)} units at zero" if lasso is not None else ""
     progress.say(f"  epoch {state.epoch}: loss {row['loss']:.4g}{score}{gone}")
+
+
+def _steps(model: Model, task: Task, settings: Training, state: State) -> tuple[int, int]:
+    """Of a whole epoch, and of the training: the nearest whole number, at least one."""
+    examples = splits.size(splits.split(task, "train"))
+    per_epoch = batches.per_epoch(examples, state.batch, model.fixed_batch)
+    return per_epoch, max(1, round(settings.epochs * per_epoch))
 
 
 def _loss_and_gradients(model: Model, objective: Objective, batch: Any, state: State) -> float:
