@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, default_collate
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    StackDataset,
+    Subset,
+    TensorDataset,
+    default_collate,
+)
 
 from paredown.core.errors import UserError
 from paredown.core.task import SPLITS, Task
@@ -47,7 +55,8 @@ def batches(
 ) -> Iterator[tuple[Any, Any]]:
     """``(inputs, target)`` batches; target is None where the data has no labels.
 
-    The order of a shuffled pass depends on ``seed`` alone.
+    The order of a shuffled pass depends on ``seed`` alone. Every example is what the dataset's own
+    ``__getitem__`` gives, or its ``__getitems__``, whichever is the more derived.
 
     Example:
         >>> x, y = torch.arange(6.0).reshape(3, 2), torch.arange(3)
@@ -55,14 +64,56 @@ def batches(
         [[0, 1], [2]]
     """
     generator = torch.Generator().manual_seed(seed)
-    if isinstance(data, TensorDataset):
+    if _only_indexes(data):
         yield from _tensor_batches(data.tensors, batch_size, shuffle, generator)
         return
+    source = data if isinstance(data, IterableDataset) else _Read(data)
     loader = DataLoader(
-        data, batch_size, shuffle=shuffle, generator=generator, collate_fn=default_collate
+        source, batch_size, shuffle=shuffle, generator=generator, collate_fn=default_collate
     )
     for item in loader:
         yield pair(item)
+
+
+def _only_indexes(data: Dataset[Any]) -> TypeGuard[TensorDataset]:
+    """Whether its examples are rows of its tensors, with nothing of the user's done to them."""
+    methods = ("__getitem__", "__len__")
+    return isinstance(data, TensorDataset) and all(
+        getattr(type(data), name) is getattr(TensorDataset, name) for name in methods
+    )
+
+
+class _Read(Dataset[Any]):
+    """A split whose lists of examples are those that its own ``__getitem__`` would give: torch
+    takes an inherited or delegated ``__getitems__``, which passes by what a subclass has changed.
+    """
+
+    def __init__(self, data: Dataset[Any]) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        return size(self.data)
+
+    def __getitems__(self, indices: list[int]) -> list[Any]:
+        return _examples(self.data, indices)
+
+
+def _examples(data: Any, indices: Sequence[int]) -> list[Any]:
+    kind = type(data)
+    item, items = (_depth(kind, name) for name in ("__getitem__", "__getitems__"))
+    if items is None or (item is not None and item < items):
+        return [data[index] for index in indices]
+    if kind.__getitems__ is Subset.__getitems__:  # it asks what it holds as torch does
+        return _examples(data.dataset, [data.indices[index] for index in indices])
+    if kind.__getitems__ is StackDataset.__getitems__:  # likewise
+        return [data[index] for index in indices]
+    return list(data.__getitems__(indices))
+
+
+def _depth(kind: type, name: str) -> int | None:
+    """How far up a class inherits a method from; None where it has none."""
+    found = (depth for depth, each in enumerate(kind.__mro__) if name in vars(each))
+    return next(found, None)
 
 
 def _tensor_batches(
