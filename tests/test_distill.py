@@ -15,15 +15,17 @@ from paredown import Distill, FineTune, Goals, PruneWeights, Quantize, capture, 
 from paredown.core import progress
 from paredown.core.errors import UserError
 from paredown.core.task import Task
+from paredown.data import splits
 from paredown.graph import taps
 from paredown.graph.model import Model
 from paredown.steps import recipe
 from paredown.steps.step import Setting
-from paredown.train import loop
+from paredown.train import loop, parts
 from paredown.train.distill import losses, teacher
 from paredown.train.distill.inner_values import View
 from paredown.train.distill.lesson import Teaching, prepare
 from paredown.train.distill.outputs import outputs_of
+from paredown.train.distill.teacher import TAUGHT
 from paredown.train.loop import fit
 from paredown.train.settings import Training
 from tests.architectures import ARCHITECTURES, make
@@ -479,6 +481,36 @@ def test_too_little_memory_halves_the_batch(master, student, monkeypatch, said):
     rows = fit(student, replace(TASK, validation=None), Training(**FAST), objective=lesson)
     assert len(rows) == 4
     assert any("out of memory at a batch of 16: going on with 8 at a time" in line for line in said)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        Teaching(alpha=0.0),
+        Teaching(alpha=0.5, loss="decoupled"),
+        Teaching(internal=("similarity", "attention_transfer", "hints")),
+    ],
+    ids=lambda how: "-".join((how.loss, *how.internal)),
+)
+@pytest.mark.parametrize("cached", [False, True])
+def test_parts_of_a_batch_teach_as_the_whole(how, cached, master, student):
+    labels = TASK.train.tensors[1].clone()
+    labels[3:11] = -100  # of the first part of a batch more than of the second
+    task = replace(TASK, train=TensorDataset(TASK.train.tensors[0], labels))
+    lesson = prepare(master, student, task, how, related=False)
+    inputs, target = next(splits.batches(task.train, 16))
+    if cached:
+        target = {TAUGHT: lesson.says(inputs), "target": target}
+    found = []
+    for chunk in (16, 6):
+        for parameter in (*student.parameters(), *lesson.extra.values()):
+            parameter.grad = None
+        loss = parts.gradients(student, lesson, (inputs, target), chunk, torch.device("cpu"))
+        every = (*student.parameters(), *lesson.extra.values())
+        found.append((loss, [p.grad.clone() for p in every if p.grad is not None]))
+    assert found[0][0] == pytest.approx(found[1][0]) and len(found[0][1]) > 3
+    for whole, added in zip(found[0][1], found[1][1], strict=True):
+        torch.testing.assert_close(added, whole, rtol=1e-3, atol=1e-5)
 
 
 class Plain(Dataset):

@@ -42,6 +42,18 @@ def seed(number: int) -> None:
     np.random.seed(number % 2**32)
 
 
+def random_state(used: torch.device) -> list[torch.Tensor]:
+    """Where torch's generators stand, of the CPU and of the device that is used."""
+    states = [torch.get_rng_state()]
+    return states + ([torch.cuda.get_rng_state(used)] if used.type == "cuda" else [])
+
+
+def set_random_state(states: list[torch.Tensor], used: torch.device) -> None:
+    torch.set_rng_state(states[0])
+    if used.type == "cuda":
+        torch.cuda.set_rng_state(states[1], used)
+
+
 @contextlib.contextmanager
 def repeatable(used: torch.device) -> Iterator[None]:
     """Reproducible kernels; the caller's random states and settings come back afterwards."""

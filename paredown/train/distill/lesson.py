@@ -123,14 +123,20 @@ class Lesson:
             found = read(self.teacher.graph, leaves, [pair.teacher.node for pair in self.pairs])
         return [found[0][output.index] for output in self.outputs] + found[1]
 
-    def __call__(self, model: Model, inputs: Any, target: Any) -> Tensor:
-        taught = None
-        if isinstance(target, dict) and TAUGHT in target:
-            taught, target = target[TAUGHT], target.get("target")
+    def values(self, model: Model, inputs: Any, target: Any) -> list[Tensor]:
+        """The model's outputs and inner values, and what the teacher says beside them."""
+        taught = target.get(TAUGHT) if isinstance(target, dict) else None
         theirs = self.says(inputs) if taught is None else taught
         leaves = model.bind(*splits.arguments(inputs))
         outputs, inner = read(model.graph, leaves, [pair.student.node for pair in self.pairs])
-        count = len(self.outputs)
+        return [*outputs, *inner, *theirs]
+
+    def loss(self, model: Model, values: list[Tensor], target: Any) -> Tensor:
+        if isinstance(target, dict) and TAUGHT in target:
+            target = target.get("target")
+        count, inside = len(self.outputs), len(self.pairs)
+        ours, theirs = values[: -count - inside], values[-count - inside :]
+        outputs, inner = ours[: len(ours) - inside], ours[len(ours) - inside :]
         loss = torch.zeros((), device=outputs[0].device)
         if self.how.alpha < 1:
             loss = (1 - self.how.alpha) * self._outputs(outputs, theirs[:count], target)
@@ -141,6 +147,9 @@ class Lesson:
             output = structure.unflatten(outputs, model.outputs)
             loss = loss + self.how.alpha * task_loss(self.task, output, target)
         return loss
+
+    def __call__(self, model: Model, inputs: Any, target: Any) -> Tensor:
+        return self.loss(model, self.values(model, inputs, target), target)
 
     def _outputs(self, ours: list[Tensor], theirs: list[Tensor], target: Any) -> Tensor:
         """The sum over the outputs."""
