@@ -721,3 +721,8 @@ def test_another_batch_size_is_another_run(user, here):
     changed = dataclasses.replace(task, batch_size=7)
     with pytest.raises(UserError, match="batch_size: was 20, is now 7"):
         paredown.compress(model, changed, Goals(size="10MB"), out="r")
+    changed = dataclasses.replace(task, ignore=255)
+    with pytest.raises(UserError, match=r"ignore\.?0?: was \(nothing\), is now \[?255"):
+        paredown.compress(model, changed, Goals(size="10MB"), out="r")
+    with pytest.raises(UserError, match="the task's ignore is not the one of the run"):
+        paredown.replay("r", model, changed)

@@ -34,6 +34,9 @@ class Task:
             input ``{dim: "name"}`` or None.
         classes: names of the classes, for the report.
         batch_size: examples per batch wherever the data is run.
+        ignore: the label, or labels, that ``loss`` and ``score`` do not count, such as 255 or -1,
+            so that a teacher's outputs are not compared there either. None finds it out: the one
+            value outside the classes in all of a split, or -100.
 
     Example:
         >>> import torch
@@ -58,6 +61,7 @@ class Task:
     dynamic: tuple[Any, ...] | dict[str, Any] | None = None
     classes: tuple[str, ...] = ()
     batch_size: int = 64
+    ignore: int | tuple[int, ...] | None = None
 
     def missing(self, needs: set[str] | frozenset[str]) -> list[str]:
         """The fields among ``needs`` that this task does not provide, sorted."""

@@ -41,6 +41,11 @@ def split(task: Task, name: str) -> Dataset[Any]:
     return data  # type: ignore[no-any-return]
 
 
+def ignored(task: Task) -> tuple[int, ...] | None:
+    """The labels that the task says do not count; None where it says nothing."""
+    return (task.ignore,) if isinstance(task.ignore, int) else task.ignore
+
+
 def size(data: Dataset[Any]) -> int:
     try:
         return len(data)  # type: ignore[arg-type]

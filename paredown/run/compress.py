@@ -23,7 +23,7 @@ from paredown.graph.model import Model
 from paredown.measure.measure import compare, measure
 from paredown.run import details
 from paredown.run.folder import artifact, write
-from paredown.run.identity import identity_of
+from paredown.run.identity import identity_of, ignore_of
 from paredown.run.ledger import FINISHED, RUN, Ledger, stage_key
 from paredown.run.preflight import problems
 from paredown.run.stages import Best, State, begun, tried
@@ -189,6 +189,7 @@ def _run(state: State, steps: Sequence[Step] | None, identity: dict[str, Any], c
         details={
             "model_sha256": identity["model"],
             "batch_size": identity["batch_size"],
+            **ignore_of(state.task),
             "files": identity["files"],
             "stage_sha256": best.stage,
             "packed_bytes": _packed(state, best),
