@@ -1,7 +1,9 @@
 """How a split becomes batches for a model, and how a batch is scored."""
 
+import random
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -302,3 +304,81 @@ def test_a_transform_of_the_users_runs_in_training_as_in_calibration(varying):
     )
     paredown.FineTune(epochs=1, device="cpu").apply(varying, task)
     assert sorted(set(seen)) == list(range(6))
+
+
+class Augmented(Dataset):
+    """It draws from all three generators, and may have one of its own."""
+
+    def __init__(self, count=12, own=None):
+        self.count, self.own = count, own
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        drawn = torch.rand(()) + random.random() + np.random.rand()
+        if self.own is not None and index >= 5:
+            drawn = drawn + self.own.random()
+        return torch.full((2,), float(index) + float(drawn)), index % 3
+
+
+class AugmentedLists(Augmented):
+    def __getitems__(self, indices):
+        return [self[index] for index in indices]
+
+
+def everything(data, size, **how):
+    found = list(splits.batches(data, size, **how))
+    return torch.cat([inputs for inputs, _ in found]), torch.cat([target for _, target in found])
+
+
+def drawn():
+    return torch.rand(()).item(), random.random(), np.random.rand()
+
+
+@pytest.mark.parametrize("data", [Augmented(), AugmentedLists(), Subset(Augmented(20), range(12))])
+def test_random_data_are_the_same_each_time_and_other_ones_in_each_epoch(data):
+    torch.manual_seed(0), random.seed(0), np.random.seed(0)
+    expected = [drawn() for _ in range(3)]
+    torch.manual_seed(0), random.seed(0), np.random.seed(0)
+    once = everything(data, 4)
+    between = drawn()
+    again = everything(data, 4)
+    first = splits.fingerprint(data)
+    assert torch.equal(once[0], again[0]) and first == splits.fingerprint(data)
+    assert [between, drawn(), drawn()] == expected  # the caller's numbers are left alone
+    epochs = [everything(data, 4, shuffle=True, seed=seed)[0] for seed in (1, 1, 2)]
+    assert torch.equal(epochs[0], epochs[1])
+    assert not torch.equal(epochs[0].sort(0)[0], epochs[2].sort(0)[0])
+    if not isinstance(data, AugmentedLists):
+        assert torch.equal(everything(data, 5)[0], once[0])
+        assert torch.equal(splits.example(data, 7)[0], once[0][7])
+    assert splits.unrepeated(data, 4) is None
+
+
+def test_where_data_differ_between_two_readings_is_found():
+    assert splits.unrepeated(Augmented(own=np.random.default_rng()), 4) == 5
+    holes = [(torch.full((2,), torch.nan), index) for index in range(3)]
+    assert splits.unrepeated(holes, 2) is None
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        paredown.Quantize("int8", ranges="entropy"),
+        paredown.FineTune(epochs=2, device="cpu"),
+        paredown.Distill(epochs=1, device="cpu"),
+        paredown.PruneChannels(0.5, criterion="taylor"),
+    ],
+)
+def test_a_step_repeats_on_random_data_whatever_the_caller_has_drawn(step):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Dropout(0.3), nn.Linear(8, 3))
+    task = Task((torch.zeros(4, 2),), accuracy, nn.functional.cross_entropy, Augmented(24))
+    made = []
+    for seed in (1, 2):
+        torch.manual_seed(seed), random.seed(seed), np.random.seed(seed)
+        made.append(paredown.apply(net, [step], task))
+    states = [model.state_dict() for model in made]
+    assert made[0].graph.code == made[1].graph.code
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])

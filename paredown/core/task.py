@@ -20,7 +20,8 @@ class Task:
 
     A split is a map-style ``torch.utils.data.Dataset`` of ``(inputs, target)`` pairs without a
     batch dimension, as ``TensorDataset(x, y)`` gives; ``inputs`` is one tensor, a tuple or a dict.
-    Each example is what its ``__getitem__`` gives, wherever it is read.
+    Each example is what its ``__getitem__`` gives, wherever it is read; what that draws at random
+    from ``torch``, ``numpy.random`` or ``random`` is seeded for each example and epoch.
 
     Args:
         example: inputs as deployed, batch dimension first: a tuple of positional inputs, or a

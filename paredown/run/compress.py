@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from paredown.core import progress
@@ -18,6 +17,7 @@ from paredown.core.results import Run, Trial
 from paredown.core.task import Target, Task
 from paredown.core.units import GOALS
 from paredown.explain.explanation import within_run
+from paredown.graph import machine
 from paredown.graph.capture import capture
 from paredown.graph.model import Model
 from paredown.measure.measure import compare, measure
@@ -70,10 +70,9 @@ def compress(
         raise UserError("\n".join(found))
     identity = identity_of(captured, task, goals, target, steps, seed)
     folder = Path(out) if out else Path("runs") / stage_key(identity)[:12]
-    with Ledger.open(folder, identity) as ledger, torch.random.fork_rng(devices=[]):
+    with Ledger.open(folder, identity) as ledger, machine.same_numbers(seed):
         run = _finished(ledger)
         if run is None:
-            torch.manual_seed(seed)
             state = begun(ledger, captured, task, goals, target, seed, steps is not None)
             text = _run(state, steps, identity, command).to_json()
             run = Run.from_json(text)  # as a later call finds it

@@ -97,6 +97,8 @@ def check_identity(folder: Path, wanted: dict[str, Any]) -> None:
     changes = _changes(_flat(identity), _flat(wanted))
     if changes:
         lines = "\n".join(f"  {change}" for change in changes)
+        if any(".fingerprint:" in change for change in changes):
+            lines += "\n`paredown check` says whether the data are others each time they are read."
         raise UserError(
             f"{folder}: holds a run of something else, so it cannot be gone on with. Changed:\n"
             f"{lines}\nChoose another --out, or delete the folder."
