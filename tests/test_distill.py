@@ -15,15 +15,17 @@ from paredown import Distill, FineTune, Goals, PruneWeights, Quantize, capture, 
 from paredown.core import progress
 from paredown.core.errors import UserError
 from paredown.core.task import Task
+from paredown.data import splits
 from paredown.graph import taps
 from paredown.graph.model import Model
 from paredown.steps import recipe
 from paredown.steps.step import Setting
-from paredown.train import loop
+from paredown.train import loop, parts
 from paredown.train.distill import losses, teacher
 from paredown.train.distill.inner_values import View
 from paredown.train.distill.lesson import Teaching, prepare
 from paredown.train.distill.outputs import outputs_of
+from paredown.train.distill.teacher import TAUGHT
 from paredown.train.loop import fit
 from paredown.train.settings import Training
 from tests.architectures import ARCHITECTURES, make
@@ -292,7 +294,7 @@ def test_losses_that_do_not_fit_a_net_are_refused():
 
 
 def test_where_the_classes_are():
-    class Pixels(nn.Module):
+    class Three(nn.Module):
         def __init__(self):
             super().__init__()
             self.conv = nn.Conv2d(1, 3, 1)
@@ -302,7 +304,7 @@ def test_where_the_classes_are():
             return y, y.mean((2, 3)), y.argmax(1)
 
     images = torch.randn(2, 1, 5, 3)
-    model = capture(Pixels(), (images,))
+    model = capture(Three(), (images,))
     view, found = View(model, [images], "model"), list(model.graph(images))
     labels = torch.randint(3, (2, 5, 3))
     made = outputs_of(model, view, found, labels, "auto")
@@ -430,6 +432,95 @@ def test_tokens_whose_label_is_ignored_teach_nothing():
     torch.testing.assert_close(lesson(shallow, ids, hidden), expected)
 
 
+class Pixels(nn.Module):
+    def __init__(self, classes=3):
+        super().__init__()
+        self.conv = nn.Conv2d(1, classes, 1)
+
+    def forward(self, x):
+        return self.conv(x)
+
+
+def pixel_task(labels, **fields):
+    images = torch.randn(len(labels), 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    example = (torch.zeros(1, 1, 4, 4),)
+    return Task(example, score=None, train=TensorDataset(images, labels), batch_size=4, **fields)
+
+
+def masks(last, count=12, classes=3):
+    """Labels of which those of the last examples alone are ``last``."""
+    made = torch.arange(count * 16).reshape(count, 4, 4) % classes
+    made[-3:, :2] = last
+    return made
+
+
+@pytest.mark.parametrize("label", [255, -1, -100, 7])
+@pytest.mark.parametrize("loss", ["auto", "softened", "decoupled"])
+@pytest.mark.parametrize("given", [False, True])
+def test_ignored_labels_anywhere_in_a_split_do_not_count(label, loss, given, said):
+    """Wherever they are, the loss is one of classes; and those pixels change nothing of it."""
+    torch.manual_seed(0)
+    student, master = (capture(Pixels(), (torch.zeros(1, 1, 4, 4),)) for _ in range(2))
+    for labels in (masks(label), masks(label).flip(0)):
+        task = pixel_task(labels, ignore=label if given else None)
+        lesson = prepare(master, student, task, Teaching(loss=loss, alpha=0), related=False)
+        [output] = lesson.outputs
+        assert output.loss == ("decoupled" if loss == "decoupled" else "softened")
+        assert output.ignore == (label,)
+        inputs, target = task.train.tensors
+        found = lesson(student, inputs, target)
+        rows = [m(inputs).movedim(1, -1)[target != label] for m in (student, master)]
+        expected = losses.LOSSES[output.loss](*rows, target[target != label], 4.0)
+        torch.testing.assert_close(found, expected)
+    assert any(f"labels of {label} do not count" in line for line in said) == (label != -100)
+
+
+def test_a_class_that_does_not_count_is_told_by_the_task():
+    torch.manual_seed(0)
+    student, master = (capture(Pixels(), (torch.zeros(1, 1, 4, 4),)) for _ in range(2))
+    task = pixel_task(masks(255), ignore=(0, 255))
+    lesson = prepare(master, student, task, Teaching(alpha=0), related=False)
+    inputs, target = task.train.tensors
+    counts = (target != 0) & (target != 255)
+    rows = [m(inputs).movedim(1, -1)[counts] for m in (student, master)]
+    torch.testing.assert_close(lesson(student, inputs, target), losses.softened(*rows))
+
+
+@pytest.mark.parametrize(
+    ("labels", "ignore", "shown"),
+    [
+        (torch.cat([masks(255), masks(-1)]), None, "-1, 255"),
+        (torch.cat([masks(255), masks(-100)]), None, "-100, 255"),
+        (masks(255), -1, "255"),
+        (masks(0) + 1, None, "3"),  # they count from 1
+        (masks(0) * 100, None, "100, 200"),
+    ],
+)
+def test_labels_of_other_classes_are_refused_before_any_work(labels, ignore, shown):
+    model = capture(Pixels(), (torch.zeros(1, 1, 4, 4),))
+    task = pixel_task(labels, ignore=ignore)
+    with pytest.raises(UserError, match=rf"0 to 2, and its labels are also {shown}; say with Task"):
+        Distill(alpha=0, **FAST).apply(model, task)
+    Distill(alpha=0, loss="squared", **{**FAST, "epochs": 1}).apply(model, task)
+
+
+def test_a_label_that_turns_up_later_is_told(student, master):
+    lesson = prepare(master, student, TASK, Teaching(loss="decoupled"), related=False)
+    inputs, target = next(splits.batches(TASK.train, 4))
+    for wrong in (255, -1, 3):
+        target[2] = wrong
+        with pytest.raises(UserError, match=rf"train split is {wrong}, and the classes are 0 to 2"):
+            lesson(student, inputs, target)
+
+
+def test_labels_of_a_byte_are_labels():
+    model = capture(Pixels(), (torch.zeros(1, 1, 4, 4),))
+    task = pixel_task(masks(255).to(torch.uint8))
+    lesson = prepare(model, model, task, Teaching(loss="decoupled", alpha=0), related=True)
+    assert lesson.outputs[0].ignore == (255,)
+    assert float(lesson(model, *task.train.tensors)) == pytest.approx(0, abs=1e-6)
+
+
 # --- resume, memory, cache -------------------------------------------------------------------
 
 HOW = Teaching(internal=("hints",))
@@ -479,6 +570,36 @@ def test_too_little_memory_halves_the_batch(master, student, monkeypatch, said):
     rows = fit(student, replace(TASK, validation=None), Training(**FAST), objective=lesson)
     assert len(rows) == 4
     assert any("out of memory at a batch of 16: going on with 8 at a time" in line for line in said)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        Teaching(alpha=0.0),
+        Teaching(alpha=0.5, loss="decoupled"),
+        Teaching(internal=("similarity", "attention_transfer", "hints")),
+    ],
+    ids=lambda how: "-".join((how.loss, *how.internal)),
+)
+@pytest.mark.parametrize("cached", [False, True])
+def test_parts_of_a_batch_teach_as_the_whole(how, cached, master, student):
+    labels = TASK.train.tensors[1].clone()
+    labels[3:11] = -100  # of the first part of a batch more than of the second
+    task = replace(TASK, train=TensorDataset(TASK.train.tensors[0], labels))
+    lesson = prepare(master, student, task, how, related=False)
+    inputs, target = next(splits.batches(task.train, 16))
+    if cached:
+        target = {TAUGHT: lesson.says(inputs), "target": target}
+    found = []
+    for chunk in (16, 6):
+        for parameter in (*student.parameters(), *lesson.extra.values()):
+            parameter.grad = None
+        loss = parts.gradients(student, lesson, (inputs, target), chunk, torch.device("cpu"))
+        every = (*student.parameters(), *lesson.extra.values())
+        found.append((loss, [p.grad.clone() for p in every if p.grad is not None]))
+    assert found[0][0] == pytest.approx(found[1][0]) and len(found[0][1]) > 3
+    for whole, added in zip(found[0][1], found[1][1], strict=True):
+        torch.testing.assert_close(added, whole, rtol=1e-3, atol=1e-5)
 
 
 class Plain(Dataset):

@@ -30,6 +30,7 @@ from paredown.run import compress
 from paredown.run import stages as stages_of_runs
 from paredown.run.folder import load_run
 from paredown.run.ledger import RECORDS, Ledger
+from paredown.run.preflight import check, unrepeated
 from paredown.steps import recipe
 from paredown.targets.devices import device, local, probe
 
@@ -721,3 +722,55 @@ def test_another_batch_size_is_another_run(user, here):
     changed = dataclasses.replace(task, batch_size=7)
     with pytest.raises(UserError, match="batch_size: was 20, is now 7"):
         paredown.compress(model, changed, Goals(size="10MB"), out="r")
+    changed = dataclasses.replace(task, ignore=255)
+    with pytest.raises(UserError, match=r"ignore\.?0?: was \(nothing\), is now \[?255"):
+        paredown.compress(model, changed, Goals(size="10MB"), out="r")
+    with pytest.raises(UserError, match="the task's ignore is not the one of the run"):
+        paredown.replay("r", model, changed)
+
+
+class Augmented(torch.utils.data.Dataset):
+    """Examples with noise of each of the three generators, and of one of its own where given."""
+
+    def __init__(self, data, own=None):
+        self.data, self.own = data, own
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, index):
+        x, y = self.data[index]
+        drawn = torch.randn(()) + random.gauss(0, 1) + np.random.randn()
+        drawn = drawn if self.own is None else drawn + self.own.random()
+        return x + 0.01 * float(drawn), y
+
+
+def test_check_says_where_data_are_others_each_time(user):
+    task = load_user(Path(user()))[1]
+    own = dataclasses.replace(task, test=Augmented(task.test, np.random.default_rng()))
+    assert (
+        unrepeated(task) == unrepeated(dataclasses.replace(task, test=Augmented(task.test))) == []
+    )
+    [told] = unrepeated(own)
+    assert told.startswith("test: example 0 is another one when it is read again")
+
+
+@pytest.mark.slow
+def test_random_data_are_gone_on_with_and_replayed(user, here):
+    model, task = load_user(Path(user()))
+    data = {name: Augmented(getattr(task, name)) for name in ("train", "validation", "test")}
+    task = dataclasses.replace(task, **data)
+    steps = [paredown.Quantize("int8")]
+    for seed in (1, 2):
+        torch.manual_seed(seed), random.seed(seed), np.random.seed(seed)
+        run = paredown.compress(model, task, Goals(size="0.9x"), steps=steps, out="r")
+    assert run.artifact.recipe
+    random.seed(5), np.random.seed(5)
+    artifact, digest = paredown.replay("r", model, task)
+    assert artifact.sha256 == digest
+    assert not [line for line in check(model, task, Target()).notes if "read again" in line]
+    own = dataclasses.replace(task, test=Augmented(task.test, np.random.default_rng()))
+    notes = [line for line in check(model, own, Target()).notes if "read again" in line]
+    assert len(notes) == 1 and notes[0].startswith("test: example 0 is another one")
+    with pytest.raises(UserError, match="`paredown check` says whether the data are others each"):
+        paredown.compress(model, own, Goals(size="0.9x"), steps=steps, out="r")

@@ -19,6 +19,7 @@ from paredown.steps.step import Setting
 from paredown.steps.training.fine_tune import FineTune
 from paredown.train import loop
 from paredown.train.loop import fit
+from paredown.train.objective import TaskLoss
 from paredown.train.settings import Training, learning_rate
 
 torch.set_num_threads(1)
@@ -199,6 +200,18 @@ def test_part_of_an_epoch_and_the_schedule(model):
     assert set(steps) == {16}  # a batch of one example has no variance
 
 
+@pytest.mark.parametrize(
+    ("epochs", "steps"),
+    [(1.05, 6), (2.08, 12), (1.09, 7), (0.01, 1), (0.5, 3), (1.95, 12), (1, 6), (1 + 1e-9, 6)],
+)
+def test_a_part_of_an_epoch_too_small_for_a_step_is_none(model, epochs, steps):
+    taken = []
+    task = replace(TASK, loss=lambda out, y: taken.append(1) or cross_entropy(out, y))
+    history = fit(model, task, replace(FAST, epochs=epochs))
+    assert len(taken) == steps and len(history) == -(-steps // 6)
+    assert all(row["lr"] > 0 for row in history)
+
+
 def test_out_of_memory_halves_the_batch_and_keeps_its_gradient(model, monkeypatch, said):
     plain = capture(nn.Sequential(nn.Flatten(), nn.Linear(36, 2)), TASK.example)
     whole, halved = plain.copy(), plain.copy()
@@ -219,6 +232,117 @@ def test_out_of_memory_halves_the_batch_and_keeps_its_gradient(model, monkeypatc
         torch.testing.assert_close(halved.state_dict()[name], weight, rtol=1e-3, atol=1e-4)
     assert "out of memory at a batch of 16: going on with 8 at a time" in said[0]
     assert "the same batch of 16" in said[0]
+
+
+class Rows(nn.Module):
+    """Its outputs are the rows of one linear layer; ``kind`` says what it does besides."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind, self.fc, self.norm = kind, nn.Linear(4, 5), nn.BatchNorm1d(4)
+
+    def forward(self, x):
+        if self.kind == "norm":
+            x = self.norm(x)
+        if self.kind == "mixed":
+            x = x - x.mean(0)
+        y = self.fc(x)
+        if self.kind == "scalar":
+            return y, y.square().mean()
+        return (y, y.T) if self.kind == "last" else y
+
+
+LABELS = torch.tensor([0, -100, -100, -100, 1, 2, 2, 3, 4, -100, 1, 1, 0])
+ROWS = TensorDataset(torch.randn(13, 4, generator=torch.Generator().manual_seed(3)), LABELS)
+CLASS_WEIGHTS = torch.tensor([1.0, 9.0, 0.1, 3.0, 1.0])
+
+
+def pairwise(out, y):
+    return (out @ out.T).tanh().mean()
+
+
+def without_gradients(out, y):
+    return cross_entropy(out[y >= 0], y[y >= 0])
+
+
+@pytest.mark.parametrize(
+    ("kind", "loss"),
+    [
+        ("plain", cross_entropy),  # divides by the labels that are not ignored
+        ("plain", lambda out, y: cross_entropy(out, y, weight=CLASS_WEIGHTS)),
+        ("plain", lambda out, y: cross_entropy(out, y, reduction="sum")),
+        ("plain", pairwise),
+        ("plain", without_gradients),
+        ("plain", lambda out, y: out.mul_(2).square().mean()),
+        ("scalar", lambda out, y: cross_entropy(out[0], y) + out[1]),
+        ("last", lambda out, y: cross_entropy(out[1].T, y)),
+    ],
+)
+def test_parts_of_a_batch_give_the_gradients_of_its_loss(kind, loss, monkeypatch, said):
+    torch.manual_seed(0)
+    whole = capture(Rows(kind), (torch.zeros(2, 4),))
+    halved = whole.copy()
+    task = Task(example=(torch.zeros(2, 4),), score=None, loss=loss, train=ROWS, batch_size=13)
+    how = Training(epochs=3, lr=0.1, optimizer="sgd", momentum=0.0, warmup=0.0, device="cpu")
+    expected = fit(whole, task, replace(how, clip_norm=None))
+    short_of_memory(monkeypatch, 5)
+    found = fit(halved, task, replace(how, clip_norm=None))
+    assert [row["loss"] for row in found] == pytest.approx([row["loss"] for row in expected])
+    for name, weight in whole.state_dict().items():
+        torch.testing.assert_close(halved.state_dict()[name], weight, rtol=1e-5, atol=1e-6)
+    assert "differs" not in said[-4] and any("with 4 at a time" in line for line in said)
+
+
+def short_of_memory(monkeypatch, most):
+    call = batches.call
+
+    def short(model, inputs):
+        if len(inputs) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return call(model, inputs)
+
+    monkeypatch.setattr(batches, "call", short)
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("norm", "batch norm takes its statistics of 4 examples, so the result differs"),
+        ("mixed", "an example's output depends on the others beside it, so the result differs"),
+    ],
+)
+def test_what_parts_of_a_batch_cannot_give_is_said(kind, words, monkeypatch, said):
+    model = capture(Rows(kind), (torch.zeros(2, 4),))
+    task = Task((torch.zeros(2, 4),), score=None, loss=cross_entropy, train=ROWS, batch_size=13)
+    short_of_memory(monkeypatch, 5)
+    fit(model, task, Training(epochs=1, device="cpu"))
+    assert words in [line for line in said if line.startswith("out of memory")][-1]
+
+
+def test_moving_statistics_move_once_for_each_part(monkeypatch):
+    model = capture(Rows("norm"), (torch.zeros(2, 4),))
+    task = Task((torch.zeros(2, 4),), score=None, loss=cross_entropy, train=ROWS, batch_size=13)
+    short_of_memory(monkeypatch, 7)
+    fit(model, task, Training(epochs=1, device="cpu"))
+    assert int(model.state_dict()["norm.num_batches_tracked"]) == 2
+
+
+def test_dropout_is_the_same_in_both_passes(monkeypatch):
+    seen = []
+
+    class Watched(TaskLoss):
+        def values(self, model, inputs, target):
+            found = super().values(model, inputs, target)
+            seen.append(found[0].detach())
+            return found
+
+    model = capture(nn.Sequential(nn.Linear(4, 5), nn.Dropout(0.5)), (torch.zeros(2, 4),))
+    task = Task((torch.zeros(2, 4),), score=None, loss=cross_entropy, train=ROWS, batch_size=13)
+    short_of_memory(monkeypatch, 7)
+    fit(model, task, Training(epochs=1, device="cpu"), objective=Watched(task))
+    first, second = seen[-4:-2], seen[-2:]
+    assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
+    assert (first[0] == 0).any() and not torch.equal(first[0][:6] == 0, first[1] == 0)
 
 
 def test_too_little_memory_for_one_example_is_said(model, monkeypatch):

@@ -20,6 +20,8 @@ class Task:
 
     A split is a map-style ``torch.utils.data.Dataset`` of ``(inputs, target)`` pairs without a
     batch dimension, as ``TensorDataset(x, y)`` gives; ``inputs`` is one tensor, a tuple or a dict.
+    Each example is what its ``__getitem__`` gives, wherever it is read; what that draws at random
+    from ``torch``, ``numpy.random`` or ``random`` is seeded for each example and epoch.
 
     Args:
         example: inputs as deployed, batch dimension first: a tuple of positional inputs, or a
@@ -33,6 +35,9 @@ class Task:
             input ``{dim: "name"}`` or None.
         classes: names of the classes, for the report.
         batch_size: examples per batch wherever the data is run.
+        ignore: the label, or labels, that ``loss`` and ``score`` do not count, such as 255 or -1,
+            so that a teacher's outputs are not compared there either. None finds it out: the one
+            value outside the classes in all of a split, or -100.
 
     Example:
         >>> import torch
@@ -57,6 +62,7 @@ class Task:
     dynamic: tuple[Any, ...] | dict[str, Any] | None = None
     classes: tuple[str, ...] = ()
     batch_size: int = 64
+    ignore: int | tuple[int, ...] | None = None
 
     def missing(self, needs: set[str] | frozenset[str]) -> list[str]:
         """The fields among ``needs`` that this task does not provide, sorted."""

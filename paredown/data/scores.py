@@ -39,17 +39,17 @@ def multilabel_accuracy(output: Tensor, target: Tensor) -> Tensor:
     return ((output > 0) == (target > 0.5)).float().reshape(len(output), -1).mean(1)
 
 
-def token_accuracy(output: Tensor, target: Tensor) -> Tensor:
+def token_accuracy(output: Tensor, target: Tensor, ignore: int = IGNORE) -> Tensor:
     """The share of tokens that are right; logits (B, T, C) and targets (B, T) -> (B,).
 
-    Targets of -100 do not count; an example of none but those scores 1.
+    Targets of ``ignore`` do not count; an example of none but those scores 1.
 
     Example:
         >>> logits = torch.tensor([[[0.0, 1.0], [1.0, 0.0]]])
         >>> token_accuracy(logits, torch.tensor([[1, 1]])).tolist()
         [0.5]
     """
-    counts = target != IGNORE
+    counts = target != ignore
     right = ((output.argmax(-1) == target) & counts).sum(-1).float()
     total = counts.sum(-1).float()
     return torch.where(total > 0, right / total.clamp(min=1), torch.ones_like(right))

@@ -43,6 +43,49 @@ def seed(number: int) -> None:
 
 
 @contextlib.contextmanager
+def same_numbers(number: int | None = None) -> Iterator[None]:
+    """The callers' random numbers come back afterwards: torch's of the CPU, numpy's and Python's.
+
+    ``number`` seeds all three, None leaves that to what runs inside.
+
+    Example:
+        >>> with same_numbers(1):
+        ...     once = random.random()
+        >>> with same_numbers(1):
+        ...     print(random.random() == once)
+        True
+    """
+    states = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        if number is not None:
+            seed(number)
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+
+
+def seed_reading(number: int) -> None:
+    """Seed what data are read with; the generators of GPUs, which dropout draws from, go on."""
+    torch.default_generator.manual_seed(number)
+    random.seed(number)
+    np.random.seed(number % 2**32)
+
+
+def random_state(used: torch.device) -> list[torch.Tensor]:
+    """Where torch's generators stand, of the CPU and of the device that is used."""
+    states = [torch.get_rng_state()]
+    return states + ([torch.cuda.get_rng_state(used)] if used.type == "cuda" else [])
+
+
+def set_random_state(states: list[torch.Tensor], used: torch.device) -> None:
+    torch.set_rng_state(states[0])
+    if used.type == "cuda":
+        torch.cuda.set_rng_state(states[1], used)
+
+
+@contextlib.contextmanager
 def repeatable(used: torch.device) -> Iterator[None]:
     """Reproducible kernels; the caller's random states and settings come back afterwards."""
     kept = torch.are_deterministic_algorithms_enabled()

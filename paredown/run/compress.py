@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from paredown.core import progress
@@ -18,12 +17,13 @@ from paredown.core.results import Run, Trial
 from paredown.core.task import Target, Task
 from paredown.core.units import GOALS
 from paredown.explain.explanation import within_run
+from paredown.graph import machine
 from paredown.graph.capture import capture
 from paredown.graph.model import Model
 from paredown.measure.measure import compare, measure
 from paredown.run import details
 from paredown.run.folder import artifact, write
-from paredown.run.identity import identity_of
+from paredown.run.identity import identity_of, ignore_of
 from paredown.run.ledger import FINISHED, RUN, Ledger, stage_key
 from paredown.run.preflight import problems
 from paredown.run.stages import Best, State, begun, tried
@@ -70,10 +70,9 @@ def compress(
         raise UserError("\n".join(found))
     identity = identity_of(captured, task, goals, target, steps, seed)
     folder = Path(out) if out else Path("runs") / stage_key(identity)[:12]
-    with Ledger.open(folder, identity) as ledger, torch.random.fork_rng(devices=[]):
+    with Ledger.open(folder, identity) as ledger, machine.same_numbers(seed):
         run = _finished(ledger)
         if run is None:
-            torch.manual_seed(seed)
             state = begun(ledger, captured, task, goals, target, seed, steps is not None)
             text = _run(state, steps, identity, command).to_json()
             run = Run.from_json(text)  # as a later call finds it
@@ -189,6 +188,7 @@ def _run(state: State, steps: Sequence[Step] | None, identity: dict[str, Any], c
         details={
             "model_sha256": identity["model"],
             "batch_size": identity["batch_size"],
+            **ignore_of(state.task),
             "files": identity["files"],
             "stage_sha256": best.stage,
             "packed_bytes": _packed(state, best),

@@ -154,7 +154,7 @@ def _classes(task: Task, labels: list[int], old: Tensor, new: Tensor) -> list[di
 def _flip(
     task: Task, index: int, labels: list[int], before: list[int], after: list[int]
 ) -> dict[str, Any]:
-    inputs = splits.split(task, "test")[index][0]
+    inputs = splits.example(splits.split(task, "test"), index)[0]
     leaves = structure.flatten(inputs)[0]
     return {
         "index": index,

@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-import torch
-
 from paredown.core import progress
 from paredown.core.errors import UserError
 from paredown.core.files import write_atomically
 from paredown.core.results import Artifact, Run
 from paredown.core.task import Task
 from paredown.explain.explanation import Explanation, explain_file
+from paredown.graph import machine
 from paredown.graph.model import Model
 from paredown.run.folder import changed_task, load_run
 from paredown.run.ledger import FINISHED, MODEL, RUN, Ledger
@@ -51,7 +50,7 @@ def explain(folder: str | Path, task: Task, seconds: float = SECONDS) -> Explana
     changed = next(changed_task(run, task), None)
     if changed:
         raise UserError(f"{folder}: {changed} is not the one of the run.")
-    with Ledger.reopen(folder) as ledger, torch.random.fork_rng(devices=[]):
+    with Ledger.reopen(folder) as ledger, machine.same_numbers(run.seed):
         original = _model(ledger, run.details["model_sha256"])
         compressed = _model(ledger, stage)
         steps = recipe.from_toml(artifact.recipe, "the run's recipe")

@@ -13,6 +13,7 @@ from paredown.core.results import Artifact, Run
 from paredown.core.task import Target, Task
 from paredown.data import splits
 from paredown.report.page import report
+from paredown.run.identity import ignore_of
 from paredown.steps import recipe
 from paredown.steps.step import Step
 from paredown.targets.artifact import digest, parts, size_bytes
@@ -55,6 +56,8 @@ def changed_task(run: Run, task: Task) -> Iterator[str]:
     """What of a task is not as it was in the run."""
     if task.batch_size != run.details["batch_size"]:
         yield "the task's batch_size"
+    if ignore_of(task).get("ignore") != run.details.get("ignore"):
+        yield "the task's ignore"
     for name, facts in run.data.items():
         found = getattr(task, name)
         if found is None or splits.fingerprint(found) != facts["fingerprint"]:

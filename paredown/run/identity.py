@@ -43,6 +43,7 @@ def identity_of(
             for name, split in given.items()
         },
         "batch_size": task.batch_size,
+        **ignore_of(task),
         "goals": dataclasses.asdict(goals),
         "target": dataclasses.asdict(target),
         "recipe": recipe.to_toml(steps) if steps else "",
@@ -50,6 +51,12 @@ def identity_of(
         "seed": seed,
         "versions": versions(target.runtime),
     }
+
+
+def ignore_of(task: Task) -> dict[str, list[int]]:
+    """What the task says of ignored labels, where it says something, as JSON has it."""
+    given = splits.ignored(task)
+    return {} if given is None else {"ignore": list(given)}
 
 
 def model_digest(model: Model) -> str:
@@ -90,6 +97,8 @@ def check_identity(folder: Path, wanted: dict[str, Any]) -> None:
     changes = _changes(_flat(identity), _flat(wanted))
     if changes:
         lines = "\n".join(f"  {change}" for change in changes)
+        if any(".fingerprint:" in change for change in changes):
+            lines += "\n`paredown check` says whether the data are others each time they are read."
         raise UserError(
             f"{folder}: holds a run of something else, so it cannot be gone on with. Changed:\n"
             f"{lines}\nChoose another --out, or delete the folder."

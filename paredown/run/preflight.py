@@ -93,6 +93,7 @@ def _check(
     if module is not None:
         model = found.tried("capture", lambda: capture(module, task.example, task.dynamic))
     _ask(found, model, task, target, steps)
+    found.notes += found.tried("the data", lambda: unrepeated(task)) or []
     if model is None:
         return
     found.notes += model.notes
@@ -102,6 +103,20 @@ def _check(
     size = found.tried("export", lambda: _export(model, target))
     if size is not None:
         found.facts.append(f"exported to {target.runtime}, {size}; the file agrees with the model")
+
+
+def unrepeated(task: Task) -> list[str]:
+    """A sentence for each split that gives another example when it is read again."""
+    found = []
+    for name in (name for name in SPLITS if _size(task, name)):
+        place = splits.unrepeated(getattr(task, name), task.batch_size)
+        if place is not None:
+            found.append(
+                f"{name}: example {place} is another one when it is read again, so a run cannot go "
+                "on nor be replayed; draw from random, numpy.random or torch without a generator "
+                "of your own, which are seeded for each example."
+            )
+    return found
 
 
 def problems(model: Model, task: Task, target: Target, steps: Sequence[Step] = ()) -> list[str]:

@@ -6,13 +6,13 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from paredown.core import progress
 from paredown.core.errors import UserError
 from paredown.core.results import Artifact, Run
 from paredown.core.task import Target, Task
+from paredown.graph import machine
 from paredown.graph.capture import capture
 from paredown.graph.model import Model
 from paredown.graph.store import encode
@@ -39,15 +39,12 @@ def replay(
     if changed:
         raise UserError(f"{folder}: {changed} is not the one of the run.")
     setting = Setting(original=captured, target=Target(**run.target))
-    forked = torch.random.fork_rng(devices=[])
-    with forked, tempfile.TemporaryDirectory() as made:
+    with tempfile.TemporaryDirectory() as made:
         for step in recipe.from_toml(run.artifact.recipe, "the run's recipe"):
-            torch.manual_seed(run.seed)
             progress.say(f"  {recipe.line(step)}")
-            # through the stored form, as in the run
-            captured = Model.decode(
-                encode(recipe.apply_step(captured, step, task, setting)), "replay"
-            )
+            with machine.same_numbers(run.seed):
+                applied = recipe.apply_step(captured, step, task, setting)
+            captured = Model.decode(encode(applied), "replay")  # the stored form, as in the run
         chosen = runtime(run.artifact.runtime)
         path = chosen.lower(captured, Path(made) / f"replay{chosen.SUFFIX}")
         return run.artifact, digest(path)

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from paredown.core import progress
 from paredown.core.errors import UserError
 from paredown.core.goals import Goals
@@ -19,6 +17,7 @@ from paredown.core.measurement import Comparison, Measurement
 from paredown.core.results import Trial
 from paredown.core.task import Target, Task
 from paredown.core.units import GOALS, human
+from paredown.graph import machine
 from paredown.graph.model import Model
 from paredown.graph.store import encode
 from paredown.measure.measure import Measured, compare, measure
@@ -199,7 +198,8 @@ def _apply(
             model = _stored(state.ledger, stage) if stage else best.model
             found: list[dict[str, Any]] = []
             setting = Setting(state.original, state.target, scratch, found.append)
-            step = step.settle(model, state.task, setting)
+            with machine.same_numbers(state.seed):
+                step = step.settle(model, state.task, setting)
             made = _apply_step(state, model, step, setting)
             record = {"stage": state.ledger.put(encode(made), MODEL), "suffix": MODEL}
             record |= {"recipe": recipe.to_toml([step]), "findings": found}
@@ -215,8 +215,8 @@ def _apply_step(state: State, model: Model, step: Step, setting: Setting) -> Mod
     """One step, whose checkpoints stand in its scratch folder until its stage is kept."""
     assert setting.scratch is not None
     setting.scratch.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(state.seed)
-    return recipe.apply_step(model, step, state.task, setting)
+    with machine.same_numbers(state.seed):
+        return recipe.apply_step(model, step, state.task, setting)
 
 
 def _stored(ledger: Ledger, stage: str) -> Model:

@@ -15,6 +15,7 @@ from torch import nn
 from paredown.core import progress
 from paredown.core.errors import UserError
 from paredown.core.task import Target, Task
+from paredown.graph import machine
 from paredown.graph.capture import capture
 from paredown.graph.holds.every import HOLDS
 from paredown.graph.model import Model
@@ -54,7 +55,8 @@ def apply(
     setting = Setting(original=made, target=target or Target())
     for step in steps:
         progress.say(f"  {line(step)}")
-        made = apply_step(made, step.settle(made, task, setting), task, setting)
+        with machine.same_numbers(0):
+            made = apply_step(made, step.settle(made, task, setting), task, setting)
     return made
 
 

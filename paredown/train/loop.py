@@ -18,7 +18,7 @@ from paredown.graph import machine
 from paredown.graph.holds.every import HOLDS
 from paredown.graph.holds.hold import Keeper
 from paredown.graph.model import Model
-from paredown.train import qat
+from paredown.train import parts, qat
 from paredown.train.checkpoint import State, mark_of, resume, write
 from paredown.train.lasso import Lasso, units_of
 from paredown.train.objective import Objective, TaskLoss
@@ -63,7 +63,8 @@ def fit(
             state = _start(model, task, settings, objective.extra)
             if checkpoint is not None:
                 resume(checkpoint, mark, model, state)
-            while state.epoch < math.ceil(settings.epochs) and not _stopped(state, settings):
+            per_epoch, total = _steps(model, task, settings, state)
+            while state.epoch * per_epoch < total and not _stopped(state, settings):
                 _one_epoch(model, task, settings, state, objective, lasso)
                 if checkpoint is not None:
                     write(checkpoint, mark, model, state)
@@ -89,8 +90,7 @@ def _one_epoch(
 ) -> None:
     """Epoch ``state.epoch``: every step, the validation score, the row of the history."""
     split = splits.split(task, "train")
-    per_epoch = batches.per_epoch(splits.size(split), state.batch, model.fixed_batch)
-    total = max(1, round(settings.epochs * per_epoch))
+    per_epoch, total = _steps(model, task, settings, state)
     first = state.epoch * per_epoch
     seed = settings.seed * 1_000_003 + state.epoch  # so a resumed epoch draws the same numbers
     machine.seed(seed)
@@ -126,17 +126,26 @@ def _one_epoch(
     progress.say(f"  epoch {state.epoch}: loss {row['loss']:.4g}{score}{gone}")
 
 
+def _steps(model: Model, task: Task, settings: Training, state: State) -> tuple[int, int]:
+    """Of a whole epoch, and of the training: the nearest whole number, at least one."""
+    examples = splits.size(splits.split(task, "train"))
+    per_epoch = batches.per_epoch(examples, state.batch, model.fixed_batch)
+    return per_epoch, max(1, round(settings.epochs * per_epoch))
+
+
 def _loss_and_gradients(model: Model, objective: Objective, batch: Any, state: State) -> float:
-    """Of one batch; where memory is short, in chunks whose gradients add up to it."""
+    """Of one batch; where memory is short, in parts."""
     device = machine.device_of(model)
+    before = [buffer.clone() for buffer in model.graph.buffers()]
     while True:
         state.optimizer.zero_grad()
         try:
-            return _gradients(model, objective, batch, state.chunk, device)
+            return parts.gradients(model, objective, batch, state.chunk, device)
         except Exception as error:
             if not machine.no_memory(error):
                 raise
-        _halve(model, state, batches.count(batch))
+        parts.put_back(model, before)
+        _halve(model, state, objective, batch)
 
 
 def _weights(model: Model) -> list[nn.Parameter]:
@@ -161,31 +170,21 @@ def _update(
         keeper.hold()
 
 
-def _gradients(
-    model: Model, objective: Objective, batch: Any, chunk: int, device: torch.device
-) -> float:
-    count, total = batches.count(batch), 0.0
-    for part in batches.chunks(batch, chunk):
-        loss = objective(model, *batches.to(part, device))
-        share = batches.count(part) / count
-        (loss * share if share < 1 else loss).sum().backward()
-        total += float(loss.detach()) * share
-    return total
-
-
-def _halve(model: Model, state: State, count: int) -> None:
+def _halve(model: Model, state: State, objective: Objective, batch: Any) -> None:
     """After the handler has let go of the failed pass, so that its memory is free again."""
     machine.free_memory()
-    size = min(state.chunk, count)
+    size = min(state.chunk, batches.count(batch))
     if size == 1 or model.fixed_batch:
         raise UserError(
             f"training: out of memory at a batch of {size}, which cannot be split; use smaller "
             "inputs, a device with more memory, or optimizer='sgd', which keeps fewer numbers."
         )
     state.chunk = -(-size // 2)
+    differ = parts.differences(model, objective, batch, state.chunk)
+    but = f"; but {' and '.join(differ)}, so the result differs from that of whole batches"
     progress.say(
-        f"out of memory at a batch of {size}: going on with {state.chunk} at a time, gradients "
-        f"added up to the same batch of {state.batch}"
+        f"out of memory at a batch of {size}: going on with {state.chunk} at a time in two passes, "
+        f"gradients being those of the loss of the same batch of {state.batch}{but * bool(differ)}"
     )
 
 

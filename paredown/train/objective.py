@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from paredown.core.errors import UserError
 from paredown.core.task import Task
 from paredown.data import batches
+from paredown.graph import structure
 from paredown.graph.model import Model
 
 
@@ -27,8 +28,14 @@ class Objective(Protocol):
     def to(self, device: torch.device) -> None:
         """Move what the loss needs, in place."""
 
+    def values(self, model: Model, inputs: Any, target: Any) -> list[Tensor]:
+        """What the loss of a batch is made of besides its target, batch first."""
+
+    def loss(self, model: Model, values: list[Tensor], target: Any) -> Tensor:
+        """The loss of a batch, (), from its `values`."""
+
     def __call__(self, model: Model, inputs: Any, target: Any) -> Tensor:
-        """The mean loss of a batch, ()."""
+        """The loss of a batch, ()."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +53,12 @@ class TaskLoss:
 
     def to(self, device: torch.device) -> None:
         pass
+
+    def values(self, model: Model, inputs: Any, target: Any) -> list[Tensor]:
+        return structure.flatten(batches.call(model, inputs))[0]
+
+    def loss(self, model: Model, values: list[Tensor], target: Any) -> Tensor:
+        return task_loss(self.task, structure.unflatten(values, model.outputs), target)
 
     def __call__(self, model: Model, inputs: Any, target: Any) -> Tensor:
         return task_loss(self.task, batches.call(model, inputs), target)

@@ -109,6 +109,11 @@ def changes(model: Model) -> set[int]:
     return {id(change) for change in found if change is not None}
 
 
+def trains(model: Model) -> bool:
+    """Whether quantizers that train are in place."""
+    return any(node.target in _TRAINING for node in model.graph.graph.nodes)
+
+
 def hold(model: Model) -> None:
     """Raise weight scales to where every bias fits 32 bits, as the exported file will need it."""
     graph = model.graph

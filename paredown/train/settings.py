@@ -14,7 +14,9 @@ class Training:
     """How to train.
 
     ``lr`` rises linearly over the ``warmup`` share of all steps, then falls as a half cosine
-    (SGDR, arXiv 1608.03983). Weight decay spares tensors of one dimension (biases, norms).
+    (SGDR, arXiv 1608.03983). Weight decay spares tensors of one dimension (biases, norms). Where
+    memory runs out, a batch is run in parts, twice, for the gradients of the whole batch's loss;
+    what that leaves different, such as the statistics of batch norm, is said.
 
     Args:
         epochs: passes over the training data; 0.25 is a quarter of one pass.

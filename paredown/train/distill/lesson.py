@@ -16,14 +16,13 @@ from paredown.core import progress
 from paredown.core.errors import UserError
 from paredown.core.task import Task
 from paredown.data import feed, splits
-from paredown.data.scores import IGNORE
 from paredown.graph import machine, store, structure
 from paredown.graph.model import Model
 from paredown.graph.taps import read
 from paredown.train.distill.inner_values import View
 from paredown.train.distill.losses import INTERNAL, LOSSES, OUTPUTS, alike
 from paredown.train.distill.matching import MATCHES, Pair, alignment, pairs, some_inputs, values_of
-from paredown.train.distill.outputs import Output, described, outputs_of
+from paredown.train.distill.outputs import Output, described, distinct, outputs_of
 from paredown.train.distill.teacher import TAUGHT, check_outputs
 from paredown.train.objective import task_loss
 from paredown.train.reconstruct import refit
@@ -109,7 +108,8 @@ class Lesson:
 
     def mark(self) -> str:
         digest = hashlib.sha256(store.encode(self.teacher)).hexdigest()
-        return f"{asdict(self.how)} {[str(pair) for pair in self.pairs]} {digest}"
+        told = [str(pair) for pair in self.pairs], [output.ignore for output in self.outputs]
+        return f"{asdict(self.how)} {told} {digest}"
 
     def to(self, device: torch.device) -> None:
         machine.move(self.teacher, device)
@@ -123,14 +123,20 @@ class Lesson:
             found = read(self.teacher.graph, leaves, [pair.teacher.node for pair in self.pairs])
         return [found[0][output.index] for output in self.outputs] + found[1]
 
-    def __call__(self, model: Model, inputs: Any, target: Any) -> Tensor:
-        taught = None
-        if isinstance(target, dict) and TAUGHT in target:
-            taught, target = target[TAUGHT], target.get("target")
+    def values(self, model: Model, inputs: Any, target: Any) -> list[Tensor]:
+        """The model's outputs and inner values, and what the teacher says beside them."""
+        taught = target.get(TAUGHT) if isinstance(target, dict) else None
         theirs = self.says(inputs) if taught is None else taught
         leaves = model.bind(*splits.arguments(inputs))
         outputs, inner = read(model.graph, leaves, [pair.student.node for pair in self.pairs])
-        count = len(self.outputs)
+        return [*outputs, *inner, *theirs]
+
+    def loss(self, model: Model, values: list[Tensor], target: Any) -> Tensor:
+        if isinstance(target, dict) and TAUGHT in target:
+            target = target.get("target")
+        count, inside = len(self.outputs), len(self.pairs)
+        ours, theirs = values[: -count - inside], values[-count - inside :]
+        outputs, inner = ours[: len(ours) - inside], ours[len(ours) - inside :]
         loss = torch.zeros((), device=outputs[0].device)
         if self.how.alpha < 1:
             loss = (1 - self.how.alpha) * self._outputs(outputs, theirs[:count], target)
@@ -141,6 +147,9 @@ class Lesson:
             output = structure.unflatten(outputs, model.outputs)
             loss = loss + self.how.alpha * task_loss(self.task, output, target)
         return loss
+
+    def __call__(self, model: Model, inputs: Any, target: Any) -> Tensor:
+        return self.loss(model, self.values(model, inputs, target), target)
 
     def _outputs(self, ours: list[Tensor], theirs: list[Tensor], target: Any) -> Tensor:
         """The sum over the outputs."""
@@ -180,17 +189,27 @@ def _adapted(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def _of_output(
     output: Output, ours: Tensor, theirs: Tensor, label: Tensor | None, how: Teaching
 ) -> Tensor:
-    """The loss of one output; examples, tokens and pixels whose label is -100 do not count."""
+    """The loss of one output; examples, tokens and pixels whose label is ignored do not count."""
     if output.loss == "squared" or output.classes is None:
         return LOSSES["squared"](ours, theirs)
     rows = [t.movedim(output.classes, -1).flatten(0, -2) for t in (ours, theirs)]  # (N, C)
     if label is not None:
-        label = label.flatten()  # (N,)
-        counts = label != IGNORE
+        label = label.flatten().long()  # (N,)
+        counts = ~torch.isin(label, torch.tensor(output.ignore, device=label.device))
         rows, label = [t[counts] for t in rows], label[counts]
+        _check_range(label, rows[0].shape[-1])
         if not len(label):
             return ours.sum() * 0.0
     return LOSSES[output.loss](*rows, label, how.temperature)
+
+
+def _check_range(label: Tensor, classes: int) -> None:
+    wrong = label[(label < 0) | (label >= classes)]
+    if len(wrong):
+        raise UserError(
+            f"task: a label of the train split is {int(wrong[0])}, and the classes are 0 to "
+            f"{classes - 1}; say with Task(ignore={int(wrong[0])}) that it does not count."
+        )
 
 
 # --- the start -------------------------------------------------------------------------------
@@ -215,7 +234,9 @@ def prepare(teacher: Model, student: Model, task: Task, how: Teaching, related: 
         with torch.no_grad():
             found.append(list(model.graph(*[leaf.clone() for leaf in leaves])))
     check_outputs(student, found[0], teacher, found[1])
-    outputs = outputs_of(student, views[0], found[0], _labels(task, batch.target, size), how.loss)
+    target, values = _labels(task, batch.target, size)
+    given = splits.ignored(task)
+    outputs = outputs_of(student, views[0], found[0], target, how.loss, values, given)
     if batch.target is None:  # the labels of another split told only what the outputs are
         outputs = [replace(output, label=None) for output in outputs]
     progress.say(f"  learning {described(outputs, how.temperature)}")
@@ -240,11 +261,18 @@ def _bound(model: Model, inputs: Any, whose: str, size: int) -> list[Tensor]:
         raise UserError(f"{whose}: {error}") from error
 
 
-def _labels(task: Task, target: Any, size: int) -> Any:
-    """The target; where the training data have none, one of those that the score is made on."""
+def _labels(task: Task, target: Any, size: int) -> tuple[Any, list[list[int]]]:
+    """The target, and all whole numbers that each of its tensors holds over the split; where the
+    training data have none, those that the score is made on."""
+    data = task.train
     if target is None and task.validation is not None:
-        return next(splits.batches(task.validation, size))[1]
-    return target
+        data, target = task.validation, next(splits.batches(task.validation, size))[1]
+    seen: list[set[int]] = [set() for _ in structure.flatten(target)[0]]
+    if seen and data is not None:
+        for _, each in splits.batches(data, task.batch_size):
+            for found, label in zip(seen, structure.flatten(each)[0], strict=True):
+                found.update(distinct(label))
+    return target, [sorted(found) for found in seen]
 
 
 def _pairs(
