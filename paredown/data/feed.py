@@ -145,7 +145,8 @@ def check_fills(model: Model, data: Dataset[Any], split: str) -> None:
 
 def size(model: Model, *most: int) -> int:
     """Examples at a time: the model's fixed batch, else the least of ``most``, at least 1."""
-    return model.fixed_batch or max(1, min(most))
+    allowed = [item.limits[0][1] or max(most) for item in model.inputs if 0 in item.limits]
+    return model.fixed_batch or max(1, min([*most, *allowed]))
 
 
 def fitting(model: Model, task: Task, memory: int) -> int:

@@ -9,7 +9,8 @@ from torch import nn
 
 from paredown.core.errors import UserError
 from paredown.core.task import Task
-from paredown.graph.doors.module import Example, capture_module, check_parameters
+from paredown.graph.doors.example import Example
+from paredown.graph.doors.module import capture_module, check_parameters
 from paredown.graph.doors.pt2 import capture_program
 from paredown.graph.doors.python_file import call_user, functions_of, load_file
 from paredown.graph.model import Model

@@ -15,7 +15,7 @@ from paredown.core.errors import UserError
 from paredown.core.files import write_atomically
 from paredown.graph import mode, store, structure
 from paredown.graph.holds.sharing import Sharing
-from paredown.graph.parts import Input
+from paredown.graph.parts import Input, told
 from paredown.graph.state import owner_of
 
 
@@ -72,7 +72,7 @@ class Model:
                 f"inputs: the model was captured with ({names}); this call has ({got})."
             )
         for item, leaf in zip(self.inputs, leaves, strict=True):
-            _check_shape(item, leaf)
+            check_shape(item, leaf)
         return leaves
 
     @property
@@ -145,7 +145,12 @@ class Model:
         return store.decode(data, where, Model)
 
 
-def _check_shape(item: Input, tensor: Tensor) -> None:
+def check_shape(item: Input, tensor: Tensor) -> None:
+    """Refuse a tensor of another shape than an input takes.
+
+    Raises:
+        UserError: says which shape was expected, and within which limits.
+    """
     wanted = ["?" if dim in item.dynamic else size for dim, size in enumerate(item.example.shape)]
     same = len(wanted) == tensor.dim() and all(
         size in ("?", got) for size, got in zip(wanted, tensor.shape, strict=True)
@@ -156,6 +161,14 @@ def _check_shape(item: Input, tensor: Tensor) -> None:
             f"input {item.name!r}: expected shape ({shape}), got {tuple(tensor.shape)}"
             + (" (? varies)." if "?" in wanted else "; its dimensions were captured as fixed.")
         )
+    for dim, (least, most) in item.limits.items():
+        size = tensor.shape[dim]
+        if size < least or (most is not None and size > most):
+            raise UserError(
+                f"input {item.name!r}: dimension {dim} ({item.dynamic[dim]}) is {size}, and the "
+                f"model was captured for {told((least, most))}; give such a size, or capture the "
+                "model at this one."
+            )
 
 
 def copy_graph(graph: fx.GraphModule, share: bool = False) -> fx.GraphModule:

@@ -37,6 +37,7 @@ def encode(model: Parts) -> bytes:
         "graph": graph_to_json(model.graph),
         "inputs": [
             {"name": i.name, "dynamic": {str(d): n for d, n in i.dynamic.items()}}
+            | ({"limits": {str(d): list(of) for d, of in i.limits.items()}} if i.limits else {})
             for i in model.inputs
         ],
         "arguments": model.arguments,
@@ -108,7 +109,12 @@ def decode(data: bytes, path: str, make: Callable[..., M]) -> M:
         graph = _module(header, tensors)
         examples = [tensors[f"example:{n}"] for n in range(len(header["inputs"]))]
         inputs = tuple(
-            Input(item["name"], example, {int(d): n for d, n in item["dynamic"].items()})
+            Input(
+                item["name"],
+                example,
+                {int(d): n for d, n in item["dynamic"].items()},
+                {int(d): (least, most) for d, (least, most) in item.get("limits", {}).items()},
+            )
             for item, example in zip(header["inputs"], examples, strict=True)
         )
         arguments, outputs = header["arguments"], header["outputs"]
@@ -149,6 +155,9 @@ def _check(model: Parts) -> None:
             raise ValueError("a name of its inputs is no text")
         if any(not 0 <= dim < item.example.dim() for dim in item.dynamic):
             raise ValueError(f"input {item.name!r} has no such dynamic dimension")
+        for dim, limit in item.limits.items():
+            if dim not in item.dynamic or not _is_limit(*limit):
+                raise ValueError(f"input {item.name!r} has no such limit")
     if not all(isinstance(note, str) for note in model.notes):
         raise ValueError("a note of it is no text")
     state = model.graph.state_dict()
@@ -160,6 +169,10 @@ def _check(model: Parts) -> None:
             whole = indices.dtype is torch.int64 and indices.dim() == 1 and dim >= 0
             if not whole or (name in state and state[name].shape[dim] != len(indices)):
                 raise ValueError(f"what is kept of {name!r} does not fit it")
+
+
+def _is_limit(least: Any, most: Any) -> bool:
+    return type(least) is int and (most is None or (type(most) is int and most >= least))
 
 
 def _read(data: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import inspect
 import io
 import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,12 +16,12 @@ from torch.export import Dim
 
 from paredown.core.errors import UserError
 from paredown.graph import mode, structure
+from paredown.graph.doors import sizes
+from paredown.graph.doors.example import Example, dynamic_leaves, input_names
 from paredown.graph.doors.python_file import users_line
 from paredown.graph.model import Model
-from paredown.graph.parts import Input
+from paredown.graph.parts import Input, Limit, told
 from paredown.graph.state import keep_state
-
-Example = tuple[Any, ...] | dict[str, Any]
 
 ONLY_EVALUATION = (
     "the model computes something else in training than in evaluation; it was captured in "
@@ -38,6 +39,14 @@ HINTS = {
     "expected scalar type": "check the dtypes of the example inputs",
     "argument": "check that the example has one value for each input of forward()",
 }
+
+
+@dataclass(frozen=True)
+class _Captured:
+    """A graph, and what was taken for true of its inputs' sizes."""
+
+    graph: fx.GraphModule
+    guards: sizes.Guards
 
 
 def check_parameters(module: nn.Module) -> None:
@@ -61,14 +70,14 @@ def capture_module(module: nn.Module, example: Example, dynamic: Any) -> Model:
     leaves, arguments = structure.flatten((args, kwargs))
     if not leaves:
         raise UserError("example: holds no tensor; give the inputs as deployed.")
-    names = _input_names(module, args, kwargs)
-    specs = _dynamic_leaves(args, kwargs, dynamic)
-    graph, outputs, notes = _dynamic_or_fixed(module, arguments, leaves, specs)
+    names = input_names(module, args, kwargs)
+    specs = dynamic_leaves(args, kwargs, dynamic)
+    graph, outputs, notes, limits = _dynamic_or_fixed(module, arguments, leaves, specs)
     notes += [
         f"output {where!r} is a {kind}, not a tensor, and is left out"
         for where, kind in structure.opaque(outputs).items()
     ]
-    inputs = _inputs(graph, names, leaves, specs)
+    inputs = _inputs(names, leaves, specs, limits)
     notes += _fixed_notes(inputs, specs)
     return Model(graph, inputs, arguments, outputs, notes=tuple(notes))
 
@@ -78,45 +87,47 @@ def _dynamic_or_fixed(
     arguments: structure.Structure,
     leaves: list[Tensor],
     specs: list[dict[int, str]],
-) -> tuple[fx.GraphModule, structure.Structure, list[str]]:
-    """The graph with a batch that varies; at the example's exact shapes where it cannot."""
+) -> tuple[fx.GraphModule, structure.Structure, list[str], list[dict[int, Limit]]]:
+    """The graph with a batch that varies, and its sizes' limits.
+
+    Where it cannot, it is captured at the example's own batch, which is fixed.
+    """
     wide = _at_least_two(leaves)
+    named = [{0: "batch", **spec} for spec in specs]
     try:
         eager, outputs = _run(module, arguments, wide)
     except UserError:
         if wide is leaves:
             raise
     else:
-        graph, notes = _export_either(module, arguments, outputs, wide, specs, eager)
-        if _batch_varies(module, graph, arguments, wide):
-            return graph, outputs, notes
+        found, notes = _export_either(module, arguments, outputs, wide, named, eager)
+        limits = _limits(module, found, arguments, wide, named)
+        if all(limit.get(0) == (1, None) for limit in limits):
+            return found.graph, outputs, notes, limits
+    named = [{dim: name for dim, name in each.items() if dim} for each in named]
     eager, outputs = _run(module, arguments, leaves)
-    graph, notes = _export_either(module, arguments, outputs, leaves, None, eager)
-    return graph, outputs, notes
+    found, notes = _export_either(module, arguments, outputs, leaves, named, eager)
+    return found.graph, outputs, notes, _limits(module, found, arguments, leaves, named)
 
 
-def _batch_varies(
+def _limits(
     module: nn.Module,
-    graph: fx.GraphModule,
+    found: _Captured,
     arguments: structure.Structure,
     leaves: list[Tensor],
-) -> bool:
-    """Whether the graph agrees with the module at other batch sizes than it was captured with.
+    named: list[dict[int, str]],
+) -> list[dict[int, Limit]]:
+    """For each input the dimensions that vary: graph and module are compared at other sizes."""
 
-    A branch on the batch size, or a size that is written out, shows only there.
-    """
-    nodes = [node for node in graph.graph.nodes if node.op == "placeholder"]
-    if not all(_varies(node, 0) for node in nodes) or len({len(leaf) for leaf in leaves}) > 1:
-        return True  # nothing was promised, or there is no one batch dimension to try
-    for size in {1, 2, 3} - {len(leaves[0])}:
-        resized = [leaf[torch.arange(size) % len(leaf)] for leaf in leaves]
+    def agrees(resized: list[Tensor]) -> bool | None:
         try:
             eager, _ = _run(module, arguments, resized)
-            if not _agrees(graph, resized, eager):
-                return False
-        except (UserError, RuntimeError, AssertionError):
-            return False
-    return True
+        except UserError:
+            return False if _runs(found.graph, resized) else None
+        return _runs(found.graph, resized) and _agrees(found.graph, resized, eager)
+
+    nodes = [node for node in found.graph.graph.nodes if node.op == "placeholder"]
+    return sizes.limits(nodes, found.guards, leaves, named, agrees)
 
 
 def _export_either(
@@ -124,59 +135,43 @@ def _export_either(
     arguments: structure.Structure,
     outputs: structure.Structure,
     leaves: list[Tensor],
-    specs: list[dict[int, str]] | None,
+    named: list[dict[int, str]],
     eager: list[Tensor],
-) -> tuple[fx.GraphModule, list[str]]:
+) -> tuple[_Captured, list[str]]:
     """Captured in training mode, or in evaluation where training computes something else.
 
-    Dimensions are dynamic where the exporter can: all that were asked, else the batch, else none;
-    with ``specs`` None, none.
+    Dimensions are dynamic where the exporter can: all that are named, else the batch, else those
+    besides it, else none.
     """
-    wished = [[set[int]() for _ in leaves]]
-    if specs is not None:
-        wished = [[{0, *spec} for spec in specs], [{0} for _ in specs], *wished]
-    failed: UserError | None = None
-    for dims in wished:
+    kinds: tuple[Callable[[int], bool], ...] = (
+        lambda dim: True,
+        lambda dim: dim == 0,
+        lambda dim: dim != 0,
+        lambda dim: False,
+    )
+    wished: list[list[dict[int, Any]]] = []
+    for kind in kinds:
         shapes = [
-            {d: Dim.AUTO for d in chosen if d < leaf.dim()}
-            for leaf, chosen in zip(leaves, dims, strict=True)
+            {dim: Dim.AUTO for dim in chosen if kind(dim) and dim < leaf.dim()}
+            for leaf, chosen in zip(leaves, named, strict=True)
         ]
-        graph = _export(module, arguments, outputs, leaves, shapes, training=True)
-        if graph is not None and _agrees(graph, leaves, eager):
-            return graph, []
+        wished += [] if shapes in wished else [shapes]
+    failed: UserError | None = None
+    for shapes in wished:
+        captured = _export(module, arguments, outputs, leaves, shapes, training=True)
+        if captured is not None and _agrees(captured.graph, leaves, eager):
+            return captured, []
         try:
-            graph = _export(module, arguments, outputs, leaves, shapes, training=False)
+            captured = _export(module, arguments, outputs, leaves, shapes, training=False)
         except UserError as error:
             failed = failed or error
             continue
-        if graph is not None and _agrees(graph, leaves, eager):
-            return graph, [ONLY_EVALUATION]
+        if captured is not None and _agrees(captured.graph, leaves, eager):
+            return captured, [ONLY_EVALUATION]
     raise failed or UserError(
         "model: its output differs from one call to the next on the same input in evaluation "
         "mode; make it depend on its inputs alone."
     )
-
-
-def _input_names(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
-    """A name for each tensor input, from the parameters of ``forward``."""
-    try:
-        bound = inspect.signature(module.forward).bind(*args, **kwargs).arguments
-    except TypeError as error:
-        raise UserError(
-            f"example: does not fit {type(module).__name__}.forward(): {error}; "
-            "check that the example has one value for each input."
-        ) from error
-    flat: dict[str, Any] = {}
-    for name, value in bound.items():
-        kind = inspect.signature(module.forward).parameters[name].kind
-        if kind is inspect.Parameter.VAR_KEYWORD:
-            flat |= value
-        elif kind is inspect.Parameter.VAR_POSITIONAL:
-            flat |= {f"{name}_{index}": item for index, item in enumerate(value)}
-        else:
-            flat[name] = value
-    ordered = [*list(flat)[: len(args)], *kwargs]  # keywords keep the order of the call
-    return structure.names(structure.flatten({name: flat[name] for name in ordered})[1])
 
 
 def _at_least_two(leaves: list[Tensor]) -> list[Tensor]:
@@ -184,40 +179,6 @@ def _at_least_two(leaves: list[Tensor]) -> list[Tensor]:
     if all(leaf.dim() > 0 and leaf.shape[0] == 1 for leaf in leaves):
         return [torch.cat([leaf, leaf]) for leaf in leaves]
     return leaves
-
-
-def _dynamic_leaves(
-    args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: Any
-) -> list[dict[int, str]]:
-    """For each tensor input, its dynamic dimensions besides the batch."""
-    if dynamic is None:
-        return [{} for _ in structure.flatten((args, kwargs))[0]]
-    pairs = _dynamic_pairs(args, kwargs, dynamic)
-    found: list[dict[int, str]] = []
-    for value, spec in pairs:
-        for leaf in structure.flatten(value)[0]:
-            wrong = [dim for dim in spec or {} if not 0 <= dim < leaf.dim()]
-            if wrong:
-                raise UserError(f"dynamic: dimension {wrong[0]} is not one of {tuple(leaf.shape)}.")
-            found.append(dict(spec or {}))
-    return found
-
-
-def _dynamic_pairs(
-    args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: Any
-) -> list[tuple[Any, dict[int, str] | None]]:
-    """Each input with its entry of ``dynamic``, which has the shape of the example."""
-    if kwargs and isinstance(dynamic, dict) and set(dynamic) <= set(kwargs):
-        pairs = [(value, dynamic.get(name)) for name, value in kwargs.items()]
-    elif not kwargs and isinstance(dynamic, (tuple, list)) and len(dynamic) == len(args):
-        pairs = list(zip(args, dynamic, strict=True))
-    else:
-        shape = f"a dict of {', '.join(kwargs)}" if kwargs else f"a tuple of {len(args)}"
-        raise UserError(f"dynamic: expected {shape}, as the example is; got {dynamic!r}.")
-    for _, spec in pairs:
-        if spec is not None and not isinstance(spec, dict):
-            raise UserError(f'dynamic: expected {{dimension: "name"}} or None, got {spec!r}.')
-    return pairs
 
 
 def _run(
@@ -269,7 +230,7 @@ def _export(
     leaves: list[Tensor],
     shapes: list[dict[int, Any]],
     training: bool,
-) -> fx.GraphModule | None:
+) -> _Captured | None:
     """The captured graph in evaluation mode; None where only this mode's output is another."""
     copied = _borrowed(module)
     _set_module_mode(copied, training)
@@ -301,7 +262,7 @@ def _export(
         raise UserError(_explain("the model cannot be captured", error)) from error
     if nesting[-1] != outputs:
         return None
-    return _tidy(graph, set(module.state_dict()))
+    return _Captured(_tidy(graph, set(module.state_dict())), sizes.Guards.of(program))
 
 
 def _bare(module: nn.Module) -> nn.Module:
@@ -328,9 +289,20 @@ def _tidy(graph: Any, persistent: set[str]) -> fx.GraphModule:
     return plain
 
 
+def _runs(graph: fx.GraphModule, leaves: list[Tensor]) -> bool:
+    try:
+        with torch.no_grad():
+            graph(*[leaf.clone() for leaf in leaves])
+    except Exception:  # whatever an op says of a size that is not its own
+        return False
+    return True
+
+
 def _agrees(graph: fx.GraphModule, leaves: list[Tensor], eager: list[Tensor]) -> bool:
     with torch.no_grad():
         got = graph(*[leaf.clone() for leaf in leaves])
+    if len(got) != len(eager):
+        return False
     if any(ours.shape != theirs.shape for ours, theirs in zip(got, eager, strict=True)):
         return False
     for ours, theirs in zip(got, eager, strict=True):
@@ -348,31 +320,34 @@ def _agrees(graph: fx.GraphModule, leaves: list[Tensor], eager: list[Tensor]) ->
 
 
 def _inputs(
-    graph: fx.GraphModule, names: list[str], leaves: list[Tensor], specs: list[dict[int, str]]
+    names: list[str],
+    leaves: list[Tensor],
+    specs: list[dict[int, str]],
+    limits: list[dict[int, Limit]],
 ) -> tuple[Input, ...]:
-    """The tensor inputs, with the dimensions that stayed dynamic through the capture."""
-    placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
+    """The tensor inputs, with the dimensions that vary, and within which limits."""
     found = []
-    for node, name, leaf, spec in zip(placeholders, names, leaves, specs, strict=True):
+    for name, leaf, spec, kept in zip(names, leaves, specs, limits, strict=True):
         asked = {0: "batch", **spec}
-        kept = {d: asked[d] for d in sorted(asked) if _varies(node, d)}
-        found.append(Input(name, leaf.detach().clone(), kept))
+        dynamic = {dim: asked[dim] for dim in sorted(kept)}
+        limited = {dim: limit for dim, limit in sorted(kept.items()) if limit != (1, None)}
+        found.append(Input(name, leaf.detach().clone(), dynamic, limited))
     return tuple(found)
-
-
-def _varies(placeholder: fx.Node, dim: int) -> bool:
-    shape = placeholder.meta["val"].shape
-    return dim < len(shape) and not isinstance(shape[dim], int)
 
 
 def _fixed_notes(inputs: tuple[Input, ...], specs: list[dict[int, str]]) -> list[str]:
     notes = []
     for item, spec in zip(inputs, specs, strict=True):
         for dim, name in {0: "batch", **spec}.items():
-            if dim not in item.dynamic and dim < item.example.dim():
-                size = item.example.shape[dim]
+            which = f"dimension {dim} ({name}) of input {item.name!r}"
+            if dim in item.limits:
                 notes.append(
-                    f"dimension {dim} ({name}) of input {item.name!r} became fixed at {size}: "
+                    f"{which} may be {told(item.limits[dim])}: at other sizes the model computes "
+                    "something else than was captured"
+                )
+            elif dim not in item.dynamic and dim < item.example.dim():
+                notes.append(
+                    f"{which} became fixed at {item.example.shape[dim]}: "
                     "something in the model depends on its exact size"
                 )
     return notes

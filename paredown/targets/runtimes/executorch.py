@@ -109,10 +109,10 @@ class Predictor:
                 if size != got:
                     return False
                 continue
-            symbol, most = size
+            symbol, most, *least = size
             unlimited = dim == 0 and self._signature["parts"]
             if (
-                not got > 0
+                got < max([1, *least])
                 or (got > most and not unlimited)
                 or sizes.setdefault(symbol, got) != got
             ):
@@ -124,7 +124,10 @@ _alive: weakref.WeakSet[Predictor] = weakref.WeakSet()
 
 
 def _shown(size: Any) -> str:
-    return str(size) if isinstance(size, int) else f"{size[0]} up to {size[1]}"
+    if isinstance(size, int):
+        return str(size)
+    name, most, *least = size
+    return f"{name} {least[0]} to {most}" if least else f"{name} up to {most}"
 
 
 def _signature(program: Any) -> dict[str, Any]:

@@ -6,6 +6,7 @@ alone; what lowering needs stands in ``paredown/targets/formats/onnx/write.py``.
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Collection
 from pathlib import Path
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 
 SUFFIX, COMPANIONS = ".onnx", ()
+LIMITS = "paredown.limits"  # metadata: of each input, dimension -> its least and largest size
 # besides float32; see paredown.graph.quantized.forms
 FORMS = frozenset(
     {
@@ -63,10 +65,25 @@ class Predictor:
         self._session = session
         self.input_names = [item.name for item in session.get_inputs()]
         self.output_names = [item.name for item in session.get_outputs()]
+        facts = session.get_modelmeta().custom_metadata_map
+        self._limits: list[dict[str, Any]] = json.loads(facts.get(LIMITS, "[]"))
 
     def __call__(self, *arrays: np.ndarray) -> tuple[np.ndarray, ...]:
+        for place, limits in enumerate(self._limits):
+            self._check(place, limits, arrays[place].shape)
         feeds = dict(zip(self.input_names, arrays, strict=True))
         return tuple(self._session.run(None, feeds))
+
+    def _check(self, place: int, limits: dict[str, Any], shape: tuple[int, ...]) -> None:
+        """That the sizes of an input are those for which the model was captured."""
+        for dim, (least, most) in limits.items():
+            size = shape[int(dim)]
+            if size < least or (most is not None and size > most):
+                wanted = f"at least {least}" if most is None else f"{least} to {most}"
+                raise ValueError(
+                    f"input {self.input_names[place]!r}: dimension {dim} is {size}, and the model "
+                    f"was captured for {wanted}; give such a size, or capture it at this one"
+                )
 
 
 def open(path: Path | str, threads: int = 1) -> Predictor:

@@ -59,6 +59,12 @@ class Predictor:
 
         if len(arrays) != len(self.input_names):
             raise ValueError(f"expected {len(self.input_names)} inputs, got {len(arrays)}")
+        for item, array in zip(self._model.inputs, arrays, strict=True):
+            if not item.partial_shape.compatible(openvino.PartialShape(list(array.shape))):
+                raise ValueError(
+                    f"input {item.get_any_name()!r}: expected shape {item.partial_shape}, "
+                    f"got {array.shape}"
+                )
         request = self._request([array.shape for array in arrays])
         for index, array in enumerate(arrays):
             plain = np.require(array, requirements=("C", "W"))

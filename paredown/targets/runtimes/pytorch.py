@@ -45,8 +45,13 @@ class Predictor:
     def __call__(self, *arrays: np.ndarray) -> tuple[np.ndarray, ...]:
         import torch
 
+        from paredown.graph.model import check_shape
+
+        leaves = [torch.from_numpy(array) for array in arrays]
+        for item, leaf in zip(self._model.inputs, leaves, strict=True):
+            check_shape(item, leaf)
         with torch.inference_mode():
-            outputs = self._model.graph(*[torch.from_numpy(array) for array in arrays])
+            outputs = self._model.graph(*leaves)
         return tuple(_plain(output) for output in outputs)
 
 

@@ -99,11 +99,13 @@ def _inputs(program: Any) -> list[Tensor]:
 
 @dataclass(frozen=True)
 class _Size:
-    """A size that varies: what the user calls it, its dimension, and its value as deployed."""
+    """A size that varies: what the user calls it, its dimension, its value as deployed, limits."""
 
     name: str
     dim: int
     deployed: int
+    least: int
+    most: int | None
 
 
 def _symbols(model: Model, program: Any) -> dict[sympy.Symbol, _Size]:
@@ -113,7 +115,8 @@ def _symbols(model: Model, program: Any) -> dict[sympy.Symbol, _Size]:
         for dim, size in enumerate(value.shape):
             if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol:
                 name = item.dynamic.get(dim, f"{item.name}_{dim}")
-                found.setdefault(size.node.expr, _Size(name, dim, item.example.shape[dim]))
+                limit = item.limits.get(dim, (1, None))
+                found.setdefault(size.node.expr, _Size(name, dim, item.example.shape[dim], *limit))
     return dict(sorted(found.items(), key=lambda pair: pair[1].dim))
 
 
@@ -124,6 +127,7 @@ def _largest(model: Model, program: Any) -> Bounds:
     for symbol, size in sizes.items():
         offered = max(MOST_ELSE if size.dim else MOST_EXAMPLES, 2 * size.deployed)
         allowed = program.range_constraints[symbol].upper
+        allowed = allowed if size.most is None else min(allowed, size.most)
         offered = int(allowed) if allowed < offered else offered
         most[size.name] = min(offered, most.get(size.name, offered))
     return {symbol: most[size.name] for symbol, size in sizes.items()}
@@ -202,12 +206,13 @@ def _signature(
 
 
 def _plain(size: Any, bounds: Bounds, sizes: dict[sympy.Symbol, _Size]) -> int | list[Any]:
-    """A size as JSON: a number, or a name and the most it may be."""
+    """A size as JSON: a number, or a name, the most it may be, and the least if not 1."""
     if isinstance(size, int):
         return size
     expression = size.node.expr
     name = sizes[expression].name if expression in sizes else str(expression)
-    return [name, int(expression.subs(bounds))]
+    least = sizes[expression].least if expression in sizes else 1
+    return [name, int(expression.subs(bounds)), *([least] if least > 1 else [])]
 
 
 def _in_parts(shapes: list[Any], sizes: dict[sympy.Symbol, _Size]) -> bool:

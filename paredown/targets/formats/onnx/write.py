@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+import json
 import logging
 import warnings
 from typing import Any
@@ -59,6 +60,11 @@ def encode(model: Model, standard: bool = False) -> bytes:
     _pool_by_name(graph)
     _strip(exported)
     _name_dimensions(graph, model)
+    if any(item.limits for item in model.inputs):
+        # read by the predictor in paredown/targets/runtimes/onnxruntime.py
+        exported.metadata_props["paredown.limits"] = json.dumps(
+            [item.limits for item in model.inputs]
+        )
     proto = ir.to_proto(exported)
     if proto.ByteSize() > MAX_BYTES:
         raise UserError("model: its ONNX file would be above 2 GB, the most that ONNX can hold.")

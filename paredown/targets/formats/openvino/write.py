@@ -14,6 +14,7 @@ from torch import fx
 
 from paredown.graph.edit import keep_meta
 from paredown.graph.model import Model
+from paredown.graph.parts import Input
 from paredown.graph.quantized.quantizers import PER_TENSOR
 from paredown.targets import parity
 from paredown.targets.formats.onnx import values as onnx_values
@@ -91,7 +92,20 @@ def _converted(model: Model) -> Any:
     graph = openvino.Core().read_model(write.encode(model, standard=True))
     apply_moc_transformations(graph, cf=True)
     edit.rewrite(graph)
+    if any(item.limits for item in model.inputs):
+        graph.reshape({place: _bounded(item) for place, item in enumerate(model.inputs)})
     return graph
+
+
+def _bounded(item: Input) -> Any:
+    """An input's shape, of the sizes that vary the least and the most that they may be."""
+    import openvino
+
+    sizes = []
+    for dim, size in enumerate(item.example.shape):
+        least, most = item.limits.get(dim, (0, None)) if dim in item.dynamic else (size, size)
+        sizes.append(openvino.Dimension(least, -1 if most is None else most))
+    return openvino.PartialShape(sizes)
 
 
 def worst_tensor(model: Model, opened: Callable[[Any], Any]) -> tuple[float, str] | None:
