@@ -35,6 +35,7 @@ from paredown.targets.formats.onnx.edit import (
     insert,
     replace,
 )
+from paredown.targets.formats.onnx.exact import exact_rules
 
 MAX_BYTES = 2**31 - 1
 
@@ -124,7 +125,7 @@ def _export(model: Model) -> ir.Model:
 
     def write(program: ExportedProgram) -> Any:
         # Attention with a trainable bias decomposes to another layout where gradients are on.
-        with _quiet(), torch.no_grad():
+        with _quiet(), exact_rules(), torch.no_grad():
             return torch.onnx.export(
                 program,
                 dynamo=True,
