@@ -16,16 +16,23 @@ from torch.export import Dim
 
 from paredown.core.errors import UserError
 from paredown.graph import mode, structure
-from paredown.graph.doors import sizes
+from paredown.graph.doors import regions, sizes
 from paredown.graph.doors.example import Example, dynamic_leaves, input_names
 from paredown.graph.doors.python_file import users_line
-from paredown.graph.model import Model
+from paredown.graph.model import Model, copy_graph
 from paredown.graph.parts import Input, Limit, told
 from paredown.graph.state import keep_state
 
 ONLY_EVALUATION = (
     "the model computes something else in training than in evaluation; it was captured in "
     "evaluation, so fine-tuning runs without its dropout and drop-path"
+)
+AUTOCAST = (
+    "what runs under torch.autocast computes in full precision here; Cast makes 16 bits of it again"
+)
+HIDDEN = (
+    "what runs under torch.autocast stays in 16 bits, and no step sees it; take autocast out of "
+    "the module, or cast by hand"
 )
 HINTS = {
     "data-dependent": "replace the branch on a tensor's value by torch.where or torch.cond, and "
@@ -73,6 +80,9 @@ def capture_module(module: nn.Module, example: Example, dynamic: Any) -> Model:
     names = input_names(module, args, kwargs)
     specs = dynamic_leaves(args, kwargs, dynamic)
     graph, outputs, notes, limits = _dynamic_or_fixed(module, arguments, leaves, specs)
+    if regions.has_regions(graph):
+        graph, note = _without_autocast(graph, leaves)
+        notes.append(note)
     notes += [
         f"output {where!r} is a {kind}, not a tensor, and is left out"
         for where, kind in structure.opaque(outputs).items()
@@ -80,6 +90,24 @@ def capture_module(module: nn.Module, example: Example, dynamic: Any) -> Model:
     inputs = _inputs(names, leaves, specs, limits)
     notes += _fixed_notes(inputs, specs)
     return Model(graph, inputs, arguments, outputs, notes=tuple(notes))
+
+
+def _without_autocast(graph: fx.GraphModule, leaves: list[Tensor]) -> tuple[fx.GraphModule, str]:
+    """The graph whose autocast regions compute in full precision; as it is where they cannot."""
+    plain = copy_graph(graph)
+    regions.inline_regions(plain, casts=True)
+    plain = _tidy(plain, set(graph.state_dict()))
+    if not regions.has_regions(plain) and _runs(plain, leaves):
+        with torch.no_grad():
+            eager = list(graph(*[leaf.clone() for leaf in leaves]))
+        if _agrees(plain, leaves, [_lowered(each) for each in eager]):
+            return plain, AUTOCAST
+    return graph, HIDDEN
+
+
+def _lowered(tensor: Tensor) -> Tensor:
+    """As a value of 16 bits, which is compared as such."""
+    return tensor.bfloat16() if tensor.is_floating_point() else tensor
 
 
 def _dynamic_or_fixed(
@@ -276,6 +304,7 @@ def _bare(module: nn.Module) -> nn.Module:
 def _tidy(graph: Any, persistent: set[str]) -> fx.GraphModule:
     """Plain flat signature, parameters that can be trained, no assertions; evaluation mode."""
     graph.graph.set_codegen(fx.graph.CodeGen())
+    regions.inline_regions(graph)
     for node in list(graph.graph.nodes):
         if "_assert" in str(node.target) and not node.users:
             graph.graph.erase_node(node)
@@ -313,7 +342,11 @@ def _agrees(graph: fx.GraphModule, leaves: list[Tensor], eager: list[Tensor]) ->
         tolerance = {torch.float16: 1e-2, torch.bfloat16: 5e-2}.get(theirs.dtype, 1e-4)
         scale = float(theirs.abs().nan_to_num(0, 0, 0).max()) if theirs.numel() else 0.0
         if not torch.allclose(
-            ours, theirs, rtol=tolerance, atol=tolerance * max(scale, 1e-6), equal_nan=True
+            ours.to(theirs.dtype),
+            theirs,
+            rtol=tolerance,
+            atol=tolerance * max(scale, 1e-6),
+            equal_nan=True,
         ):
             return False
     return True
