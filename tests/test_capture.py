@@ -541,6 +541,38 @@ class Nothing(nn.Module):
         return None
 
 
+class Conditional(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return torch.cond(x.sum() > 0, self.one, self.two, (x,))
+
+
+class Loop(nn.Module):
+    def forward(self, x):
+        from torch._higher_order_ops.while_loop import while_loop
+
+        count = torch.zeros((), dtype=torch.long)
+        return while_loop(lambda n, h: n < 3, lambda n, h: (n + 1, h * 2), (count, x))[1]
+
+
+class QuietConditional(Conditional):
+    def forward(self, x):
+        with torch.no_grad():
+            return super().forward(x)
+
+
+@pytest.mark.parametrize("kind", [Conditional, Loop, QuietConditional])
+def test_what_computes_in_graphs_of_its_own_is_refused(kind):
+    with pytest.raises(
+        UserError, match=r"(cond|while_loop) computes in graphs of its own"
+    ) as caught:
+        capture(kind(), (torch.ones(2, 4),))
+    assert f"{Path(__file__).name}:" in str(caught.value) and "torch.where" in str(caught.value)
+
+
 def line_of(text: str) -> int:
     lines = Path(__file__).read_text().splitlines()
     return 1 + next(n for n, line in enumerate(lines) if line.strip().startswith(text))
@@ -549,7 +581,7 @@ def line_of(text: str) -> int:
 @pytest.mark.parametrize(
     ("kind", "line", "reason", "hint"),
     [
-        (Branch, "if x.sum() > 0", "data-dependent", "torch.where or torch.cond"),
+        (Branch, "if x.sum() > 0", "data-dependent", "by torch.where"),
         (Item, "return x.repeat(1, int(", "data-dependent", "instead of .item() or .tolist()"),
         (Numpy, "return torch.from_numpy(", "numpy", ""),
         (Raises, "raise RuntimeError(", "RuntimeError: out of cheese", "in eager mode"),

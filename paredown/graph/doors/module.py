@@ -35,11 +35,11 @@ HIDDEN = (
     "the module, or cast by hand"
 )
 HINTS = {
-    "data-dependent": "replace the branch on a tensor's value by torch.where or torch.cond, and "
+    "data-dependent": "replace the branch on a tensor's value by torch.where, and "
     "take sizes from shapes instead of .item() or .tolist()",
-    "Could not guard": "replace the branch on a tensor's value by torch.where or torch.cond",
+    "Could not guard": "replace the branch on a tensor's value by torch.where",
     "Could not extract specialized integer": "keep sizes in shapes instead of .item() or .tolist()",
-    "Cannot branch": "replace the branch on a tensor's value by torch.where or torch.cond",
+    "Cannot branch": "replace the branch on a tensor's value by torch.where",
     "Tensor-likes are not close": "make the model's output depend on its inputs alone",
     "shape": "check that the example inputs have the shapes the model expects",
     "size": "check that the example inputs have the shapes the model expects",
@@ -290,7 +290,9 @@ def _export(
         raise UserError(_explain("the model cannot be captured", error)) from error
     if nesting[-1] != outputs:
         return None
-    return _Captured(_tidy(graph, set(module.state_dict())), sizes.Guards.of(program))
+    made = _tidy(graph, set(module.state_dict()))
+    regions.refuse_graphs_apart(made)
+    return _Captured(made, sizes.Guards.of(program))
 
 
 def _bare(module: nn.Module) -> nn.Module:

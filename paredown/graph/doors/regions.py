@@ -6,11 +6,15 @@ of the graph around them, which computes and trains as it did.
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._ops import HigherOrderOperator
 
+from paredown.core.errors import UserError
 from paredown.graph.edit import copy_ops, is_unpacked
 
 aten = torch.ops.aten
@@ -38,6 +42,35 @@ def inline_regions(graph: fx.GraphModule, casts: bool = False) -> bool:
 
 def has_regions(graph: fx.GraphModule) -> bool:
     return any(node.target in (GRADIENTS, AUTOCAST) for node in graph.graph.nodes)
+
+
+def refuse_graphs_apart(graph: fx.GraphModule) -> None:
+    """Refuse ops that compute in graphs of their own and are no regions, such as ``torch.cond``.
+
+    Raises:
+        UserError: there is one; names the user's line.
+    """
+    for module in graph.modules():
+        for node in module.graph.nodes if isinstance(module, fx.GraphModule) else ():
+            op = node.target
+            if isinstance(op, HigherOrderOperator) and op not in (GRADIENTS, AUTOCAST):
+                raise UserError(
+                    f"model: {_line_of(node)}{op} computes in graphs of its own, which no step and "
+                    "no file takes; compute both branches and choose by torch.where, or write a "
+                    "loop of fixed length in Python."
+                )
+
+
+def _line_of(node: fx.Node) -> str:
+    """``file.py:12 `code`: `` of the user's line that an op comes from, where it is known."""
+    lines = (node.meta.get("stack_trace") or "").strip().splitlines()
+    found = [re.match(r'\s*File "([^<].*)", line (\d+)', line) for line in lines]
+    own = [n for n, each in enumerate(found) if each and "site-packages" not in each[1]]
+    match = found[own[-1]] if own else None
+    if match is None:
+        return ""
+    code = "".join(lines[own[-1] + 1 : own[-1] + 2]).strip()
+    return f"{Path(match[1]).name}:{match[2]} `{code}`: "
 
 
 def _casts(node: fx.Node) -> bool:
