@@ -652,6 +652,32 @@ def test_weights_that_are_not_numbers():
         capture(norm, (torch.zeros(2, 4),))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_weights_of_another_precision_are_refused_before_anything_is_written(dtype, tmp_path):
+    module, example = small().to(dtype), (torch.zeros(2, 4, dtype=dtype),)
+    program = torch.export.export(module, example)
+    torch.export.save(program, tmp_path / "m.pt2")
+    for call in (lambda: capture(module, example), lambda: capture(tmp_path / "m.pt2")):
+        with pytest.raises(UserError, match=rf"0\.weight: is {dtype}; .* call \.float\(\) on"):
+            call()
+    module[0].float()
+    with pytest.raises(UserError, match=rf"2\.weight: is {dtype}"):  # one layer alone
+        capture(module, example)
+    model = capture(module.float(), (example[0].float(),))
+    assert model(torch.zeros(2, 4)).dtype is torch.float32
+
+
+class Floats(nn.Module):
+    def forward(self, x):
+        return x.float() * 2
+
+
+def test_an_input_that_no_array_can_be():
+    with pytest.raises(UserError, match=r"input 'x' is torch\.bfloat16"):
+        capture(Floats(), (torch.zeros(2, 4, dtype=torch.bfloat16),))
+    assert capture(Floats(), (torch.zeros(2, 4, dtype=torch.float64),)).notes == ()
+
+
 def test_the_meta_device():
     with torch.device("meta"):
         module = nn.Linear(4, 2)

@@ -64,9 +64,18 @@ def check_parameters(module: nn.Module) -> None:
             raise UserError(f"{name}: has no shape yet; run the module once before capture.")
         if tensor.device.type == "meta":
             raise UserError(f"{name}: is on the meta device; load the weights before capture.")
+        if isinstance(tensor, nn.Parameter) and _is_other_float(tensor):
+            raise UserError(
+                f"{name}: is {tensor.dtype}; expected torch.float32: call .float() on the module "
+                'and on its inputs, and let Cast("fp16") make 16 bits in the file.'
+            )
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             bad = int((~torch.isfinite(tensor)).sum())
             raise UserError(f"{name}: {bad} of {tensor.numel()} weights are NaN or infinite.")
+
+
+def _is_other_float(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.dtype is not torch.float32
 
 
 def capture_module(module: nn.Module, example: Example, dynamic: Any) -> Model:
@@ -78,6 +87,12 @@ def capture_module(module: nn.Module, example: Example, dynamic: Any) -> Model:
     if not leaves:
         raise UserError("example: holds no tensor; give the inputs as deployed.")
     names = input_names(module, args, kwargs)
+    for name, leaf in zip(names, leaves, strict=True):
+        if leaf.dtype is torch.bfloat16:
+            raise UserError(
+                f"example: input {name!r} is {leaf.dtype}, which arrays for a runtime cannot be; "
+                "call .float() on it, in the data too."
+            )
     specs = dynamic_leaves(args, kwargs, dynamic)
     graph, outputs, notes, limits = _dynamic_or_fixed(module, arguments, leaves, specs)
     if regions.has_regions(graph):

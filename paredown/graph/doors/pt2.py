@@ -12,7 +12,7 @@ from torch import Tensor
 from paredown.core.errors import UserError
 from paredown.graph.doors import sizes
 from paredown.graph.doors.example import Example
-from paredown.graph.doors.module import capture_module
+from paredown.graph.doors.module import capture_module, check_parameters
 from paredown.graph.model import Model
 from paredown.graph.parts import Limit, told
 
@@ -25,6 +25,7 @@ def capture_program(path: Path, example: Example | None, dynamic: Any) -> Model:
     except Exception as error:
         raise UserError(f"{path}: not a readable .pt2 program: {error}") from error
     module = program.module(check_guards=False)
+    check_parameters(module)
     if example is None and program.example_inputs is not None:
         args, kwargs = program.example_inputs
         example = kwargs if kwargs and not args else args
