@@ -477,6 +477,27 @@ def test_statistics_move_in_training_only(tmp_path):
         made.eval()
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_norm_that_averages_over_all_batches_leaves_the_rest_its_training(count, tmp_path):
+    torch.manual_seed(0)
+    norms = [nn.BatchNorm1d(4, momentum=None) for _ in range(count)]
+    module = nn.Sequential(nn.Linear(4, 4), *norms, nn.Dropout(0.5), nn.BatchNorm1d(4)).eval()
+    model = capture(module, (torch.randn(4, 4),))
+    assert len(model.notes) == 1 and "momentum=None: in training" in model.notes[0]
+    assert module[1].momentum is None
+    x = torch.randn(8, 4)
+    torch.testing.assert_close(model(x), module(x))
+    for made in (model, reload(model, tmp_path)):
+        made.train()
+        module.train()
+        torch.manual_seed(1)
+        ours = made(x)
+        torch.manual_seed(1)
+        torch.testing.assert_close(ours, module(x))
+        moved = made.state_dict()["1.running_mean"]
+        torch.testing.assert_close(moved, 0.1 * module[0](x).mean(0).detach())
+
+
 class CountedTwice(nn.Module):
     """One norm that runs twice, and so counts two batches a call."""
 

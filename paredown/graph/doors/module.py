@@ -16,7 +16,7 @@ from torch.export import Dim
 
 from paredown.core.errors import UserError
 from paredown.graph import mode, structure
-from paredown.graph.doors import regions, sizes
+from paredown.graph.doors import norms, regions, sizes
 from paredown.graph.doors.example import Example, dynamic_leaves, input_names
 from paredown.graph.doors.python_file import users_line
 from paredown.graph.model import Model, copy_graph
@@ -25,7 +25,7 @@ from paredown.graph.state import keep_state
 
 ONLY_EVALUATION = (
     "the model computes something else in training than in evaluation; it was captured in "
-    "evaluation, so fine-tuning runs without its dropout and drop-path"
+    "evaluation, so fine-tuning runs without its dropout and drop-path, and no statistics move"
 )
 AUTOCAST = (
     "what runs under torch.autocast computes in full precision here; Cast makes 16 bits of it again"
@@ -95,6 +95,8 @@ def capture_module(module: nn.Module, example: Example, dynamic: Any) -> Model:
             )
     specs = dynamic_leaves(args, kwargs, dynamic)
     graph, outputs, notes, limits = _dynamic_or_fixed(module, arguments, leaves, specs)
+    if ONLY_EVALUATION not in notes and norms.cumulative(module):
+        notes.append(norms.note(module))
     if regions.has_regions(graph):
         graph, note = _without_autocast(graph, leaves)
         notes.append(note)
@@ -277,6 +279,8 @@ def _export(
     """The captured graph in evaluation mode; None where only this mode's output is another."""
     copied = _borrowed(module)
     _set_module_mode(copied, training)
+    for norm in norms.cumulative(copied).values() if training else ():
+        norm.momentum = norms.MOMENTUM
     inner = copied.forward
     if isinstance(copied, fx.GraphModule):  # the exporter would take its graph, not its forward
         copied = _bare(copied)
