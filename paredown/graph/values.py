@@ -77,9 +77,7 @@ def give_values(made: Model) -> None:
         try:
             refresh_values(made)
         except Exception:  # fake tensors cannot tell; if the graph is wrong, running it says so
-            values = values_of(made)
-            for node in made.graph.graph.nodes:
-                node.meta["val"] = values[node.name]
+            _set_values(made)
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"the edited graph does not run: {reason}") from error
@@ -91,11 +89,25 @@ def wide(example: Tensor, dynamic: bool) -> Tensor:
 
 
 def refresh_values(model: Model) -> None:
-    """Give every node its ``meta["val"]`` again: shape and dtype, from a run on fake tensors."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
+    """Give every node its ``meta["val"]`` again: shape and dtype, from a run on fake tensors.
+
+    Where the data decides a shape, as in ``h[h < 0]``, it is that of the example.
+    """
+    from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
     from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
     leaves = [wide(item.example, 0 in item.dynamic) for item in model.inputs]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        FakeTensorProp(model.graph, FakeTensorMode(allow_non_fake_inputs=True)).propagate(*leaves)
+        fake = FakeTensorMode(allow_non_fake_inputs=True)
+        try:
+            FakeTensorProp(model.graph, fake).propagate(*leaves)
+        except DynamicOutputShapeException:
+            _set_values(model)
+
+
+def _set_values(model: Model) -> None:
+    """Give every node its value on the meta device."""
+    values = values_of(model)
+    for node in model.graph.graph.nodes:
+        node.meta["val"] = values.get(node.name)
