@@ -1623,3 +1623,47 @@ def test_verify_finds_a_cut_that_is_wrong(cnn):
     gone = np.setdiff1d(np.arange(8), small.kept["4.weight"][1].numpy())
     small.kept["4.weight"][1] = torch.from_numpy(gone)
     assert verify(cnn, small).error > 1e-2
+
+
+def positions(h):
+    """Sines and cosines of one table of frequencies, as in the paper on attention."""
+    steps = torch.arange(h.shape[1])[:, None] * torch.exp(torch.arange(0, 16, 2) * -0.1)
+    return h + torch.cat([steps.sin(), steps.cos()], -1)
+
+
+COUNTED = {
+    "arange": (lambda h: h * torch.arange(16), 16),
+    "size": (lambda h: h + torch.arange(h.shape[-1]) / 16, 16),
+    "linspace": (lambda h: h * torch.linspace(0.5, 1, 16), 16),
+    "eye": (lambda h: h @ torch.eye(16), 16),
+    "positions": (positions, 8),
+}
+
+
+class Counted(nn.Module):
+    def __init__(self, way):
+        super().__init__()
+        torch.manual_seed(0)
+        self.one, self.two, self.way = nn.Linear(8, 16), nn.Linear(16, 4), way
+
+    def forward(self, x):
+        return self.two(self.way(self.one(x)))
+
+
+@pytest.mark.parametrize("kind", COUNTED)
+def test_a_constant_that_the_forward_counts_out_is_cut_with_its_channels(kind, tmp_path):
+    way, size = COUNTED[kind]
+    model = capture(Counted(way).eval(), (torch.randn(2, 6, 8),), ({1: "length"},))
+    found = analyze(model)
+    assert found.coverage == 1 and {group.size for group in found.groups} == {size}
+    choice = {group.name: np.arange(group.size) % 3 != 1 for group in found.groups}
+    small, masked = cut(model, found, choice), mask(model, found, choice)
+    small.save(tmp_path / "m.safetensors")
+    assert small.state_dict().keys() == model.state_dict().keys()
+    x = torch.randn(3, 9, 8)
+    for made in (small, Model.load(tmp_path / "m.safetensors")):
+        torch.testing.assert_close(made(x), masked(x))
+    again = analyze(small)
+    assert again.coverage == 1  # and can be cut once more
+    choice = {group.name: np.arange(group.size) % 2 == 0 for group in again.groups}
+    torch.testing.assert_close(cut(small, again, choice)(x), mask(small, again, choice)(x))

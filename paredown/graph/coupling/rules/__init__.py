@@ -86,6 +86,7 @@ from paredown.graph.coupling.rules.products import (
 from paredown.graph.coupling.rules.recurrent import recurrent_cell, recurrent_layer
 from paredown.graph.coupling.rules.shapes import (
     as_real,
+    counted,
     expand,
     expand_as,
     filled,
@@ -93,6 +94,7 @@ from paredown.graph.coupling.rules.shapes import (
     repeat,
     repeat_interleave,
     reshape,
+    rewrite_counted,
     rewrite_repeat,
     rewrite_reshape,
     rewrite_sizes,
@@ -198,10 +200,10 @@ RULES: dict[str, Rule] = {
     **_named("roll", Rule(roll)),
     **_named("tril triu", Rule(triangle)),
     **_named("zeros ones full empty rand randn", Rule(filled, rewrite_sizes)),
+    **_named("arange linspace logspace eye", Rule(counted, rewrite_counted)),
     **_named("new_zeros new_ones new_full new_empty", Rule(filled, rewrite_sizes)),
     **_named(
-        "arange linspace eye scalar_tensor meshgrid one_hot bucketize searchsorted "
-        "affine_grid_generator",
+        "scalar_tensor meshgrid one_hot bucketize searchsorted affine_grid_generator",
         Rule(pinned),
     ),
     **_named(

@@ -20,7 +20,9 @@ from paredown.graph.coupling.rules.common import (
     out_shape,
     unknown,
 )
+from paredown.graph.edit import keep_meta
 from paredown.graph.ops import arguments, listed, set_argument
+from paredown.graph.state import taken
 
 if TYPE_CHECKING:
     from paredown.graph.coupling.sizes import Cut
@@ -239,6 +241,31 @@ def filled(walk: Walk, node: fx.Node) -> Result:
     shape = out_shape(node)
     axes = [a for a, size in enumerate(sizes) if isinstance(size, int)]
     return walk.fresh(shape, axes)
+
+
+def counted(walk: Walk, node: fx.Node) -> Result:
+    """arange, linspace, eye of a size that is written out: as a buffer of these numbers."""
+    shape = out_shape(node)
+    return walk.fresh(shape, [] if node.all_input_nodes else range(len(shape)), constant=True)
+
+
+def rewrite_counted(cut: Cut, node: fx.Node) -> None:
+    """The numbers of the indices that stay, which may follow no rule any more, become a buffer."""
+    kept = {
+        axis: torch.from_numpy(stays.nonzero()[0])
+        for axis in range(len(cut.value(node).shape))
+        if (stays := cut.kept(node, axis)) is not None
+    }
+    owner = node.graph.owning_module
+    if not kept or owner is None:
+        return
+    numbers = node.target(*node.args, **node.kwargs)  # type: ignore[operator]
+    owner.register_buffer(f"{node.name}_kept", taken(numbers, kept), persistent=False)
+    with node.graph.inserting_before(node):
+        held = node.graph.get_attr(f"{node.name}_kept")
+    keep_meta(held, node)
+    node.replace_all_uses_with(held)
+    node.graph.erase_node(node)
 
 
 def as_real(walk: Walk, node: fx.Node) -> Result:
