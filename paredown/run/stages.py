@@ -27,7 +27,7 @@ from paredown.search.proposal import Attempt
 from paredown.ship.pack.container import packed_bytes
 from paredown.steps import recipe
 from paredown.steps.step import Setting, Step
-from paredown.targets.artifact import parts
+from paredown.targets.artifact import parts, real_inputs
 from paredown.targets.runtimes import runtime
 
 
@@ -74,7 +74,7 @@ def begun(
     progress.say("Baseline: export the original and measure it")
     stage = ledger.put(encode(model), MODEL)
     _check_space(ledger, model)
-    file = _lowered(ledger, model, stage, target)
+    file = _lowered(ledger, model, stage, target, task)
     key = stage_key({"baseline": stage})
     record = ledger.done(key)
     if record is None:
@@ -93,13 +93,14 @@ def _check_space(ledger: Ledger, model: Model) -> None:
     ledger.check_space(6 * sum(tensor.nbytes for tensor in model.state_dict().values()))
 
 
-def _lowered(ledger: Ledger, model: Model, stage: str, target: Target) -> Path:
+def _lowered(ledger: Ledger, model: Model, stage: str, target: Target, task: Task) -> Path:
     """The exported file of a stage, made once."""
     chosen = runtime(target.runtime)
     key = stage_key({"lower": stage, "runtime": target.runtime})
     record = ledger.done(key)
     if record is None:
-        path = chosen.lower(model, ledger.folder / f"lowering{chosen.SUFFIX}")
+        lowering = ledger.folder / f"lowering{chosen.SUFFIX}"
+        path = chosen.lower(model, lowering, real_inputs(model, task))
         sha256 = ledger.keep(path)
         for part in parts(path):
             part.unlink()
@@ -125,7 +126,7 @@ def tried(state: State, attempt: Attempt, best: Best) -> tuple[Trial, Best]:
     if not trial.kept or trial.measurement is None:
         return trial, best
     model = _stored(state.ledger, record["stage"])
-    file = _lowered(state.ledger, model, record["stage"], state.target)
+    file = _lowered(state.ledger, model, record["stage"], state.target, state.task)
     steps = [*best.steps, *recipe.from_toml(record["recipe"])]
     return trial, Best(model, record["stage"], file, steps, trial.measurement)
 
@@ -134,7 +135,8 @@ def _run_attempt(state: State, attempt: Attempt, best: Best, key: str) -> dict[s
     began = time.monotonic()
     try:
         stage, settled, found = _apply(state, attempt.steps, best, key)
-        file = _lowered(state.ledger, _stored(state.ledger, stage), stage, state.target)
+        made = _stored(state.ledger, stage)
+        file = _lowered(state.ledger, made, stage, state.target, state.task)
         files = {"original": state.original_file, "candidate": file}
         if best.stage:  # else the best so far is the original
             files["best"] = best.file
