@@ -20,6 +20,7 @@ from paredown.core.units import GOALS, human
 from paredown.graph import machine
 from paredown.graph.model import Model
 from paredown.graph.store import encode
+from paredown.measure.inputs import real_inputs
 from paredown.measure.measure import Measured, compare, measure
 from paredown.run.ledger import MODEL, Ledger, stage_key
 from paredown.search import decide
@@ -27,7 +28,7 @@ from paredown.search.proposal import Attempt
 from paredown.ship.pack.container import packed_bytes
 from paredown.steps import recipe
 from paredown.steps.step import Setting, Step
-from paredown.targets.artifact import parts, real_inputs
+from paredown.targets.artifact import parts
 from paredown.targets.runtimes import runtime
 
 

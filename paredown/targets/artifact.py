@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from paredown.core.results import Artifact
-from paredown.core.task import Target, Task
-from paredown.data import feed, splits
+from paredown.core.task import Target
 from paredown.targets.runtimes import RUNTIMES, Batches, ready, runtime
 
 if TYPE_CHECKING:
@@ -49,23 +48,11 @@ def digest(path: Path) -> str:
     return made.hexdigest()
 
 
-def real_inputs(model: Model, task: Task | None) -> Batches:
-    """A batch of the task's calibration data for a file to be checked on, of the example's shapes;
-    none where there is none."""
-    if task is None or task.missing({"calibration"}):
-        return []
-    example = [item.example for item in model.inputs]
-    data = splits.split(task, "calibration")
-    found = feed.whole(model, data, "calibration", len(example[0]), most=1)
-    leaves = [leaf.cpu() for batch in found.bound() for leaf in batch.inputs]
-    return [leaves] if [i.shape for i in leaves] == [i.shape for i in example] else []
-
-
-def export(model: Model, target: Target, path: str | Path, task: Task | None = None) -> Artifact:
+def export(model: Model, target: Target, path: str | Path, data: Batches = ()) -> Artifact:
     """Write the model as a file of the target's runtime; the file is checked against the model.
 
     Args:
-        task: has calibration data that the file is checked on too.
+        data: real inputs to check it on too, of the example's shapes, one tensor per input each.
 
     Raises:
         UserError: the runtime is not installed or cannot take the model, or the file differs from
@@ -79,6 +66,6 @@ def export(model: Model, target: Target, path: str | Path, task: Task | None = N
         ...     paredown.open(artifact.path)(torch.zeros(3, 4).numpy())[0].shape
         (3, 2)
     """
-    written = ready(target.runtime).lower(model, path, real_inputs(model, task))
+    written = ready(target.runtime).lower(model, path, data)
     size = sum(part.stat().st_size for part in parts(written))
     return Artifact(str(written), target.runtime, digest(written), size, "")
