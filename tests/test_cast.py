@@ -11,6 +11,7 @@ from paredown.graph.capture import capture
 from paredown.graph.model import Model
 from paredown.steps.quantization.cast import DTYPES, Cast
 from paredown.steps.quantization.cast_rewrite import narrow
+from paredown.targets.formats.onnx import half as onnx_half
 from paredown.targets.runtimes import onnxruntime
 from tests.architectures import ARCHITECTURES, make
 
@@ -332,3 +333,61 @@ def test_a_quantized_model_is_refused():
 
     with pytest.raises(UserError, match="the model is quantized"):
         Cast().apply(capture(Quantized(), (torch.zeros(2, 4),)), TASK)
+
+
+class Turned(nn.Module):
+    """A product with what was turned, a float16 value on either side."""
+
+    def __init__(self, order, right=False, between=None):
+        super().__init__()
+        self.order, self.right = order, right
+        self.between = between or (lambda x: x)
+        self.weight = nn.Parameter(torch.randn(8, 8))
+
+    def forward(self, x):
+        turned = self.between(x.permute(self.order))
+        return self.weight @ turned if self.right else turned @ self.weight
+
+
+ATTENTION = nn.MultiheadAttention(8, 2, batch_first=True)
+TURNED = {
+    "attention": (lambda: Called(ATTENTION), (2, 4, 8)),
+    "encoder": (lambda: nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), (2, 4, 8)),
+    "left": (lambda: Turned((1, 0, 2)), (2, 4, 8)),
+    "turned within": (lambda: Turned((1, 2, 0)), (8, 4, 2)),
+    "right": (lambda: Turned((1, 2, 0), right=True), (4, 2, 8)),
+    "four axes": (lambda: Turned((1, 2, 0, 3)), (2, 4, 3, 8)),
+    "twice": (lambda: Turned((1, 0, 2), between=lambda x: x.transpose(1, 2)), (8, 4, 2)),
+    "reshaped": (lambda: Turned((1, 0, 2), between=lambda x: x.reshape(4, 2, 8)), (2, 4, 8)),
+    "shared": (lambda: Turned((1, 0, 2), between=lambda x: x + x @ torch.eye(8)), (2, 4, 8)),
+}
+
+
+class Called(nn.Module):
+    def __init__(self, attention):
+        super().__init__()
+        self.attention = attention
+
+    def forward(self, x):
+        return self.attention(x, x, x, need_weights=False)[0]
+
+
+@pytest.mark.parametrize("name", TURNED)
+def test_a_session_opens_products_of_what_was_turned(name, tmp_path):
+    torch.manual_seed(0)
+    make, shape = TURNED[name]
+    model = capture(make().eval(), (torch.randn(shape),))
+    half = Cast("fp16").apply(model, None)
+    predictor = onnxruntime.open(onnxruntime.lower(half, tmp_path / "half.onnx"))
+    x = torch.randn(shape)
+    check_outputs([model(x).detach()], [torch.from_numpy(predictor(x.numpy())[0])], ERROR["fp16"])
+
+
+def test_a_file_that_crashes_its_runtime_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(onnx_half, "widen_transposes", lambda graph: None)
+    model = capture(Turned((1, 0, 2)), (torch.randn(2, 4, 8),))
+    half = Cast("fp16").apply(model, None)
+    with pytest.raises(UserError, match=r"half.onnx: opening it crashed \(SIGSEGV\)"):
+        onnxruntime.lower(half, tmp_path / "half.onnx")
+    assert not list(tmp_path.iterdir())
+    onnxruntime.lower(model, tmp_path / "float.onnx")  # with a process anew

@@ -478,3 +478,15 @@ def test_a_kernel_that_refuses_is_told_in_one_line(tmp_path):
     with pytest.raises(UserError, match=r"cannot run it: Check failed.*3-D or 4-D") as caught:
         executorch.lower(model, tmp_path / "volume.pte")
     assert "\n" not in str(caught.value) and list(tmp_path.iterdir()) == []
+
+
+def test_convolutions_of_4_bits(tmp_path):
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten())
+    data = TensorDataset(torch.randn(16, 3, 6, 6), torch.zeros(16))
+    task = Task(example=(torch.randn(2, 3, 6, 6),), score=None, calibration=data)
+    model = Quantize("int4").apply(capture(module, task.example), task)
+    path = executorch.lower(model, tmp_path / "model.pte")
+    x = torch.randn(2, 3, 6, 6)
+    (got,) = executorch.open(path)(x.numpy())
+    assert agreement_db(model(x).detach().numpy(), got) > QUANTIZED_DB

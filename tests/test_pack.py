@@ -25,7 +25,7 @@ import paredown
 from paredown.core.errors import UserError
 from paredown.ship.pack import blocks, entropy, find, index
 from paredown.ship.pack.blocks import Layout
-from paredown.ship.pack.container import contents, pack, unpack
+from paredown.ship.pack.container import contents, pack, packed_bytes, unpack
 from paredown.ship.pack.entropy import Damaged
 
 RNG = np.random.default_rng(0)
@@ -483,3 +483,63 @@ def test_what_cannot_be_packed(tmp_path):
         unpack(tmp_path / "a.pare")
     with pytest.raises(UserError, match="Is a directory"):
         pack(tmp_path)
+
+
+def external(folder, location="weights.bin", name="model.onnx"):
+    """An ONNX file whose weights lie in another file, as others write them."""
+    weight = onnx.numpy_helper.from_array(np.arange(4096, dtype=np.float32), "weight")
+    inner = onnx.numpy_helper.from_array(np.ones(2048, np.float32), "inner")
+    nodes = [
+        onnx.helper.make_node("Constant", [], ["one"], value=inner),
+        onnx.helper.make_node("Add", ["x", "weight"], ["y"]),
+    ]
+    values = [onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, [4096]) for n in "xy"]
+    graph = onnx.helper.make_graph(nodes, "graph", values[:1], values[1:], [weight])
+    made = onnx.helper.make_model(
+        graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10
+    )
+    options = {"size_threshold": 0, "convert_attribute": True}
+    (folder / location).parent.mkdir(exist_ok=True)
+    onnx.save(made, folder / name, save_as_external_data=True, location=location, **options)
+    return folder / name
+
+
+def test_weights_beside_an_onnx_file_go_along(tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    file = external(source)
+    packed = pack(file, tmp_path / "model.pare")
+    assert [each.name for each in contents(packed).files] == ["model.onnx", "weights.bin"]
+    made = unpack(packed, tmp_path / "there")
+    for name in ("model.onnx", "weights.bin"):
+        assert (made.parent / name).read_bytes() == (source / name).read_bytes()
+    x = np.zeros(4096, np.float32)
+    assert np.array_equal(paredown.open(packed)(x)[0], np.arange(4096))
+    assert packed_bytes(file) == pytest.approx(packed.stat().st_size, abs=8)
+
+
+def test_weights_that_cannot_go_along_are_refused(tmp_path):
+    with pytest.raises(UserError, match=r"keeps weights in 'inner/w.bin', in another folder"):
+        pack(external(tmp_path, "inner/w.bin"))
+    (external(tmp_path).parent / "weights.bin").unlink()
+    with pytest.raises(UserError, match=r"keeps weights in 'weights.bin', which is missing"):
+        pack(tmp_path / "model.onnx")
+    assert not list(tmp_path.glob("*.pare"))
+
+
+def test_no_other_file_is_written_over(tmp_path):
+    file = external(tmp_path)
+    packed = pack(file)
+    assert unpack(packed) == file  # the same files may be there
+    for name in ("model.onnx", "weights.bin"):
+        kept = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(b"mine")
+        with pytest.raises(UserError, match=rf"{name}: is there already and is not what"):
+            unpack(packed)
+        assert (tmp_path / name).read_bytes() == b"mine"
+        (tmp_path / name).write_bytes(kept)
+    assert sorted(each.name for each in tmp_path.iterdir()) == sorted(
+        ["model.onnx", "model.onnx.pare", "weights.bin"]
+    )
+    with pytest.raises(UserError, match=r"is what is to be packed"):
+        pack(file, file)

@@ -1,9 +1,11 @@
 """What every runtime promises, checked for each entry of RUNTIMES; a new one needs no line here."""
 
+import copy
 import dataclasses
 import hashlib
 import inspect
 import itertools
+import math
 import subprocess
 import sys
 import types
@@ -327,3 +329,85 @@ def test_sizes_count_all_files(lowered):
         path = lowered(name, FLOAT, "cnn")
         assert size_bytes(path) == sum(part.stat().st_size for part in parts(path))
         assert dataclasses.is_dataclass(runtime(name).census(path))
+
+
+class Axes(nn.Module):
+    """Attention on other axes than (batch, heads, length, size)."""
+
+    def __init__(self, shape, mask=None, **options):
+        super().__init__()
+        self.layer = nn.Linear(8, 24)
+        self.shape, self.mask, self.options = shape, mask, options
+
+    def forward(self, x):
+        mixed = self.layer(x).view(-1, *self.shape, 24)
+        query, key, value = mixed.chunk(3, -1)
+        made = nn.functional.scaled_dot_product_attention(
+            query, key, value, self.mask, **self.options
+        )
+        return made.reshape(x.shape)
+
+
+SEEN = torch.ones(6, 6).tril().bool()
+AXES = {
+    "three": Axes((6,)),
+    "four": Axes((2, 6)),
+    "five": Axes((2, 2, 6)),
+    "causal": Axes((2, 2, 6), is_causal=True),
+    "six": Axes((2, 1, 2, 6)),
+    "masked": Axes((2, 2, 6), SEEN),
+    "each masked": Axes((3, 2, 6), torch.randn(3, 1, 6, 6)),
+}
+
+
+@pytest.mark.parametrize("axes", AXES)
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino", "executorch"])
+def test_attention_on_any_axes(name, axes, tmp_path):
+    ready(name)
+    torch.manual_seed(0)
+    module = AXES[axes]
+    length = math.prod(module.shape)
+    model = paredown.capture(module, (torch.randn(2, length, 8),))
+    path = runtime(name).lower(model, tmp_path / f"model{runtime(name).SUFFIX}")
+    x = torch.randn(3, length, 8)
+    (got,) = runtime(name).open(path)(x.numpy())
+    assert parity.agreement_db(module(x).detach().numpy(), got) > 80
+
+
+class Twice(nn.Module):
+    """A layer whose results two norms take, on one input each."""
+
+    def __init__(self, layer, norm):
+        super().__init__()
+        self.layer, self.norms = layer, nn.ModuleList([norm, copy.deepcopy(norm)])
+        for each in self.norms:
+            for tensor in (each.weight, each.bias, each.running_mean):
+                nn.init.normal_(tensor)
+
+    def forward(self, x, y):
+        first, second = self.norms
+        return first(self.layer(x)).relu() + second(self.layer(y))
+
+
+TWICE = {
+    "image": lambda: (nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), (2, 4, 6, 6)),
+    "image without bias": lambda: (nn.Conv2d(4, 4, 3, bias=False), nn.BatchNorm2d(4), (2, 4, 6, 6)),
+    "line": lambda: (nn.Conv1d(4, 4, 3), nn.BatchNorm1d(4), (2, 4, 6)),
+    "row": lambda: (nn.Linear(4, 4), nn.BatchNorm1d(4), (2, 4)),
+}
+
+
+@pytest.mark.parametrize("kind", TWICE)
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino", "executorch"])
+def test_a_layer_that_two_norms_follow(name, kind, tmp_path):
+    ready(name)
+    torch.manual_seed(0)
+    layer, norm, shape = TWICE[kind]()
+    module = Twice(layer, norm).eval()
+    before = copy.deepcopy(module.state_dict())
+    model = paredown.capture(module, (torch.randn(shape), torch.randn(shape)))
+    path = runtime(name).lower(model, tmp_path / f"model{runtime(name).SUFFIX}")
+    x, y = torch.randn(shape), torch.randn(shape)
+    (got,) = runtime(name).open(path)(x.numpy(), y.numpy())
+    assert parity.agreement_db(module(x, y).detach().numpy(), got) > 80
+    assert all(torch.equal(before[key], held) for key, held in module.state_dict().items())

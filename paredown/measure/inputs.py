@@ -8,6 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from paredown.core.errors import UserError
+from paredown.core.task import Task
 from paredown.data import batches, feed, splits
 from paredown.graph.model import Model
 
@@ -87,3 +88,15 @@ def arrays(model: Model, tensors: list[Tensor]) -> list[np.ndarray]:
                 f"input {item.name!r}: {tensor.dtype} cannot be given to a runtime; take float32."
             ) from error
     return found
+
+
+def real_inputs(model: Model, task: Task) -> list[list[Tensor]]:
+    """A batch of the task's calibration data for a file to be checked on, of the example's shapes;
+    none where there is none."""
+    if task.missing({"calibration"}):
+        return []
+    example = [item.example for item in model.inputs]
+    data = splits.split(task, "calibration")
+    found = feed.whole(model, data, "calibration", deployed_batch(model), most=1)
+    leaves = [leaf.cpu() for batch in found.bound() for leaf in batch.inputs]
+    return [leaves] if [i.shape for i in leaves] == [i.shape for i in example] else []

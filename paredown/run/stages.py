@@ -20,6 +20,7 @@ from paredown.core.units import GOALS, human
 from paredown.graph import machine
 from paredown.graph.model import Model
 from paredown.graph.store import encode
+from paredown.measure.inputs import real_inputs
 from paredown.measure.measure import Measured, compare, measure
 from paredown.run.ledger import MODEL, Ledger, stage_key
 from paredown.search import decide
@@ -74,7 +75,7 @@ def begun(
     progress.say("Baseline: export the original and measure it")
     stage = ledger.put(encode(model), MODEL)
     _check_space(ledger, model)
-    file = _lowered(ledger, model, stage, target)
+    file = _lowered(ledger, model, stage, target, task)
     key = stage_key({"baseline": stage})
     record = ledger.done(key)
     if record is None:
@@ -93,13 +94,14 @@ def _check_space(ledger: Ledger, model: Model) -> None:
     ledger.check_space(6 * sum(tensor.nbytes for tensor in model.state_dict().values()))
 
 
-def _lowered(ledger: Ledger, model: Model, stage: str, target: Target) -> Path:
+def _lowered(ledger: Ledger, model: Model, stage: str, target: Target, task: Task) -> Path:
     """The exported file of a stage, made once."""
     chosen = runtime(target.runtime)
     key = stage_key({"lower": stage, "runtime": target.runtime})
     record = ledger.done(key)
     if record is None:
-        path = chosen.lower(model, ledger.folder / f"lowering{chosen.SUFFIX}")
+        lowering = ledger.folder / f"lowering{chosen.SUFFIX}"
+        path = chosen.lower(model, lowering, real_inputs(model, task))
         sha256 = ledger.keep(path)
         for part in parts(path):
             part.unlink()
@@ -125,7 +127,7 @@ def tried(state: State, attempt: Attempt, best: Best) -> tuple[Trial, Best]:
     if not trial.kept or trial.measurement is None:
         return trial, best
     model = _stored(state.ledger, record["stage"])
-    file = _lowered(state.ledger, model, record["stage"], state.target)
+    file = _lowered(state.ledger, model, record["stage"], state.target, state.task)
     steps = [*best.steps, *recipe.from_toml(record["recipe"])]
     return trial, Best(model, record["stage"], file, steps, trial.measurement)
 
@@ -134,7 +136,8 @@ def _run_attempt(state: State, attempt: Attempt, best: Best, key: str) -> dict[s
     began = time.monotonic()
     try:
         stage, settled, found = _apply(state, attempt.steps, best, key)
-        file = _lowered(state.ledger, _stored(state.ledger, stage), stage, state.target)
+        made = _stored(state.ledger, stage)
+        file = _lowered(state.ledger, made, stage, state.target, state.task)
         files = {"original": state.original_file, "candidate": file}
         if best.stage:  # else the best so far is the original
             files["best"] = best.file

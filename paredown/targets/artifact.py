@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from paredown.core.results import Artifact
 from paredown.core.task import Target
-from paredown.targets.runtimes import RUNTIMES, ready, runtime
+from paredown.targets.runtimes import RUNTIMES, Batches, ready, runtime
 
 if TYPE_CHECKING:
     from paredown.graph.model import Model
@@ -48,8 +48,11 @@ def digest(path: Path) -> str:
     return made.hexdigest()
 
 
-def export(model: Model, target: Target, path: str | Path) -> Artifact:
+def export(model: Model, target: Target, path: str | Path, data: Batches = ()) -> Artifact:
     """Write the model as a file of the target's runtime; the file is checked against the model.
+
+    Args:
+        data: real inputs to check it on too, of the example's shapes, one tensor per input each.
 
     Raises:
         UserError: the runtime is not installed or cannot take the model, or the file differs from
@@ -63,6 +66,6 @@ def export(model: Model, target: Target, path: str | Path) -> Artifact:
         ...     paredown.open(artifact.path)(torch.zeros(3, 4).numpy())[0].shape
         (3, 2)
     """
-    written = ready(target.runtime).lower(model, path)
+    written = ready(target.runtime).lower(model, path, data)
     size = sum(part.stat().st_size for part in parts(written))
     return Artifact(str(written), target.runtime, digest(written), size, "")

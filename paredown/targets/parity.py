@@ -21,6 +21,7 @@ from paredown.graph.interpret import Pass
 from paredown.graph.model import Model
 from paredown.graph.quantized.forms import form_of
 from paredown.graph.quantized.quantizers import ACTIVATION_QUANTIZERS, PER_TENSOR, quantizers
+from paredown.targets.runtimes import Batches
 
 FLOAT_TOLERANCE = 1e-3  # of the output's size
 HALF_TOLERANCE = 5e-2
@@ -33,7 +34,6 @@ LARGE = 1e3  # of the example's values
 TELLING_DB, SLACK_DB = 10.0, 1.0
 FLOAT_SLACK_DB = 6.0  # kernels that compute a convolution otherwise round more often
 
-Batches = Sequence[Sequence[Tensor]]  # one tensor per input each
 Redraw = Callable[[fx.GraphModule, Sequence[Tensor], int], list[Tensor]]
 WorstTensor = Callable[[Model, Path], "tuple[float, str] | None"]
 

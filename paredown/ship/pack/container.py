@@ -20,6 +20,7 @@ from paredown.core import progress
 from paredown.core.errors import UserError
 from paredown.core.files import sync_folder
 from paredown.ship.pack import blocks, find
+from paredown.ship.pack.belonging import belonging
 from paredown.ship.pack.blocks import Layout
 from paredown.ship.pack.entropy import Damaged
 from paredown.ship.pack.index import File, Index, Stream, head_bytes, read, write
@@ -61,7 +62,8 @@ def pack(path: str | Path, out: str | Path | None = None) -> Path:
         out: the container; by default the artifact's name with ``.pare`` behind it.
 
     Raises:
-        UserError: a file that cannot be read, or a container that cannot be written; none is left.
+        UserError: a file that cannot be read or is missing, weights in another folder than the
+            artifact, or a container that cannot be written; none is left.
 
     Example:
         >>> import tempfile
@@ -74,9 +76,11 @@ def pack(path: str | Path, out: str | Path | None = None) -> Path:
     """
     path = Path(path)
     target = Path(out) if out is not None else path.with_name(path.name + SUFFIX)
-    paths = parts(path)
     with _told(path, "read"):
+        paths = belonging(path)
         files = [_file(each) for each in paths]
+    if target.exists() and any(target.samefile(each) for each in paths):
+        raise UserError(f"{target}: is what is to be packed; name another file for the container.")
     if not sum(file.size for file in files):
         raise UserError(f"{path}: is empty.")
     with _told(target, "written"), _unfinished(target) as (stream, _):
@@ -103,6 +107,9 @@ def packed_bytes(path: str | Path) -> int:
         named = Path(folder) / f"model{path.suffix}"  # a container holds the names inside
         for part, linked in zip(parts(path), parts(named), strict=True):
             linked.symlink_to(part)
+        with _told(path, "read"):
+            for weights in belonging(path)[len(parts(path)) :]:  # under the name the file knows
+                (named.parent / weights.name).symlink_to(weights)
         return pack(named).stat().st_size
 
 
@@ -116,8 +123,8 @@ def unpack(path: str | Path, out: str | Path | None = None) -> Path:
         the first file of the container; what belongs to it lies beside it.
 
     Raises:
-        UserError: the container is damaged, cut off or hostile, or there is no room; nothing is
-            left behind then.
+        UserError: the container is damaged, cut off or hostile, there is no room, or another file
+            of a name inside is there already; nothing is left behind then, nor changed.
     """
     path = Path(path)
     folder = Path(out) if out is not None else path.parent
@@ -126,6 +133,7 @@ def unpack(path: str | Path, out: str | Path | None = None) -> Path:
             index = _index(coded)
             _check_size(path, index)
             with _told(folder, "written"):
+                _check_names(folder, index)
                 folder.mkdir(parents=True, exist_ok=True)
                 _check_room(folder, index.size)
                 made = _decode(coded, index, folder)
@@ -254,6 +262,18 @@ def _check_size(path: Path, index: Index) -> None:
     packed = path.stat().st_size
     if index.size > max(1 << 30, UNBELIEVABLE * packed):
         raise Damaged(f"it claims to hold {index.size / 1e9:.1f} GB in {packed / 1e6:.1f} MB")
+
+
+def _check_names(folder: Path, index: Index) -> None:
+    """That no file of other contents would be written over."""
+    for file in index.files:
+        there = folder / file.name
+        if there.is_symlink() or there.exists():
+            if not there.is_file() or _file(there) != file:
+                raise UserError(
+                    f"{there}: is there already and is not what the container holds; move it away, "
+                    "or unpack into another folder."
+                )
 
 
 def _check_room(folder: Path, size: int) -> None:

@@ -69,30 +69,67 @@ def _layout(width: int, floats: bool, shape: list[int], size: int) -> Layout:
 # --- ONNX: protocol buffers ------------------------------------------------------------------
 
 
+def external_files(path: Path) -> list[str]:
+    """The files, as an ONNX file names them from its folder, that hold tensors of it; none where
+    it is no ONNX file.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    if path.suffix != ".onnx" or not path.stat().st_size:
+        return []
+    view = memoryview(np.memmap(path, np.uint8, "r").data)
+    names: dict[str, None] = {}
+    try:
+        for start, end in _tensor_protos(view):
+            for number, a, b in _fields(view, start, end):
+                if number == 13:  # TensorProto.external_data
+                    entry = {n: bytes(view[c:d]) for n, c, d in _fields(view, a, b)}
+                    if entry.get(1) == b"location":
+                        names[entry.get(2, b"").decode()] = None
+    except (ValueError, IndexError):
+        return []  # not what its name says
+    return list(names)
+
+
 def _onnx(view: memoryview) -> Iterator[Tensor]:
-    """The raw data of every TensorProto in graph.initializer and in attributes."""
+    """The raw data of every TensorProto."""
+    for start, end in _tensor_protos(view):
+        yield from _tensor_proto(view, start, end)
+
+
+def _tensor_protos(view: memoryview) -> Iterator[tuple[int, int]]:
+    """Where the tensors of an ONNX file are told: in graph.initializer and in attributes."""
     for number, start, end in _fields(view, 0, len(view)):
         if number == 7:  # ModelProto.graph
             yield from _graph(view, start, end, 0)
+        elif number == 25:  # ModelProto.functions
+            for field, a, b in _fields(view, start, end):
+                if field == 7:  # FunctionProto.node
+                    yield from _node(view, a, b, 0)
 
 
-def _graph(view: memoryview, start: int, end: int, depth: int) -> Iterator[Tensor]:
+def _graph(view: memoryview, start: int, end: int, depth: int) -> Iterator[tuple[int, int]]:
     if depth > MAX_DEPTH:
         return
     for number, a, b in _fields(view, start, end):
         if number == 5:  # GraphProto.initializer
-            yield from _tensor_proto(view, a, b)
+            yield a, b
         elif number == 1:  # GraphProto.node
-            for field, c, d in _fields(view, a, b):
-                if field == 5:  # NodeProto.attribute
-                    yield from _attribute(view, c, d, depth)
+            yield from _node(view, a, b, depth)
 
 
-def _attribute(view: memoryview, start: int, end: int, depth: int) -> Iterator[Tensor]:
+def _node(view: memoryview, start: int, end: int, depth: int) -> Iterator[tuple[int, int]]:
+    for field, a, b in _fields(view, start, end):
+        if field == 5:  # NodeProto.attribute
+            yield from _attribute(view, a, b, depth)
+
+
+def _attribute(view: memoryview, start: int, end: int, depth: int) -> Iterator[tuple[int, int]]:
     for number, a, b in _fields(view, start, end):
-        if number == 5:  # AttributeProto.t
-            yield from _tensor_proto(view, a, b)
-        elif number == 6:  # AttributeProto.g
+        if number in (5, 10):  # AttributeProto.t and tensors
+            yield a, b
+        elif number in (6, 11):  # AttributeProto.g and graphs
             yield from _graph(view, a, b, depth + 1)
 
 

@@ -89,17 +89,26 @@ class Probe:
         )
         try:
             limit(self._child.pid, self.memory_bytes)
-            names = self._ask(
-                "open",
-                file=str(self.file.absolute()),
-                runtime_file=str(self.runtime_file.absolute()),
-                threads=self.threads,
-            )
+            self.open(self.file)
         except BaseException:
             self._kill()
             raise
-        self.input_names, self.output_names = names["inputs"], names["outputs"]
         return self
+
+    def open(self, file: Path) -> None:
+        """Open a file in this process, in place of the one before."""
+        self.file = file
+        names = self._ask(
+            "open",
+            file=str(file.absolute()),
+            runtime_file=str(self.runtime_file.absolute()),
+            threads=self.threads,
+        )
+        self.input_names, self.output_names = names["inputs"], names["outputs"]
+
+    def close(self) -> None:
+        """Let go of the file; the process stays, and may open another."""
+        self._ask("close")
 
     def __exit__(
         self,
@@ -201,6 +210,7 @@ class Probe:
 
 DOING = {
     "open": "opening it",
+    "close": "closing it",
     "run": "running it",
     "time": "timing it",
     "memory": "reading its memory",

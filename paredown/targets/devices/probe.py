@@ -4,6 +4,7 @@ Requests and answers are JSON, one per line; arrays travel as npz files whose ke
 ``batch.position``. A request names its command; every failure is answered as ``{"error": text}``.
 
     open     file, runtime_file, threads       -> inputs, outputs (names)
+    close                                      -> nothing; another file may be opened
     run      inputs, outputs (npz paths)       -> batches
     time     inputs (npz path), warmup, count  -> latencies_ms, energy_mj per inference or null
     memory                                     -> peak_bytes of this process or null
@@ -45,6 +46,7 @@ class Session:
         self.cycle: Iterator[list[np.ndarray]] = iter(())
 
     def open(self, file: str, runtime_file: str, threads: int) -> dict[str, Any]:
+        self.predictor, self.timed_on = None, ""
         self.runtime = load(runtime_file)
         reset_peak()
         try:
@@ -56,6 +58,10 @@ class Session:
             "inputs": list(self.predictor.input_names),
             "outputs": list(self.predictor.output_names),
         }
+
+    def close(self) -> dict[str, Any]:
+        self.predictor = None
+        return {}
 
     def run(self, inputs: str, outputs: str) -> dict[str, Any]:
         answers, count = {}, 0
@@ -229,7 +235,8 @@ def main() -> None:
     requests, answers = listen()
     session = Session()
     commands = {
-        name: getattr(session, name) for name in ("open", "run", "time", "memory", "versions")
+        name: getattr(session, name)
+        for name in ("open", "close", "run", "time", "memory", "versions")
     }
     for request in requests:
         print(answer(commands, request), file=answers, flush=True)

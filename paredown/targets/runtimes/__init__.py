@@ -33,6 +33,7 @@ OTHERWISE = {  # what people call them: letters and digits alone
     **dict.fromkeys(("et", "pte", "xnnpack", "pytorchmobile"), "executorch"),
     **dict.fromkeys(("tflite", "tensorflowlite", "tfl", "litertorch"), "litert"),
 }
+Batches = Sequence[Sequence["Tensor"]]  # one tensor per input each
 CORE = ("onnxruntime", "pytorch")  # installed with paredown; each other one has its extra
 
 
@@ -84,8 +85,11 @@ class Runtime(Protocol):
     def PACKAGES(self) -> tuple[str, ...]:
         """The distributions that it needs; the extra that installs them has the runtime's name."""
 
-    def lower(self, model: Model, path: Path | str) -> Path:
+    def lower(self, model: Model, path: Path | str, data: Batches = ()) -> Path:
         """Write the model as a file, and check it against the model.
+
+        Args:
+            data: real inputs to check it on besides the example, of the example's shapes.
 
         Raises:
             UserError: the runtime cannot take the model, or the file differs from it.

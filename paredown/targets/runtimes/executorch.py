@@ -23,6 +23,7 @@ import numpy as np
 if TYPE_CHECKING:
     from paredown.core.measurement import Census
     from paredown.graph.model import Model
+    from paredown.targets.runtimes import Batches
 
 
 SUFFIX, COMPANIONS = ".pte", ()
@@ -63,7 +64,16 @@ class Predictor:
         import torch
 
         assert self._method is not None
-        outputs = self._method([torch.from_numpy(np.ascontiguousarray(a)) for a in arrays])
+        tensors = [torch.from_numpy(np.ascontiguousarray(a)) for a in arrays]
+        try:
+            outputs = self._method(tensors)
+        except RuntimeError:
+            with _muted() as said:  # once more, for what it prints
+                try:
+                    outputs = self._method(tensors)
+                except RuntimeError as error:
+                    reason = _reason(said(), error)
+                    raise RuntimeError(f"ExecuTorch cannot run it: {reason}") from error
         return tuple(output.numpy() for output in outputs)  # copies: the binding clones them
 
     def _load(self) -> None:
@@ -208,7 +218,7 @@ def version() -> str:
     return f"executorch {version('executorch')}"
 
 
-def lower(model: Model, path: Path | str) -> Path:
+def lower(model: Model, path: Path | str, data: Batches = ()) -> Path:
     """Write the model as an ExecuTorch file for XNNPACK, and check it.
 
     Raises:
@@ -218,19 +228,19 @@ def lower(model: Model, path: Path | str) -> Path:
     from paredown.core.errors import UserError
     from paredown.core.files import write_atomically
     from paredown.targets import parity
+    from paredown.targets.devices import first
     from paredown.targets.formats.executorch import write
 
     path = Path(path)
     write_atomically(path, write.encode(model, SIGNATURE))
+
+    def worst_tensor(model: Model, _: Path) -> tuple[float, str] | None:
+        return parity.worst_tensor(model, _run)
+
     try:
-        with _muted() as said:
-            try:
-                predictor = open(path)
-                parity.confirm(model, path, predictor, lambda m, _: parity.worst_tensor(m, _run))
-            except RuntimeError as error:
-                reason = _reason(said(), error)
-                raise UserError(f"{path.name}: ExecuTorch cannot run it: {reason}") from error
-    except (UserError, ValueError) as error:
+        with first.opened(path, __file__) as predictor:
+            parity.confirm(model, path, predictor, worst_tensor, data)
+    except (UserError, RuntimeError, ValueError) as error:
         path.unlink()
         raise UserError(str(error)) from error
     return path

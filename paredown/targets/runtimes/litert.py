@@ -21,6 +21,7 @@ import numpy as np
 if TYPE_CHECKING:
     from paredown.core.measurement import Census
     from paredown.graph.model import Model
+    from paredown.targets.runtimes import Batches
 
 
 SUFFIX, COMPANIONS = ".tflite", ()
@@ -175,7 +176,7 @@ def version() -> str:
     return f"ai_edge_litert {ai_edge_litert.__version__}"
 
 
-def lower(model: Model, path: Path | str) -> Path:
+def lower(model: Model, path: Path | str, data: Batches = ()) -> Path:
     """Write the model as a .tflite file at the shapes of its example, and check it.
 
     Raises:
@@ -189,9 +190,8 @@ def lower(model: Model, path: Path | str) -> Path:
     path = Path(path)
     write_atomically(path, worker().convert(model))
     try:
-        parity.confirm(
-            model, path, worker().predictor(path), lambda m, _: parity.worst_tensor(m, _run)
-        )
+        predictor = worker().predictor(path)
+        parity.confirm(model, path, predictor, lambda m, _: parity.worst_tensor(m, _run), data)
     except UserError:
         path.unlink()
         raise

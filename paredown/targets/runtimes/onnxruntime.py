@@ -17,7 +17,7 @@ import numpy as np
 if TYPE_CHECKING:
     from paredown.core.measurement import Census
     from paredown.graph.model import Model
-    from paredown.targets.runtimes import Inside
+    from paredown.targets.runtimes import Batches, Inside
 
 
 SUFFIX, COMPANIONS = ".onnx", ()
@@ -112,22 +112,24 @@ def version() -> str:
     return f"onnxruntime {onnxruntime.__version__}"
 
 
-def lower(model: Model, path: Path | str) -> Path:
+def lower(model: Model, path: Path | str, data: Batches = ()) -> Path:
     """Write the model as an ONNX file that holds weights and graph only, and check it.
 
     Raises:
-        UserError: an op has no ONNX form, or the file's outputs differ from the model's; names
-            the tensor that differs most.
+        UserError: an op has no ONNX form, ONNX Runtime crashes on the file, or the file's outputs
+            differ from the model's; names the tensor that differs most.
     """
     from paredown.core.errors import UserError
     from paredown.core.files import write_atomically
     from paredown.targets import parity
+    from paredown.targets.devices import first
     from paredown.targets.formats.onnx import values, write
 
     path = Path(path)
     write_atomically(path, write.encode(model))
     try:
-        parity.confirm(model, path, open(path), values.worst_tensor)
+        with first.opened(path, __file__) as predictor:
+            parity.confirm(model, path, predictor, values.worst_tensor, data)
     except UserError:
         path.unlink()
         raise

@@ -17,6 +17,7 @@ import numpy as np
 if TYPE_CHECKING:
     from paredown.core.measurement import Census
     from paredown.graph.model import Model
+    from paredown.targets.runtimes import Batches
 
 
 SUFFIX, COMPANIONS = ".xml", (".bin",)  # the graph, and the weights
@@ -151,7 +152,7 @@ def version() -> str:
     return f"openvino {openvino.__version__.split('-')[0]}"
 
 
-def lower(model: Model, path: Path | str) -> Path:
+def lower(model: Model, path: Path | str, data: Batches = ()) -> Path:
     """Write the model as an IR, the graph in ``path`` and the weights beside it, and check it.
 
     Raises:
@@ -160,6 +161,7 @@ def lower(model: Model, path: Path | str) -> Path:
     from paredown.core.errors import UserError
     from paredown.core.files import write_together
     from paredown.targets import parity
+    from paredown.targets.devices import first
     from paredown.targets.formats.openvino import write
 
     path, model = Path(path), write.without_inner_roundings(model)
@@ -173,7 +175,8 @@ def lower(model: Model, path: Path | str) -> Path:
         return write.worst_tensor(model, lambda graph: Predictor(graph, 1))
 
     try:
-        parity.confirm(model, path, open(path), worst_tensor)
+        with first.opened(path, __file__) as predictor:
+            parity.confirm(model, path, predictor, worst_tensor, data)
     except UserError:
         path.unlink()
         path.with_suffix(COMPANIONS[0]).unlink()

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from paredown.core.measurement import Census
     from paredown.graph.model import Model
-    from paredown.targets.runtimes import Inside
+    from paredown.targets.runtimes import Batches, Inside
 
 
 SUFFIX, COMPANIONS = ".safetensors", ()
@@ -62,7 +62,7 @@ def _plain(tensor: Any) -> np.ndarray:
     return wide.numpy()  # type: ignore[no-any-return]
 
 
-def lower(model: Model, path: Path | str) -> Path:
+def lower(model: Model, path: Path | str, data: Batches = ()) -> Path:
     """Write the model in evaluation mode as one safetensors file, low-bit weights packed.
 
     Raises:

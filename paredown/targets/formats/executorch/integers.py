@@ -131,7 +131,8 @@ def quantize_dynamically(graph: fx.GraphModule, node: fx.Node) -> None:
 
 
 def restore_weight(graph: fx.GraphModule, node: fx.Node) -> None:
-    """A convolution that cannot run on integers has a weight in float, rounded as it was."""
+    """A convolution's weight of 4 bits is held in bytes; one that cannot run on integers has a
+    weight in float, rounded as it was."""
     weight = node.args[1]
     if not isinstance(weight, fx.Node) or weight.target is not DEQUANTIZE_CHANNEL:
         return
@@ -143,6 +144,8 @@ def restore_weight(graph: fx.GraphModule, node: fx.Node) -> None:
         )
         node.replace_input_with(weight, made)
         graph.graph.erase_node(weight)
+    else:  # the kernel takes bytes, whatever they hold
+        weight.args = (*weight.args[:-3], -128, 127, weight.args[-1])
 
 
 def _rescales_within(graph: fx.GraphModule, node: fx.Node) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -63,6 +64,7 @@ def shape_for_xnnpack(model: Model) -> Model:
     made = decompose(model)
     fold_computed_weights(made)
     prepare(made)
+    _part_shared_layers(made.graph)
     fold_batch_norm(made.graph)
     for targets, rewrite in REWRITES:
         for node in [node for node in made.graph.graph.nodes if node.target in targets]:
@@ -71,6 +73,29 @@ def shape_for_xnnpack(model: Model) -> Model:
     made.graph.graph.lint()
     made.graph.recompile()
     return made
+
+
+def _part_shared_layers(graph: fx.GraphModule) -> None:
+    """A layer before a batch norm has weight and bias of its own, for the norm to be folded into.
+
+    ExecuTorch folds norms too, and gives what it makes for two that follow one weight one name.
+    """
+    reads = [node for node in graph.graph.nodes if node.op == "get_attr"]
+    counts = Counter({id(tensor_of(graph, str(n.target))): 0 for n in reads})
+    for node in reads:
+        counts[id(tensor_of(graph, str(node.target)))] += len(node.users)
+    for node in [n for n in graph.graph.nodes if n.target in (*CONVOLUTIONS, aten.linear.default)]:
+        (user,) = node.users if len(node.users) == 1 else (node,)
+        if user.target is not aten.batch_norm.default:
+            continue
+        for position, held in enumerate(node.args[1:3], 1):
+            if isinstance(held, fx.Node) and held.op == "get_attr":
+                tensor = tensor_of(graph, str(held.target))
+                if counts[id(tensor)] > 1:
+                    name = f"{held.target}_for_{node.name}"
+                    node.update_arg(
+                        position, hold_before(graph, node, name, tensor.detach().clone())
+                    )
 
 
 # --- float ops -------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from paredown.graph.program import lowered
 from paredown.graph.quantized.forms import Rounded, of_op
 from paredown.graph.quantized.per_channel import PER_CHANNEL
 from paredown.graph.quantized.quantizers import PER_TENSOR, weight_forms
-from paredown.targets.formats.onnx import bits, blocks, dynamic, shared
+from paredown.targets.formats.onnx import attention, bits, blocks, dynamic, half, shared
 from paredown.targets.formats.onnx.edit import (
     SIGNED,
     array,
@@ -48,7 +48,7 @@ def encode(model: Model, standard: bool = False) -> bytes:
             Runtime, whose kernels want the biases of integer layers as 32-bit integers.
     """
     _register_placeholders()
-    exported = _export(shared.box(bits.fold_norms(model)))
+    exported = _export(attention.on_four_axes(shared.box(bits.fold_norms(model))))
     graph = exported.graph
     shared.unbox(graph)
     _integer_weights(graph)
@@ -57,6 +57,7 @@ def encode(model: Model, standard: bool = False) -> bytes:
     bits.pack_weights(exported)
     if not standard:
         _integer_biases(graph)
+        half.widen_transposes(graph)
     blocks.lower(exported, standard)
     _pool_by_name(graph)
     _strip(exported)
