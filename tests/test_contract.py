@@ -27,6 +27,7 @@ from paredown.graph.capture import capture
 from paredown.graph.model import Model
 from paredown.graph.program import reexport
 from paredown.graph.quantized.forms import WEIGHT_FORMS
+from paredown.graph.quantized.saturation import ACROSS, WITHIN
 from paredown.measure import timing
 from paredown.run import preflight
 from paredown.ship import open
@@ -243,6 +244,7 @@ def test_every_runtime_says_what_it_is(name):
     assert all(suffix.startswith(".") for suffix in chosen.COMPANIONS)
     assert chosen.INT8_BYTES is None or ("int8" in chosen.FORMS and len(chosen.INT8_BYTES) == 2)
     assert all(0 < bits <= 8 for bits in chosen.SYMMETRIC)
+    assert chosen.PAIRS in (None, ACROSS, WITHIN)
 
 
 @pytest.mark.parametrize("name", RUNTIMES)

@@ -13,10 +13,11 @@ from torch.utils.data import TensorDataset
 
 import paredown
 from paredown.core.goals import Goals
-from paredown.core.measurement import Measurement
+from paredown.core.measurement import Comparison, Measurement
 from paredown.core.task import Target, Task
 from paredown.measure.measure import Measured
-from paredown.search.decide import decide, rank
+from paredown.run.compress import verdict
+from paredown.search.decide import Standing, decide, rank
 from paredown.search.offers import offers
 from paredown.search.plan import attempts, plan
 from paredown.search.situation import Situation, expected_integer_bytes
@@ -308,5 +309,54 @@ def test_fewest_goals_missed_ranks_first():
     smaller = dataclasses.replace(start, size_bytes=40_000)
     both = dataclasses.replace(smaller, latency_ms_p50=0.6)
     unknown = dataclasses.replace(smaller, throughput_per_s=None)
-    order = sorted((start, unknown, both, smaller), key=lambda m: rank(goals, m, start))
+    each = (start, unknown, both, smaller)
+    order = sorted(each, key=lambda m: rank(goals, Standing(m, start), start))
     assert order[-2:] == [smaller, both] and order[0] is start
+
+
+def at(ms, **changes):
+    """BASELINE with that latency, and the throughput that goes with it."""
+    timed = {"latency_ms_p50": ms, "throughput_per_s": 1000 / ms}
+    return dataclasses.replace(BASELINE, **timed, **changes)
+
+
+EVEN = Comparison(speedup=1.01, speedup_low=0.97, speedup_high=1.05)
+SLOWER = Comparison(speedup=0.5, speedup_low=0.48, speedup_high=0.52)
+
+
+def test_a_goal_of_a_share_is_judged_by_the_original_beside():
+    first, faster_now = at(2.0), at(1.0)  # the machine has become twice as fast
+    for goals in (Goals(latency="0.8x"), Goals(throughput="1.2x")):
+        assert goals.missed(at(1.0), faster_now) and not goals.missed(at(0.7), faster_now)
+        [check] = goals.check(at(1.0), faster_now, first)
+        assert not check.met and not check.drifted
+    [check] = Goals(latency="0.8x").check(at(1.0), faster_now, first)
+    assert check.bound == pytest.approx(0.8)
+
+
+def test_an_absolute_goal_is_judged_by_the_files_own_time_and_tells_the_drift():
+    first, slower_now = at(1.0), at(1.5)
+    [check] = Goals(latency="1.2ms").check(at(1.1), slower_now, first)
+    assert check.met and "the original's latency is 1.5 ms beside it, 1.50x" in check.drifted
+    told = verdict([check], True, True)
+    assert told.startswith("Every goal is met") and told.endswith(
+        "1.50x of the 1 ms of its baseline."
+    )
+    assert "1.50x" in verdict(Goals(latency="1 ms").check(at(1.1), slower_now, first), True, True)
+    [check] = Goals(latency="1.2ms").check(at(1.1), at(1.02), first)
+    assert check.met and not check.drifted
+    [check] = Goals(size="1 MB").check(at(1.1), slower_now, first)
+    assert not check.drifted
+
+
+@pytest.mark.parametrize("goals", [Goals(latency="0.5x"), Goals(latency="0.9ms")])
+def test_ranking_takes_no_drift_of_the_machine_for_a_gain(goals):
+    first = at(2.0)
+    early = Standing(at(1.9), at(2.0), EVEN)  # while the machine was as slow as at the start,
+    late = Standing(at(1.0), at(1.0), EVEN)  # and when it had become twice as fast
+    smaller = Standing(at(1.94, size_bytes=50_000), at(1.9), EVEN)
+    slower = Standing(at(2.0, size_bytes=50_000), at(1.0), SLOWER)
+    assert max((early, late, smaller, slower), key=lambda s: rank(goals, s, first)) is smaller
+    assert min((early, late, smaller, slower), key=lambda s: rank(goals, s, first)) is slower
+    faster = Standing(at(1.6), at(1.9), Comparison(speedup=1.2, speedup_low=1.1, speedup_high=1.3))
+    assert max((early, smaller, faster), key=lambda s: rank(goals, s, first)) is faster

@@ -15,11 +15,11 @@ from paredown.core.errors import UserError
 from paredown.core.task import Task
 from paredown.data import feed, lockstep, splits
 from paredown.data.evaluate import evaluate
-from paredown.data.layer_inputs import patches
 from paredown.graph import store, structure
 from paredown.graph.capture import capture
 from paredown.graph.edit import insert_after
 from paredown.graph.model import Model
+from paredown.graph.patches import patches
 from paredown.steps.quantization.quantize import Quantize
 from paredown.train import reconstruct as module
 from paredown.train.reconstruct import best, equations, reconstruct, refit, solve, squared_error

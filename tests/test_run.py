@@ -22,7 +22,8 @@ from paredown import cli
 from paredown.core import files
 from paredown.core.errors import UserError
 from paredown.core.goals import Goals
-from paredown.core.results import Run
+from paredown.core.measurement import Comparison, Measurement
+from paredown.core.results import Run, Trial
 from paredown.core.task import Target, Task
 from paredown.graph.doors.python_file import load as load_user
 from paredown.report.page import render
@@ -31,6 +32,9 @@ from paredown.run import stages as stages_of_runs
 from paredown.run.folder import load_run
 from paredown.run.ledger import RECORDS, Ledger
 from paredown.run.preflight import check, unrepeated
+from paredown.run.stages import State
+from paredown.search.decide import Standing
+from paredown.search.proposal import Attempt, Proposal
 from paredown.steps import recipe
 from paredown.targets.devices import device, local, probe
 
@@ -91,6 +95,30 @@ def model():
 NO_TRAIN = "old = task\ndef task():\n    return old(train=None, loss=None, calibration=images(0))\n"
 INT8 = '[[step]]\nname = "quantize"\n'
 TRAINED_INT8 = f'{INT8}[[step]]\nname = "fine_tune"\nepochs = 3\n'
+
+
+def test_a_machine_that_speeds_up_makes_no_recipe_pay(monkeypatch):
+    first = Measurement(100_000, 0.9, latency_ms_p50=4.0)
+    even = Comparison(speedup=1.02, speedup_low=0.98, speedup_high=1.06)
+    came = {  # each with the original beside it, a while after the baseline
+        "int8": (100_000, 2.9, 3.0),
+        "fp16": (50_000, 3.05, 3.0),
+    }
+
+    def tried(state, attempt, best):
+        size, own, beside = came[attempt.title]
+        measured = (dataclasses.replace(first, size_bytes=size, latency_ms_p50=own), first)
+        standing = Standing(measured[0], dataclasses.replace(first, latency_ms_p50=beside), even)
+        trial = Trial([], attempt.title, "", "", True, "", measured[0], even, 0.1, "")
+        return trial, dataclasses.replace(best, stage=attempt.title, standing=standing)
+
+    monkeypatch.setattr(compress, "tried", tried)
+    goals = Goals(latency="0.8x")
+    state = State(None, None, goals, Target(), None, Path(), first, 0, False)
+    proposals = [Proposal(name, "", (Attempt((), name, "", ""),)) for name in came]
+    trials, best = compress._try_proposals(state, proposals)
+    assert [trial.title for trial in trials] == ["int8", "fp16"]  # int8 did not end the search
+    assert best.stage == "fp16"
 
 
 class Here(local.Probe):

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from paredown.core.measurement import Measurement
 from paredown.core.units import GOALS, Limit, human, parse_drop, parse_limit
 
+TIMED = ("latency", "throughput", "energy")  # what drifts with the machine's speed
+DRIFT = 0.05  # of the original's, from which on it is said
+
 
 @dataclass(frozen=True)
 class Goals:
@@ -44,35 +47,45 @@ class Goals:
         drop = float(self.max_drop)
         return drop if baseline.score_in_points else drop * abs(baseline.score or 0.0)
 
-    def missed(self, measurement: Measurement, baseline: Measurement) -> list[str]:
+    def missed(self, measurement: Measurement, beside: Measurement) -> list[str]:
         """One plain sentence for each goal that the measurement does not meet; empty means done."""
-        sentences = [
-            row.sentence for row in self.check(measurement, baseline) if row.met is not True
-        ]
+        sentences = [row.sentence for row in self.check(measurement, beside) if row.met is not True]
         return sentences
 
-    def check(self, measurement: Measurement, baseline: Measurement) -> list[GoalCheck]:
-        """Each goal against what was measured; an unmeasured quantity never counts as met."""
+    def check(
+        self, measurement: Measurement, beside: Measurement, baseline: Measurement | None = None
+    ) -> list[GoalCheck]:
+        """Each goal against what was measured; an unmeasured quantity never counts as met.
+
+        Args:
+            beside: the original, measured in turn with it: a machine's speed drifts, so a goal
+                such as "0.8x" is judged by the two of one measurement.
+            baseline: the original as it was measured first; an absolute goal is judged by the
+                measurement alone, and tells how far the original has drifted since.
+        """
         rows = []
-        allowed = self.allowed_drop(baseline)
+        allowed = self.allowed_drop(beside)
         if allowed is not None:
-            rows.append(_check_drop(allowed, measurement, baseline))
+            rows.append(_check_drop(allowed, measurement, beside))
         for goal in GOALS:
             limit = getattr(self, goal)
             if limit is not None:
-                rows.append(_check_limit(goal, limit, measurement, baseline))
+                drifted = "" if limit.relative else _drifted(goal, beside, baseline or beside)
+                rows.append(_check_limit(goal, limit, measurement, beside, drifted))
         return rows
 
 
 @dataclass(frozen=True)
 class GoalCheck:
-    """One goal, the bound it means here, what was measured, and whether that meets it."""
+    """One goal, the bound it means here, what was measured, and whether that meets it; and, of an
+    absolute one, how far the original has drifted since its baseline, "" where it has not."""
 
     goal: str
     bound: float
     value: float | None
     met: bool
     sentence: str
+    drifted: str = ""
 
 
 def _check_drop(allowed: float, measurement: Measurement, baseline: Measurement) -> GoalCheck:
@@ -87,10 +100,28 @@ def _check_drop(allowed: float, measurement: Measurement, baseline: Measurement)
     return GoalCheck("max_drop", allowed, drop, met, text)
 
 
+def drift(goal: str, beside: Measurement, baseline: Measurement) -> float:
+    """The original's quantity in this measurement over that of its first; 1 where the machine's
+    speed does not matter, or where it was not measured."""
+    now, then = beside.quantity(goal), baseline.quantity(goal)
+    return now / then if goal in TIMED and now and then else 1.0
+
+
+def _drifted(goal: str, beside: Measurement, baseline: Measurement) -> str:
+    change = drift(goal, beside, baseline)
+    if abs(change - 1) < DRIFT:
+        return ""
+    now, then = (human(goal, each.quantity(goal) or 0.0) for each in (beside, baseline))
+    return (
+        f"The machine's speed has changed: the original's {goal} is {now} beside it, "
+        f"{change:.2f}x of the {then} of its baseline."
+    )
+
+
 def _check_limit(
-    goal: str, limit: Limit, measurement: Measurement, baseline: Measurement
+    goal: str, limit: Limit, measurement: Measurement, beside: Measurement, drifted: str
 ) -> GoalCheck:
-    value, original = measurement.quantity(goal), baseline.quantity(goal)
+    value, original = measurement.quantity(goal), beside.quantity(goal)
     if value is None or (limit.relative and original is None):
         text = f"{goal.capitalize()} could not be measured here, so its goal cannot be met."
         return GoalCheck(goal, limit.value, None, False, text)
@@ -102,4 +133,4 @@ def _check_limit(
         f"{goal.capitalize()} is {human(goal, value)}; "
         f"the goal is {relation} {human(goal, bound)}{asked}."
     )
-    return GoalCheck(goal, bound, value, met, text)
+    return GoalCheck(goal, bound, value, met, text, drifted)

@@ -101,7 +101,7 @@ def _files(ledger: Ledger, run: Run) -> list[Path]:
 
 
 def _proposals(state: State, steps: Sequence[Step] | None) -> list[Proposal]:
-    if state.done(state.baseline):
+    if state.done(state.start):
         progress.say("The original meets every goal already: nothing is changed.")
         return []
     if steps is not None:
@@ -122,7 +122,7 @@ def _try_proposals(state: State, proposals: list[Proposal]) -> tuple[list[Trial]
 
     Where no amount is asked for, the first proposal that pays is enough.
     """
-    start = Best(state.original, "", state.original_file, [], state.baseline)
+    start = Best(state.original, "", state.original_file, [], state.start)
     bounded = any(getattr(state.goals, goal) is not None for goal in GOALS)
     trials: list[Trial] = []
     outcomes = [start]
@@ -131,13 +131,13 @@ def _try_proposals(state: State, proposals: list[Proposal]) -> tuple[list[Trial]
         found, best = _try_attempts(state, item.attempts, start)
         trials += found
         outcomes.append(best)
-        if state.done(best.measurement) or (best is not start and not bounded):
+        if state.done(best.standing) or (best is not start and not bounded):
             return trials, best
     return trials, max(outcomes, key=lambda each: _rank(state, each))
 
 
 def _rank(state: State, best: Best) -> tuple[float, ...]:
-    return decide.rank(state.goals, best.measurement, state.baseline)
+    return decide.rank(state.goals, best.standing, state.baseline)
 
 
 def _try_attempts(
@@ -146,7 +146,7 @@ def _try_attempts(
     best = start
     trials: list[Trial] = []
     for attempt in attempts:
-        if trials and state.done(best.measurement):
+        if trials and state.done(best.standing):
             progress.say(f"  Every goal is met, so {attempt.title} is not needed.")
             break
         trial, best = tried(state, attempt, best)
@@ -165,7 +165,7 @@ def _run(state: State, steps: Sequence[Step] | None, identity: dict[str, Any], c
     measured = measure(files, state.original, state.task, state.target, split="test")
     original, compressed = measured["original"], measured["compressed"]
     allowed = state.goals.allowed_drop(original.measurement)
-    checks = state.goals.check(compressed.measurement, original.measurement)
+    checks = state.goals.check(compressed.measurement, original.measurement, state.baseline)
     return Run(
         name=state.ledger.folder.absolute().name,
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -227,13 +227,14 @@ def plan_row(item: Proposal) -> dict[str, Any]:
 
 
 def verdict(checks: Sequence[GoalCheck], changed: bool, tried: bool) -> str:
-    """The outcome in a sentence or two; every missed goal is named."""
+    """The outcome in a sentence or two; every missed goal is named, and a drift of the machine."""
+    drifted = "".join(f" {check.drifted}" for check in checks if check.drifted)
     missed = [check.sentence for check in checks if not check.met]
     kept = "The best file is kept." if changed else "No step paid; the original is kept."
     if missed:
-        return f"Goals missed. {' '.join(missed)} {kept}"
+        return f"Goals missed. {' '.join(missed)}{drifted} {kept}"
     if not tried:
         return "The original meets every goal already; nothing was changed."
     if not checks:
         return f"No goal was set. {kept}"
-    return "Every goal is met by the exported file." + ("" if changed else f" {kept}")
+    return f"Every goal is met by the exported file.{drifted}" + ("" if changed else f" {kept}")

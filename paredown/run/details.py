@@ -20,6 +20,7 @@ from paredown.graph.sites import sites
 from paredown.graph.state import tensor_of
 from paredown.measure.measure import Measured
 from paredown.report.png import picture
+from paredown.steps.quantization.saturation import instruction_sets
 from paredown.targets.runtimes import runtime
 
 HISTOGRAM_LAYERS, HISTOGRAM_BINS = 12, 48
@@ -40,6 +41,7 @@ def collect(
         "layers": _layers(original.graph, compressed.graph),
         "histograms": _histograms(original.graph, compressed.graph),
         "census": dataclasses.asdict(runtime(target.runtime).census(file)),
+        "instruction_sets": instruction_sets(compressed, task, target.runtime),
         "notes": list(dict.fromkeys([*original.notes, *compressed.notes])),
         "latency_samples_ms": {name: _sampled(m) for name, m in measured.items()},
         **_examples(task, before, after),

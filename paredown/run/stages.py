@@ -24,6 +24,7 @@ from paredown.measure.inputs import real_inputs
 from paredown.measure.measure import Measured, compare, measure
 from paredown.run.ledger import MODEL, Ledger, stage_key
 from paredown.search import decide
+from paredown.search.decide import Standing
 from paredown.search.proposal import Attempt
 from paredown.ship.pack.container import packed_bytes
 from paredown.steps import recipe
@@ -46,21 +47,26 @@ class State:
     seed: int
     asked: bool  # for a recipe of the user's own
 
-    def done(self, measurement: Measurement) -> bool:
+    def done(self, standing: Standing) -> bool:
         """Whether there is nothing left to do: an amount was asked for, and every goal is met."""
         asked = any(getattr(self.goals, goal) is not None for goal in GOALS)
-        return asked and not self.goals.missed(measurement, self.baseline)
+        return asked and not self.goals.missed(standing.measurement, standing.beside)
+
+    @property
+    def start(self) -> Standing:
+        """Where the original stands."""
+        return Standing(self.baseline, self.baseline)
 
 
 @dataclass
 class Best:
-    """Where a recipe stands: the model kept so far, its stage, file, steps and measurement."""
+    """Where a recipe stands: the model kept so far, its stage, file, steps and how it measured."""
 
     model: Model
     stage: str
     file: Path
     steps: list[Step]
-    measurement: Measurement
+    standing: Standing
 
 
 def begun(
@@ -129,7 +135,8 @@ def tried(state: State, attempt: Attempt, best: Best) -> tuple[Trial, Best]:
     model = _stored(state.ledger, record["stage"])
     file = _lowered(state.ledger, model, record["stage"], state.target, state.task)
     steps = [*best.steps, *recipe.from_toml(record["recipe"])]
-    return trial, Best(model, record["stage"], file, steps, trial.measurement)
+    standing = Standing(trial.measurement, Measurement(**record["original"]), trial.comparison)
+    return trial, Best(model, record["stage"], file, steps, standing)
 
 
 def _run_attempt(state: State, attempt: Attempt, best: Best, key: str) -> dict[str, Any]:
@@ -162,6 +169,7 @@ def _run_attempt(state: State, attempt: Attempt, best: Best, key: str) -> dict[s
         "kept": kept,
         "decision": decision,
         "measurement": dataclasses.asdict(measured["candidate"].measurement),
+        "original": dataclasses.asdict(measured["original"].measurement),
         "comparison": dataclasses.asdict(against_original),
         "findings": found,
     }

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from paredown.core.goals import Goals
+from dataclasses import dataclass
+
+from paredown.core.goals import GoalCheck, Goals, drift
 from paredown.core.measurement import Comparison, Measurement
 from paredown.core.units import human
 from paredown.measure.measure import Measured, compare
@@ -11,18 +13,48 @@ PAYS = {"size": 0.99, "memory": 0.97}  # an attempt pays below this share of the
 FASTER = 1.02  # and above this speed-up, if its interval excludes 1
 
 
-def rank(goals: Goals, measurement: Measurement, baseline: Measurement) -> tuple[float, ...]:
-    """Fewest goals missed, then the least excess over the bounds, then the smallest file."""
-    missed = [check for check in goals.check(measurement, baseline) if not check.met]
-    excess = sum(_excess(check.goal, check.value, check.bound) for check in missed)
-    return (-len(missed), -excess, -measurement.size_bytes)
+@dataclass(frozen=True)
+class Standing:
+    """A file's measurement, the original's beside it, and the two compared; both of one call of
+    `measure`, so that the machine's speed is the same for both.
+
+    ``compared`` is None of the original itself.
+    """
+
+    measurement: Measurement
+    beside: Measurement
+    compared: Comparison | None = None
 
 
-def _excess(goal: str, value: float | None, bound: float) -> float:
+def rank(goals: Goals, standing: Standing, baseline: Measurement) -> tuple[float, ...]:
+    """Fewest goals missed, then the least excess over the bounds, then the smallest file.
+
+    Files are measured minutes apart, so their excess in time is that of the ratio to the original
+    beside them, at the speed of its ``baseline``; what is not measurably faster or slower than the
+    original counts as equal to it, so that noise does not outrank a smaller file.
+    """
+    checks = goals.check(standing.measurement, standing.beside)
+    missed = [check for check in checks if not check.met]
+    excess = sum(_excess(goals, check, standing, baseline) for check in missed)
+    return (-len(missed), -round(excess, 6), -standing.measurement.size_bytes)
+
+
+def _excess(goals: Goals, check: GoalCheck, standing: Standing, baseline: Measurement) -> float:
+    value, goal = check.value, check.goal
     if value is None:
         return 1.0
-    ratio = value / max(bound, 1e-12)
+    if goal in ("latency", "throughput") and _even(standing.compared):
+        value = standing.beside.quantity(goal) or value
+    if goal != "max_drop" and not getattr(goals, goal).relative:
+        value /= drift(goal, standing.beside, baseline)
+    ratio = value / max(check.bound, 1e-12)
     return 1 / ratio - 1 if goal == "throughput" else ratio - 1
+
+
+def _even(compared: Comparison | None) -> bool:
+    """Whether no difference in speed was measurable."""
+    low, high = (compared.speedup_low, compared.speedup_high) if compared else (None, None)
+    return low is not None and high is not None and low <= 1 <= high
 
 
 def decide(measured: dict[str, Measured], allowed: float | None) -> tuple[bool, str]:

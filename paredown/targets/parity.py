@@ -17,8 +17,10 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from paredown.core.errors import UserError
+from paredown.core.progress import say
 from paredown.graph.interpret import Pass
 from paredown.graph.model import Model
+from paredown.graph.quantized import saturation
 from paredown.graph.quantized.forms import form_of
 from paredown.graph.quantized.quantizers import ACTIVATION_QUANTIZERS, PER_TENSOR, quantizers
 from paredown.targets.runtimes import Batches
@@ -32,6 +34,10 @@ TINIEST = 1e-30  # what may stand for a zero: equal values may be ranked either 
 LARGE = 1e3  # of the example's values
 # Where ties alone move the outputs by more than this, outputs tell nothing of a file.
 TELLING_DB, SLACK_DB = 10.0, 1.0
+SATURATED = (
+    "on x86 without VNNI, where two products are added in 16 bits, outputs{} agree with these to "
+    '{:.0f} dB; Quantize(saturation="safe") makes them the same.'
+)
 FLOAT_SLACK_DB = 6.0  # kernels that compute a convolution otherwise round more often
 
 Redraw = Callable[[fx.GraphModule, Sequence[Tensor], int], list[Tensor]]
@@ -53,6 +59,7 @@ def confirm(
     predictor: Any,
     worst_tensor: WorstTensor | None = None,
     data: Batches = (),
+    pairs: str | None = None,
 ) -> None:
     """Assert that an open file agrees with the model it was made of.
 
@@ -62,13 +69,15 @@ def confirm(
             add up; there the outputs may differ as much as other ties make them differ, or as long
             as no stretch between two quantizers does.
         data: real inputs to compare on too, of the example's shapes.
+        pairs: how the runtime's kernels for x86 without VNNI pair products that they add in 16
+            bits; None where they never do. Where such a sum saturates on the example, it is told.
 
     Raises:
         UserError: the outputs differ; names the tensor that differs most.
     """
     for trial in _trials(model, data):
         shown = _with_example(model, trial.leaves)
-        _confirm_on(shown, path, predictor, worst_tensor, trial)
+        _confirm_on(shown, path, predictor, worst_tensor, trial, pairs)
 
 
 def _trials(model: Model, data: Batches) -> Iterator[Trial]:
@@ -94,7 +103,12 @@ def _with_example(model: Model, leaves: Sequence[Tensor]) -> Model:
 
 
 def _confirm_on(
-    model: Model, path: Path, predictor: Any, worst_tensor: WorstTensor | None, trial: Trial
+    model: Model,
+    path: Path,
+    predictor: Any,
+    worst_tensor: WorstTensor | None,
+    trial: Trial,
+    pairs: str | None,
 ) -> None:
     """Assert that the file agrees with the model on the model's example."""
     try:
@@ -107,7 +121,10 @@ def _confirm_on(
     quantized = any(_rounds_values(node) for node in quantizers(model.graph))
     least_db = QUANTIZED_DB if quantized else _float_tolerance_db(model)
     ranked = _ranked(expected, got, predictor.output_names)
-    if ranked[0][0] >= least_db:
+    agrees = ranked[0][0] >= least_db
+    if not (agrees and trial.edge) and pairs and quantized:
+        agrees |= _saturates(model, path, trial, pairs, expected, got if not agrees else None)
+    if agrees:
         return
     redraw = other_ties if quantized else other_roundings
     others = _redrawn(model, trial.leaves, redraw)
@@ -167,6 +184,45 @@ def _where_all_are_finite(
         for each, mask in zip(got, sure, strict=True)
     ]
     return ours, theirs
+
+
+def _saturates(
+    model: Model,
+    path: Path,
+    trial: Trial,
+    pairs: str,
+    expected: Sequence[Tensor],
+    got: Sequence[np.ndarray] | None,
+) -> bool:
+    """Tell where sums of two products that are added in 16 bits saturate, as x86 processors without
+    VNNI add them; of made-up inputs, whether that is why the outputs differ.
+
+    Args:
+        got: the file's outputs where they differ from the model's; None where they agree.
+
+    Raises:
+        UserError: this processor is such a one, and real outputs differ by it.
+    """
+    graph = _on_cpu(model)
+    watch = saturation.Watch(graph)
+    if not watch.done:
+        watch.run(trial.leaves)
+    if not watch.found:
+        return False
+    lost = [value.numpy() for value in saturation.simulate(graph, trial.leaves, pairs)]
+    db = min(agreement_db(a.numpy(), b) for a, b in zip(expected, lost, strict=True))
+    if got is None:
+        say(f"  {path.name}: {SATURATED.format(trial.said, db)}")
+        return True
+    if min(agreement_db(a, b) for a, b in zip(lost, got, strict=True)) < QUANTIZED_DB:
+        return False
+    if not trial.edge:
+        raise UserError(
+            f"{path.name}: this processor adds two products in 16 bits, which saturate: outputs"
+            f"{trial.said} agree with the model's to {db:.0f} dB, expected at least "
+            f'{QUANTIZED_DB:.0f} dB; use Quantize(saturation="safe").'
+        )
+    return True
 
 
 def _rounds_values(quantizer: fx.Node) -> bool:

@@ -20,10 +20,10 @@ from paredown.core import progress
 from paredown.core.errors import UserError
 from paredown.core.task import Task
 from paredown.data import lockstep
-from paredown.data.layer_inputs import layer_inputs
 from paredown.data.lockstep import advance, run
 from paredown.graph.model import Model, kept_since
 from paredown.graph.ops import argument
+from paredown.graph.patches import layer_inputs
 from paredown.graph.quantized.quantizers import quantizers
 from paredown.graph.sites import Site, sites
 from paredown.graph.state import tensor_of

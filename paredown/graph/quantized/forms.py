@@ -237,6 +237,21 @@ def of_op(op: Any, bits: int) -> Form:
     raise LookupError(f"no form of weights has {op} and {bits} bits")
 
 
+def of_grid(op: Any, low: int, high: int) -> Form:
+    """The form of the fewest bits that a fake quantizer makes of the whole numbers low..high.
+
+    Raises:
+        LookupError: there is none.
+
+    Example:
+        >>> of_grid(PER_CHANNEL, -7, 7).name, of_grid(PER_CHANNEL, -63, 63).name
+        ('int4', 'int8')
+    """
+    bits = {form.bits for form in WEIGHT_FORMS.values() if form.op is op}
+    needed = (high - low).bit_length()
+    return of_op(op, min((each for each in bits if each >= needed), default=needed))
+
+
 def form_of(node: fx.Node) -> Form | None:
     """The form of the weight that a node rounds; None where it is no quantizer of weights.
 
@@ -254,5 +269,5 @@ def form_of(node: fx.Node) -> Form | None:
     if len(bits) > 1:
         low, high = node.args[-2:]
         assert isinstance(low, int) and isinstance(high, int)
-        bits = {(high - low).bit_length()}
+        return of_grid(node.target, low, high)
     return of_op(node.target, bits.pop()) if bits else None

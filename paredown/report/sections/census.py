@@ -23,7 +23,8 @@ def facts(run: Run) -> dict[str, Any] | None:
     if not columns and not kinds:
         return None
     bar = Markup(charts.stacked([size for _, size in kinds], "Bytes by type")) if kinds else ""
-    notes = [str(note) for note in census.get("notes") or []]
+    same = run.details.get("instruction_sets")
+    notes = [str(note) for note in [*(census.get("notes") or []), *([same] if same else [])]]
     return {"columns": columns, "kinds": kinds, "bar": bar, "notes": notes}
 
 

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from paredown.data.layer_inputs import groups_of
 from paredown.graph.model import Model
 from paredown.graph.names import fits, with_layer
 from paredown.graph.ops import arguments
+from paredown.graph.patches import groups_of
 from paredown.graph.sites import CONVOLUTIONS, Site, sites
 from paredown.graph.state import tensor_of
 from paredown.graph.values import values_of, wide

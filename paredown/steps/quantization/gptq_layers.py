@@ -11,11 +11,12 @@ from paredown.core import progress
 from paredown.core.errors import UserError
 from paredown.core.task import Task
 from paredown.data import lockstep
-from paredown.data.layer_inputs import groups_of, sampled_inputs
+from paredown.data.layer_inputs import sampled_inputs
 from paredown.data.lockstep import run
 from paredown.graph.interpret import Pass
 from paredown.graph.model import Model
 from paredown.graph.ops import argument
+from paredown.graph.patches import groups_of
 from paredown.graph.quantized.group_scales import Grid, choose_grid
 from paredown.graph.quantized.grouped import spread
 from paredown.graph.rows import from_rows, rows

@@ -7,6 +7,7 @@ import fnmatch
 import glob
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -25,15 +26,17 @@ from paredown.graph.quantized.forms import WEIGHT_FORMS, form_of
 from paredown.graph.quantized.quantizers import quantizers
 from paredown.graph.quantized.regions import INTEGER_KINDS, Regions, find_regions, prepare
 from paredown.graph.sites import sites
-from paredown.steps.quantization import mixed
+from paredown.steps.quantization import mixed, saturation
 from paredown.steps.quantization.correct import correct_biases
 from paredown.steps.quantization.equalize import equalize
 from paredown.steps.quantization.insert import insert_dynamic, insert_quantizers, insert_tables
 from paredown.steps.quantization.range_methods import Range
 from paredown.steps.quantization.ranges import RANGES, range_method
-from paredown.steps.step import ALONE, Entry, Setting, Step
+from paredown.steps.step import ALONE, Entry, Setting, Step, forget
+from paredown.targets.runtimes import runtime
 
 SCHEMES = ("int8", "int4", "int8-dynamic")
+SATURATION = ("safe", "vnni")
 BITS = (8, 4)  # of the first and the last layer, and of tables
 
 
@@ -66,6 +69,10 @@ class Quantize(Step):
             weights that read them, 0 to 1, wherever that changes nothing in float; 0 is off. Of a
             model with shared weights, whose values it would part, nothing moves.
         correct_bias: take back the mean shift of each layer's output by its bias.
+        saturation: x86 processors without VNNI add two products in 16 bits, in ONNX Runtime and
+            OpenVINO. "safe" holds the weights of each layer whose products leave them on the
+            calibration data within 7 bits; "vnni" keeps 8, and the file is right with VNNI and on
+            ARM alone. Other runtimes add in 32 bits, and keep 8 either way.
         max_drop: mixed precision: the most that the score on the validation data may fall, such as
             "0.5%"; as few layers as that needs stay in float. See `settle`.
 
@@ -126,6 +133,7 @@ class Quantize(Step):
     exclude: tuple[str, ...] = ()
     smooth: float = 0.5
     correct_bias: bool = True
+    saturation: str = "safe"
     max_drop: float | str | None = None
 
     def __post_init__(self) -> None:
@@ -143,6 +151,9 @@ class Quantize(Step):
                 f"quantize: embedding_bits must be 8, 4, or 0 for float, got "
                 f"{self.embedding_bits!r}."
             )
+        if self.saturation not in SATURATION:
+            known = " or ".join(f'"{name}"' for name in SATURATION)
+            raise UserError(f"quantize: saturation must be {known}, got {self.saturation!r}.")
         if not 0 <= self.smooth <= 1:
             raise UserError(f"quantize: smooth must be in [0, 1], got {self.smooth!r}.")
         object.__setattr__(self, "exclude", names_of("exclude", self.exclude))
@@ -181,17 +192,32 @@ class Quantize(Step):
             if self.smooth and not made.shared:
                 equalize(made, task, [site.weight for site in regions.sites], self.smooth)
             found = {} if self._dynamic else self._ranges(made, task, regions)
-            # Low-bit weights may change in place as quantizers come in; others keep their values.
-            exact = made.copy() if quantizers(made.graph) else made.frozen()
+            exact = _before(made)
             if self._dynamic:
                 insert_dynamic(made, regions.sites)
             else:
                 insert_quantizers(made, regions, found, self._bits(made))
             if self.embedding_bits:
                 insert_tables(made, self.embedding_bits, {*skipped, *made.shared})
-            if self.correct_bias:
-                correct_biases(exact, made, task)
-        return made
+            return self._fitted(made, exact, task, setting)
+
+    def _fitted(self, made: Model, exact: Model, task: Task, setting: Setting) -> Model:
+        """With biases corrected, and sums of products that fit the target's kernels."""
+        correct = partial(correct_biases, exact, made, task) if self.correct_bias else None
+        name, safe = setting.target.runtime, self.saturation == "safe"
+        pairs = runtime(name).PAIRS is not None
+        if pairs and safe:
+            found = saturation.keep_within(made, task, correct)
+        else:
+            if correct is not None:
+                correct()
+            found = saturation.saturating(made, task) if pairs else []
+        if not found:
+            return made
+        told = saturation.note(found, name, safe)
+        say(f"  {told}")
+        setting.note({"kind": "saturation", "runtime": name, "safe": safe, "layers": found})
+        return replace(made, notes=(*made.notes, told))
 
     def settle(self, model: Model, task: Task, setting: Setting) -> Quantize:
         """The same step with the layers named that stay in float, so that it repeats.
@@ -207,7 +233,7 @@ class Quantize(Step):
             return replace(plain, exclude=(*self.exclude, *map(glob.escape, floats)))
 
         def quantize(floats: Sequence[str]) -> Model:
-            return without(floats).apply(model, task)
+            return without(floats).apply(model, task, replace(setting, note=forget))
 
         floats = mixed.choose(model, task, self.max_drop, quantize, setting.note)
         say(f"  {len(floats)} layers stay in float" + (f": {', '.join(floats)}" if floats else ""))
@@ -243,6 +269,18 @@ class Quantize(Step):
         return dict.fromkeys(layers, WEIGHT_FORMS[self.scheme].bits) | (
             edges if self.scheme == "int4" else {}
         )
+
+
+def _before(made: Model) -> Model:
+    """The model as it is now, of which nothing changes as quantizers come into ``made``: low-bit
+    weights and biases do so in place, others keep their values and need no copy."""
+    if quantizers(made.graph):
+        return made.copy()
+    exact = made.frozen()
+    for parameter in exact.parameters():
+        if parameter.dim() == 1:
+            parameter.data = parameter.data.clone()
+    return exact
 
 
 def _layers(model: Model) -> list[str]:

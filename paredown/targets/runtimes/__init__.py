@@ -77,6 +77,11 @@ class Runtime(Protocol):
         """Bits of weights alone that may have no zero points."""
 
     @property
+    def PAIRS(self) -> str | None:
+        """Which products its kernels for x86 without VNNI add in 16 bits, as in
+        `paredown.graph.quantized.saturation`; None where they never do."""
+
+    @property
     def INT8_BYTES(self) -> tuple[int, int] | None:
         """What integers add to a file for each channel and for each layer, in bytes; None where
         they are only simulated."""

@@ -32,6 +32,7 @@ FORMS = frozenset(
     {"int8", "int8-dynamic", "int8-weights", "int4-weights", "fp16"}
 )  # besides float32; see paredown.graph.quantized.forms
 SYMMETRIC = frozenset({4, 8})  # bits of weights alone that may have no zero points
+PAIRS = None  # products are added in 32 bits
 INT8_BYTES = (8, 700)  # of scales for each channel, of keys and padding for each layer
 SIGNATURE = "paredown"  # a method of the file that returns names and shapes, as JSON
 

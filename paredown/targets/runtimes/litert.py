@@ -28,6 +28,7 @@ SUFFIX, COMPANIONS = ".tflite", ()
 # besides float32; see paredown.graph.quantized.forms
 FORMS = frozenset({"int8", "int8-dynamic", "int4", "int8-weights", "int4-weights", "fp16"})
 SYMMETRIC = frozenset({4})  # bits of weights alone that may have no zero points
+PAIRS = None  # products are added in 32 bits
 INT8_BYTES = (8, 250)  # of scales, and of zero points and tensors, as found in conv nets
 PACKAGES = ("litert-torch", "ai-edge-litert")
 IDENTIFIER = b"TFL3"  # bytes 4 to 8 of each such file

@@ -25,6 +25,7 @@ FORMS = frozenset(
     {"int8", "int8-dynamic", "int8-weights", "int4", "int4-weights", "fp16"}
 )  # besides float32; see paredown.graph.quantized.forms
 SYMMETRIC: frozenset[int] = frozenset()
+PAIRS = "within"  # of products, whose sums saturate at 16 bits on x86 without VNNI
 INT8_BYTES = (4, 1950)  # of scales, and of the ops around a layer, as found in conv nets
 PACKAGES = ("openvino", "onnx", "onnxscript")
 
@@ -176,7 +177,7 @@ def lower(model: Model, path: Path | str, data: Batches = ()) -> Path:
 
     try:
         with first.opened(path, __file__) as predictor:
-            parity.confirm(model, path, predictor, worst_tensor, data)
+            parity.confirm(model, path, predictor, worst_tensor, data, PAIRS)
     except UserError:
         path.unlink()
         path.with_suffix(COMPANIONS[0]).unlink()

@@ -25,6 +25,7 @@ FORMS = frozenset(
     }
 )
 SYMMETRIC: frozenset[int] = frozenset()
+PAIRS = None  # products are added in 32 bits
 INT8_BYTES = None  # weights stay float
 PACKAGES = ("torch", "safetensors")
 UNPACKED = "PyTorch unpacks {} weights when it opens the file, and runs them in float."

@@ -25,7 +25,7 @@ from onnx.defs import OpSchema
 from onnxscript import values as onnxscript_values
 
 from paredown.graph.quantized.codes import to_bytes
-from paredown.graph.quantized.forms import of_op
+from paredown.graph.quantized.forms import of_grid
 from paredown.graph.quantized.grouped import PER_GROUP
 from paredown.targets.formats.onnx.bits import DOMAIN
 from paredown.targets.formats.onnx.edit import (
@@ -143,7 +143,7 @@ def _rounded(node: ir.Node) -> _Rounded:
     axis, group, low, high = (attribute(node, key) for key in ("axis", "group", "low", "high"))
     w, s = torch.from_numpy(weight.copy()), torch.from_numpy(scale.copy())
     z = None if zero is None else torch.from_numpy(zero.copy())
-    form, name = of_op(PER_GROUP, (high - low).bit_length()), str(node.inputs[0].name)
+    form, name = of_grid(PER_GROUP, low, high), str(node.inputs[0].name)
     integers = form.read(name, w, s, z, axis, group, low, high).integers.numpy()
     if zero is not None:
         integers, zero = (a.astype(np.int16) - low for a in (integers, zero))

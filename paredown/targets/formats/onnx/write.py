@@ -23,7 +23,7 @@ from paredown.core.errors import UserError
 from paredown.graph import structure
 from paredown.graph.model import Model
 from paredown.graph.program import lowered
-from paredown.graph.quantized.forms import Rounded, of_op
+from paredown.graph.quantized.forms import Rounded, of_grid
 from paredown.graph.quantized.per_channel import PER_CHANNEL
 from paredown.graph.quantized.quantizers import PER_TENSOR, weight_forms
 from paredown.targets.formats.onnx import attention, bits, blocks, dynamic, half, shared
@@ -205,7 +205,7 @@ def _read(node: ir.Node) -> Rounded:
     weight, scale = array(node.inputs[0]), array(node.inputs[1])
     assert weight is not None and scale is not None and node.inputs[0] is not None
     axis, low, high = (attribute(node, key) for key in ("axis", "low", "high"))
-    form = of_op(PER_CHANNEL, (high - low).bit_length())
+    form = of_grid(PER_CHANNEL, low, high)
     w, s = torch.from_numpy(weight.copy()), torch.from_numpy(scale.copy())
     return form.read(str(node.inputs[0].name), w, s, axis, low, high)
 
