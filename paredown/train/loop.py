@@ -15,6 +15,7 @@ from paredown.core.task import Task
 from paredown.data import batches, feed, splits
 from paredown.data.evaluate import evaluate
 from paredown.graph import machine
+from paredown.graph.holds import own_zeros
 from paredown.graph.holds.every import HOLDS
 from paredown.graph.holds.hold import Keeper
 from paredown.graph.model import Model
@@ -32,6 +33,7 @@ def fit(
     settings: Training,
     checkpoint: Path | None = None,
     objective: Objective | None = None,
+    original: Model | None = None,
 ) -> list[dict[str, Any]]:
     """Train the model's graph in place; it ends in evaluation mode, on the device it came from.
 
@@ -39,6 +41,7 @@ def fit(
         checkpoint: a file written after each epoch. Where it holds this same training (model,
             settings and data sizes), it goes on from there, to the same bits; else it is replaced.
         objective: what is minimised; None is the task's own loss.
+        original: the model whose zeros are to stay where it is sparse; None is this one.
 
     Returns:
         One row for each epoch: ``epoch``, ``loss`` (mean), ``lr`` and, with a validation split,
@@ -51,6 +54,7 @@ def fit(
     """
     _check(model, task, settings, objective)
     objective = objective or TaskLoss(task)
+    _settle_zeros(model, settings, original or model)
     home, device = machine.device_of(model), machine.device(settings.device)
     mark = mark_of(model, task, settings, objective.mark()) if checkpoint else ""
     lasso = units_of(model, settings.group_lasso) if settings.group_lasso else None
@@ -75,6 +79,16 @@ def fit(
         qat.bake(model)
         machine.move(model, home)
     return state.history
+
+
+def _settle_zeros(model: Model, settings: Training, original: Model) -> None:
+    """Which weights are held at zero, and what is said of it."""
+    if settings.zeros == own_zeros.FREE:
+        own_zeros.free(model)
+        return
+    told = own_zeros.adopt(model, original)
+    if told:
+        progress.say(f"  note: {told}")
 
 
 # --- one epoch, one step ---------------------------------------------------------------------
