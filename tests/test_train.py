@@ -270,6 +270,26 @@ def test_patience_stops_and_restores_the_best(model):
         fit(model, replace(TASK, validation=None), replace(FAST, patience=1))
 
 
+def test_patience_counts_the_model_as_it_came(model, tmp_path, monkeypatch, said):
+    fit(model, TASK, FAST)
+    worse, cut, again = model.copy(), model.copy(), model.copy()
+    ruin = replace(FAST, epochs=6, lr=10.0, optimizer="sgd", patience=2, clip_norm=None)
+    history = fit(worse, TASK, ruin)
+    assert same(worse, model) and len(history) == 2
+    assert any("no epoch scored better than the model as it came" in line for line in said)
+    write, path = loop.write, tmp_path / "c.safetensors"
+
+    def kill(*args):
+        write(*args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "write", kill)
+    with pytest.raises(KeyboardInterrupt):
+        fit(cut, TASK, ruin, path)
+    monkeypatch.setattr(loop, "write", write)
+    assert fit(again, TASK, ruin, path) == history and same(again, model)
+
+
 def test_part_of_an_epoch_and_the_schedule(model):
     rates = [learning_rate(step, 100, 2.0, 0.1) for step in range(100)]
     assert rates[9] == rates[10] == max(rates) == 2.0

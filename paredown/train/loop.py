@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from paredown.core import progress
 from paredown.core.errors import UserError
@@ -67,6 +67,9 @@ def fit(
             state = _start(model, task, settings, objective.extra)
             if checkpoint is not None:
                 resume(checkpoint, mark, model, state)
+            if settings.patience is not None and state.epoch == 0:
+                state.start = _mean_score(model, task)
+                state.best = _copied(model)
             per_epoch, total = _steps(model, task, settings, state)
             while state.epoch * per_epoch < total and not _stopped(state, settings):
                 _one_epoch(model, task, settings, state, objective, lasso)
@@ -74,6 +77,8 @@ def fit(
                     write(checkpoint, mark, model, state)
         if settings.patience is not None:
             copy_into(tensors(model.graph), state.best)
+            if state.best_epoch < 0:
+                progress.say("  no epoch scored better than the model as it came, which is kept")
     finally:
         model.eval()
         qat.bake(model)
@@ -131,7 +136,7 @@ def _one_epoch(
     qat.hold(model)
     row = {"epoch": state.epoch + 1, "loss": math.fsum(losses) / len(losses), "lr": rate}
     if task.validation is not None:
-        row["score"] = float(evaluate(model, task.validation, task).double().mean())
+        row["score"] = _mean_score(model, task)
         _remember(model, state, row["score"], settings)
     state.history.append(row)
     state.epoch += 1
@@ -220,10 +225,19 @@ def _check_weights(model: Model, epoch: int) -> None:
 
 
 def _remember(model: Model, state: State, score: float, settings: Training) -> None:
-    scores = [row["score"] for row in state.history]
-    if settings.patience is not None and (not scores or score > max(scores)):
-        state.best = {name: t.detach().clone() for name, t in tensors(model.graph).items()}
-        state.best_epoch = state.epoch
+    if settings.patience is None or state.start is None:
+        return
+    if score > max([state.start, *(row["score"] for row in state.history)]):
+        state.best, state.best_epoch = _copied(model), state.epoch
+
+
+def _mean_score(model: Model, task: Task) -> float:
+    assert task.validation is not None
+    return float(evaluate(model, task.validation, task).double().mean())
+
+
+def _copied(model: Model) -> dict[str, Tensor]:
+    return {name: t.detach().clone() for name, t in tensors(model.graph).items()}
 
 
 def _stopped(state: State, settings: Training) -> bool:

@@ -32,7 +32,7 @@ class Training:
             (LSQ, arXiv 1902.08153), "average" lets them follow the moving average of the ranges
             (arXiv 1712.05877), "frozen" leaves them. No effect on a model in float.
         patience: stop after so many epochs without a better validation score and restore the
-            best weights; None trains to the end and keeps the last.
+            best weights, if need be those it came with; None trains to the end and keeps the last.
         zeros: "keep" holds at zero what is pruned and the zeros that the model came with, where a
             hundredth of a weight or more is zero; "free" lets all of them train, from then on.
         seed: decides shuffling, dropout and augmentation; same seed and machine, same weights.
