@@ -181,6 +181,23 @@ def test_classes_that_are_masked_out_leave_finite_gradients(name):
     assert not ours.grad[:, 3].any()
 
 
+@pytest.mark.parametrize("name", losses.OUTPUTS)
+@pytest.mark.parametrize("whose", ["both", "teacher"])
+@pytest.mark.parametrize("target", [None, 0, 2])
+def test_rows_with_one_class_left_leave_finite_gradients(name, whose, target):
+    ours, theirs, _ = logits()
+    gone = torch.zeros(7, 5, dtype=torch.bool)
+    gone[:3, 1:] = True  # of three rows all classes but the first
+    gone[3, 2:] = True
+    labels = None if target is None else torch.full((7,), target)
+    student = ours.masked_fill(gone, -torch.inf) if whose == "both" else ours * 1
+    loss = losses.LOSSES[name](student, theirs.masked_fill(gone, -torch.inf), labels, 2.0)
+    loss.backward()
+    assert torch.isfinite(loss) and torch.isfinite(ours.grad).all() and ours.grad[4:].any()
+    if whose == "both":
+        assert not ours.grad[gone].any()
+
+
 @pytest.mark.parametrize("name", losses.INTERNAL)
 def test_inner_losses_are_zero_for_the_same_and_fall_by_their_gradient(name):
     torch.manual_seed(0)

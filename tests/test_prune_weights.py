@@ -197,6 +197,22 @@ def test_an_unknown_name_suggests_the_nearest(model):
         PruneWeights(exclude=("depthwize",)).apply(model, TASK)
 
 
+def test_the_zeros_that_a_model_came_with_are_adopted(model):
+    sparse = model.copy()
+    for weight in sparse.graph.parameters():
+        if weight.dim() > 1:
+            weight.data[torch.rand(weight.shape) < 0.8] = 0.0
+    share = min(float((w == 0).float().mean()) for w in sparse.graph.parameters() if w.dim() > 1)
+    for sparsity in (share, 0.5, 0.9):
+        made = PruneWeights(sparsity).apply(sparse, TASK)
+        for name, mask in made.masks.items():
+            weight = sparse.state_dict()[name]
+            assert not mask[weight == 0].any()
+            assert float((~mask).float().mean()) >= sparsity - 0.5 / mask.numel()
+    with pytest.raises(UserError, match="changed nothing"):
+        PruneWeights(share).apply(PruneWeights(share).apply(sparse, TASK), TASK)
+
+
 def test_what_changes_nothing_raises(model):
     once = PruneWeights(0.5).apply(model, TASK)
     with pytest.raises(UserError, match="changed nothing; all 4 weights have a share of"):

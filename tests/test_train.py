@@ -6,15 +6,19 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
+from torch.nn.utils import prune
 from torch.utils.data import Dataset, TensorDataset
 
+from paredown import Distill, PruneChannels, PruneWeights, Quantize
 from paredown.core import progress
 from paredown.core.errors import UserError
 from paredown.core.task import Task
 from paredown.data import batches
 from paredown.data.evaluate import evaluate
 from paredown.graph.capture import capture
+from paredown.graph.holds import own_zeros
 from paredown.graph.model import Model
+from paredown.steps import recipe
 from paredown.steps.step import Setting
 from paredown.steps.training.fine_tune import FineTune
 from paredown.train import loop
@@ -164,6 +168,83 @@ def test_nothing_revives_a_pruned_weight(model):
         assert not torch.equal(start, pruned.state_dict()["head.weight"])
 
 
+@pytest.fixture
+def sparse() -> Model:
+    """A net that came with nine tenths of its weights at zero, and no mask that says so."""
+    torch.manual_seed(0)
+    net = Net()
+    with torch.no_grad():
+        for parameter in (net.body[0].weight, net.first.weight, net.head.weight):
+            parameter[torch.rand(parameter.shape) < 0.9] = 0.0
+    return capture(net, TASK.example)
+
+
+def revived(before: Model, after: Model) -> int:
+    old, new = before.state_dict(), after.state_dict()
+    names = ("body.0.weight", "first.weight", "head.weight")
+    return sum(int(((old[name] == 0) & (new[name] != 0)).sum()) for name in names if name in new)
+
+
+TRAINING = {"epochs": 2, "lr": 0.01, "device": "cpu"}
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        [FineTune(**TRAINING)],
+        [FineTune(**TRAINING), FineTune(**TRAINING)],
+        [FineTune(optimizer="sgd", **TRAINING)],
+        [Distill(**TRAINING)],
+        [Quantize("int8"), FineTune(**TRAINING)],
+        [Quantize("int8", correct_bias=False), Distill(**TRAINING)],
+        [PruneWeights(0.5), FineTune(**TRAINING)],
+        [PruneChannels(0.25, reconstruct=False), FineTune(**TRAINING)],
+    ],
+    ids=lambda steps: "-".join(recipe.name(step) for step in steps),
+)
+def test_zeros_that_came_with_the_model_stay_and_it_is_said(sparse, steps, said):
+    made = recipe.apply(sparse, steps, TASK)
+    if made.graph.head.weight.shape == sparse.graph.head.weight.shape:
+        assert revived(sparse, made) == 0 and not same(sparse, made)
+    assert float((made.state_dict()["head.weight"] == 0).float().mean()) > 0.7
+    notes = [line for line in said if "came sparse: their zeros stay" in line]
+    assert len(notes) == 1 and 'FineTune(zeros="free") trains them' in notes[0]
+    assert not sparse.masks
+
+
+def test_zeros_are_freed_on_request(sparse, model, said):
+    freed = recipe.apply(sparse, [FineTune(zeros="free", **TRAINING)], TASK)
+    assert revived(sparse, freed) > 50 and not freed.masks
+    pruned = PruneWeights(0.5).apply(model, TASK)
+    freed = FineTune(zeros="free", **TRAINING).apply(pruned, TASK)
+    assert revived(pruned, freed) > 30 and not freed.masks
+    assert not [line for line in said if "came sparse" in line]
+    with pytest.raises(UserError, match='zeros: expected "keep" or "free"'):
+        FineTune(zeros="maybe")
+
+
+def test_zeros_of_a_start_or_of_a_step_are_to_train():
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+    with torch.no_grad():
+        nn.init.eye_(net[0].weight), nn.init.zeros_(net[1].weight)
+    model = capture(net, (torch.zeros(2, 4),))
+    assert not own_zeros.found(model)
+    with torch.no_grad():
+        model.graph.get_parameter("2.weight")[0] = 0.0
+    assert set(own_zeros.found(model)) == {"2.weight"}
+    assert not own_zeros.found(model, capture(net, (torch.zeros(2, 4),)).copy())  # not as it came
+
+
+def test_a_mask_in_the_models_own_code_is_kept_when_its_weight_is_folded():
+    net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+    prune.l1_unstructured(net[0], "weight", 0.5)
+    data = TensorDataset(torch.randn(32, 8), torch.arange(32) % 3)
+    task = replace(TASK, example=(torch.zeros(2, 8),), train=data, validation=None)
+    made = recipe.apply(net, [Quantize("int8"), FineTune(**TRAINING)], task)
+    [name] = [n for n, p in made.graph.named_parameters() if tuple(p.shape) == (8, 8)]
+    assert int((made.state_dict()[name] == 0).sum()) >= 32
+
+
 def test_patience_stops_and_restores_the_best(model):
     scores = iter([0.5, 0.9, 0.4, 0.3, 0.8, 0.7])
 
@@ -187,6 +268,26 @@ def test_patience_stops_and_restores_the_best(model):
     assert torch.equal(model.state_dict()["head.weight"], seen[1])
     with pytest.raises(UserError, match="patience: stopping early needs a validation split"):
         fit(model, replace(TASK, validation=None), replace(FAST, patience=1))
+
+
+def test_patience_counts_the_model_as_it_came(model, tmp_path, monkeypatch, said):
+    fit(model, TASK, FAST)
+    worse, cut, again = model.copy(), model.copy(), model.copy()
+    ruin = replace(FAST, epochs=6, lr=10.0, optimizer="sgd", patience=2, clip_norm=None)
+    history = fit(worse, TASK, ruin)
+    assert same(worse, model) and len(history) == 2
+    assert any("no epoch scored better than the model as it came" in line for line in said)
+    write, path = loop.write, tmp_path / "c.safetensors"
+
+    def kill(*args):
+        write(*args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "write", kill)
+    with pytest.raises(KeyboardInterrupt):
+        fit(cut, TASK, ruin, path)
+    monkeypatch.setattr(loop, "write", write)
+    assert fit(again, TASK, ruin, path) == history and same(again, model)
 
 
 def test_part_of_an_epoch_and_the_schedule(model):

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from paredown.graph.holds import own_zeros
 from paredown.graph.holds.every import held_names
 from paredown.graph.model import Model
 from paredown.graph.sites import weight_places
@@ -89,6 +90,9 @@ def _fold(model: Model, weight: fx.Node) -> str | None:
         model.kept.pop(leaf, None)
         remove_state(graph, leaf)
     set_parameter(graph, name, value.contiguous())
+    mask = own_zeros.kept(value)
+    if not bool(mask.all()):  # zeros that a mask in the model's own graph has held
+        model.masks[name] = mask
     return name
 
 

@@ -23,6 +23,7 @@ from paredown.data.feed import Batch
 from paredown.graph import structure
 from paredown.graph.capture import capture
 from paredown.graph.doors.python_file import load_file, made_model, made_task
+from paredown.graph.holds import own_zeros
 from paredown.graph.model import Model
 from paredown.graph.sites import sites
 from paredown.measure import inputs
@@ -96,7 +97,7 @@ def _check(
     found.notes += found.tried("the data", lambda: unrepeated(task)) or []
     if model is None:
         return
-    found.notes += model.notes
+    found.notes += [*model.notes, *filter(None, [own_zeros.told(own_zeros.found(model))])]
     parameters = sum(p.numel() for p in model.parameters())
     layers = len({site.weight for site in sites(model.graph)})
     found.facts.insert(0, f"captured: {parameters:,} parameters, {layers} layers with weights")

@@ -18,6 +18,7 @@ from paredown.core.results import Trial
 from paredown.core.task import Target, Task
 from paredown.core.units import GOALS, human
 from paredown.graph import machine
+from paredown.graph.holds import own_zeros
 from paredown.graph.model import Model
 from paredown.graph.store import encode
 from paredown.measure.inputs import real_inputs
@@ -90,7 +91,7 @@ def begun(
         ledger.finish(key, record)
     measurement = Measurement(**record["measurement"])
     progress.say(f"  {_figures(measurement)}")
-    for note in model.notes:
+    for note in [*model.notes, *filter(None, [own_zeros.told(own_zeros.found(model))])]:
         progress.say(f"  note: {note}")
     return State(ledger, task, goals, target, model, file, measurement, seed, asked)
 

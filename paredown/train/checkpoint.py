@@ -36,7 +36,8 @@ class State:
     epoch: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
     best: dict[str, Tensor] = field(default_factory=dict)
-    best_epoch: int = -1
+    best_epoch: int = -1  # -1 is the model as it came
+    start: float | None = None  # its score, with `Training.patience`
 
 
 def mark_of(model: Model, task: Task, settings: Training, objective: str = "") -> str:
@@ -64,7 +65,7 @@ def write(path: Path, mark: str, model: Model, state: State) -> None:
                 found[f"optimizer:{key}:{name}"] = torch.as_tensor(value)
     header = {
         **{"mark": mark, "epoch": state.epoch, "chunk": state.chunk},
-        **{"history": state.history, "best_epoch": state.best_epoch},
+        **{"history": state.history, "best_epoch": state.best_epoch, "start": state.start},
     }
     stored = {key: t.detach().cpu().contiguous().clone() for key, t in sorted(found.items())}
     write_atomically(path, to_bytes(stored, {"training": json.dumps(header)}))
@@ -96,6 +97,7 @@ def resume(path: Path, mark: str, model: Model, state: State) -> None:
             state.optimizer.state[named[owner]][kind] = value.to(device)
     state.epoch, state.chunk = header["epoch"], header["chunk"]
     state.history, state.best_epoch = header["history"], header["best_epoch"]
+    state.start = header["start"]
     progress.say(f"  going on from {path.name} after epoch {state.epoch}")
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from paredown.core import progress
 from paredown.core.errors import UserError
@@ -15,6 +15,7 @@ from paredown.core.task import Task
 from paredown.data import batches, feed, splits
 from paredown.data.evaluate import evaluate
 from paredown.graph import machine
+from paredown.graph.holds import own_zeros
 from paredown.graph.holds.every import HOLDS
 from paredown.graph.holds.hold import Keeper
 from paredown.graph.model import Model
@@ -32,6 +33,7 @@ def fit(
     settings: Training,
     checkpoint: Path | None = None,
     objective: Objective | None = None,
+    original: Model | None = None,
 ) -> list[dict[str, Any]]:
     """Train the model's graph in place; it ends in evaluation mode, on the device it came from.
 
@@ -39,6 +41,7 @@ def fit(
         checkpoint: a file written after each epoch. Where it holds this same training (model,
             settings and data sizes), it goes on from there, to the same bits; else it is replaced.
         objective: what is minimised; None is the task's own loss.
+        original: the model whose zeros are to stay where it is sparse; None is this one.
 
     Returns:
         One row for each epoch: ``epoch``, ``loss`` (mean), ``lr`` and, with a validation split,
@@ -51,6 +54,7 @@ def fit(
     """
     _check(model, task, settings, objective)
     objective = objective or TaskLoss(task)
+    _settle_zeros(model, settings, original or model)
     home, device = machine.device_of(model), machine.device(settings.device)
     mark = mark_of(model, task, settings, objective.mark()) if checkpoint else ""
     lasso = units_of(model, settings.group_lasso) if settings.group_lasso else None
@@ -63,6 +67,9 @@ def fit(
             state = _start(model, task, settings, objective.extra)
             if checkpoint is not None:
                 resume(checkpoint, mark, model, state)
+            if settings.patience is not None and state.epoch == 0:
+                state.start = _mean_score(model, task)
+                state.best = _copied(model)
             per_epoch, total = _steps(model, task, settings, state)
             while state.epoch * per_epoch < total and not _stopped(state, settings):
                 _one_epoch(model, task, settings, state, objective, lasso)
@@ -70,11 +77,23 @@ def fit(
                     write(checkpoint, mark, model, state)
         if settings.patience is not None:
             copy_into(tensors(model.graph), state.best)
+            if state.best_epoch < 0:
+                progress.say("  no epoch scored better than the model as it came, which is kept")
     finally:
         model.eval()
         qat.bake(model)
         machine.move(model, home)
     return state.history
+
+
+def _settle_zeros(model: Model, settings: Training, original: Model) -> None:
+    """Which weights are held at zero, and what is said of it."""
+    if settings.zeros == own_zeros.FREE:
+        own_zeros.free(model)
+        return
+    told = own_zeros.adopt(model, original)
+    if told:
+        progress.say(f"  note: {told}")
 
 
 # --- one epoch, one step ---------------------------------------------------------------------
@@ -117,7 +136,7 @@ def _one_epoch(
     qat.hold(model)
     row = {"epoch": state.epoch + 1, "loss": math.fsum(losses) / len(losses), "lr": rate}
     if task.validation is not None:
-        row["score"] = float(evaluate(model, task.validation, task).double().mean())
+        row["score"] = _mean_score(model, task)
         _remember(model, state, row["score"], settings)
     state.history.append(row)
     state.epoch += 1
@@ -206,10 +225,19 @@ def _check_weights(model: Model, epoch: int) -> None:
 
 
 def _remember(model: Model, state: State, score: float, settings: Training) -> None:
-    scores = [row["score"] for row in state.history]
-    if settings.patience is not None and (not scores or score > max(scores)):
-        state.best = {name: t.detach().clone() for name, t in tensors(model.graph).items()}
-        state.best_epoch = state.epoch
+    if settings.patience is None or state.start is None:
+        return
+    if score > max([state.start, *(row["score"] for row in state.history)]):
+        state.best, state.best_epoch = _copied(model), state.epoch
+
+
+def _mean_score(model: Model, task: Task) -> float:
+    assert task.validation is not None
+    return float(evaluate(model, task.validation, task).double().mean())
+
+
+def _copied(model: Model) -> dict[str, Tensor]:
+    return {name: t.detach().clone() for name, t in tensors(model.graph).items()}
 
 
 def _stopped(state: State, settings: Training) -> bool:

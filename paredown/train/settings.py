@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from paredown.core.settings import require
+from paredown.graph.holds import own_zeros
 from paredown.train import qat
 
 
@@ -31,7 +32,9 @@ class Training:
             (LSQ, arXiv 1902.08153), "average" lets them follow the moving average of the ranges
             (arXiv 1712.05877), "frozen" leaves them. No effect on a model in float.
         patience: stop after so many epochs without a better validation score and restore the
-            best weights; None trains to the end and keeps the last.
+            best weights, if need be those it came with; None trains to the end and keeps the last.
+        zeros: "keep" holds at zero what is pruned and the zeros that the model came with, where a
+            hundredth of a weight or more is zero; "free" lets all of them train, from then on.
         seed: decides shuffling, dropout and augmentation; same seed and machine, same weights.
         device: "cpu", "cuda", or "auto" for the GPU where there is one.
 
@@ -50,6 +53,7 @@ class Training:
     group_lasso: float = 0.0
     quantizers: str = "learned"
     patience: int | None = None
+    zeros: str = own_zeros.KEEP
     seed: int = 0
     device: str = "auto"
 
@@ -70,6 +74,8 @@ class Training:
         require("quantizers", self.quantizers, self.quantizers in qat.KINDS, f"one of {kinds}")
         stop = self.patience
         require("patience", stop, stop is None or stop >= 1, "a whole number of epochs from 1 up")
+        zeros = (own_zeros.KEEP, own_zeros.FREE)
+        require("zeros", self.zeros, self.zeros in zeros, '"keep" or "free"')
         devices = ("cpu", "cuda", "auto")
         require("device", self.device, self.device in devices, '"cpu", "cuda" or "auto"')
 

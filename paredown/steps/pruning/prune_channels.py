@@ -14,6 +14,7 @@ from paredown.core.units import human
 from paredown.graph.coupling.coupling import Choice, Coupling, analyze
 from paredown.graph.coupling.cut import cut
 from paredown.graph.coupling.groups import Group
+from paredown.graph.holds import own_zeros
 from paredown.graph.holds.shared import refuse_shared
 from paredown.graph.model import Model
 from paredown.graph.names import check_exclude, fits, with_layer
@@ -126,9 +127,12 @@ class PruneChannels(Step):
         coupling = analyze(model, self.attention, self.group_norm)
         choice = self.choose(model, task, coupling)
         made = cut(model, coupling, choice)
+        told = own_zeros.adopt(made, setting.original or model)
         if self.reconstruct:
             reconstruct(model, made, task)
         progress.say(_told(coupling, choice))
+        if told:
+            progress.say(f"  note: {told}")
         return made
 
     def choose(self, model: Model, task: Task, coupling: Coupling) -> Choice:

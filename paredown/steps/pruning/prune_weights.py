@@ -10,10 +10,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from paredown.core import progress
 from paredown.core.errors import UserError
 from paredown.core.settings import names_of
 from paredown.core.task import Task
 from paredown.graph.computed import fold_computed_weights
+from paredown.graph.holds import own_zeros
 from paredown.graph.model import Model
 from paredown.graph.names import check_exclude, fits, with_layer
 from paredown.graph.quantized.quantizers import weight_forms
@@ -170,13 +172,16 @@ class PruneWeights(Step):
         fold_computed_weights(pruned)
         found = _prunable(pruned, self.exclude)
         _refuse_without_zero(pruned, found)
+        told = own_zeros.adopt(pruned, setting.original or model)
         kept = [_kept(pruned, uses) for uses in found]
         masks = self.new_masks([tensor_of(pruned.graph, u[0].weight) for u in found], found, kept)
-        if not _set_zero(pruned, found, masks):
+        if not _set_zero(pruned, found, masks) and not told:
             raise UserError(
                 f"PruneWeights: changed nothing; all {len(found)} weights have a share of "
                 f"{self.sparsity:.4g} zeros or more already. Ask for a higher sparsity."
             )
+        if told:
+            progress.say(f"  note: {told}")
         return pruned
 
     def new_masks(

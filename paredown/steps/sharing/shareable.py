@@ -9,14 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from paredown.core.errors import UserError
+from paredown.graph.holds import own_zeros
 from paredown.graph.holds.shared import refuse_shared
 from paredown.graph.model import Model
 from paredown.graph.names import check_exclude, fits, with_layer
 from paredown.graph.quantized.quantizers import quantizers
 from paredown.graph.sites import Site, sites
 from paredown.graph.state import tensor_of
-
-PRUNED = 0.01  # of a weight, from which on zeros without a mask are taken for pruned ones
 
 
 @dataclass(frozen=True)
@@ -69,9 +68,7 @@ def _one(model: Model, uses: list[Site]) -> Shareable:
     weight = tensor_of(model.graph, uses[0].weight)
     if not bool(weight.isfinite().all()):
         raise UserError(f"model: {uses[0].weight!r} holds NaN or infinite weights.")
-    kept = weight.detach() != 0
-    if float((~kept).double().mean()) < PRUNED:  # by chance: values like any other
-        kept = torch.ones_like(kept)
+    kept = own_zeros.kept(weight)
     for site in uses:
         if site.weight in model.masks:
             kept = kept & model.masks[site.weight].to(weight.device)

@@ -88,6 +88,7 @@ class Distill(Step):
     group_lasso: float = Training.group_lasso
     quantizers: str = Training.quantizers
     patience: int | None = Training.patience
+    zeros: str = Training.zeros
     seed: int = Training.seed
     device: str = Training.device
 
@@ -128,5 +129,5 @@ class Distill(Step):
                 given = feed.every(student, data, size)
                 task = replace(task, train=keep(given, lesson.says, place))
             checkpoint = folder and folder / "distill.safetensors"
-            fit(student, task, self.training(), checkpoint, lesson)
+            fit(student, task, self.training(), checkpoint, lesson, setting.original)
         return student

@@ -56,6 +56,7 @@ class FineTune(Step):
     group_lasso: float = Training.group_lasso
     quantizers: str = Training.quantizers
     patience: int | None = Training.patience
+    zeros: str = Training.zeros
     seed: int = Training.seed
     device: str = Training.device
 
@@ -68,5 +69,5 @@ class FineTune(Step):
     def apply(self, model: Model, task: Task, setting: Setting = ALONE) -> Model:
         trained = model.copy()
         checkpoint = setting.scratch and setting.scratch / "fine_tune.safetensors"
-        fit(trained, task, self.training(), checkpoint)
+        fit(trained, task, self.training(), checkpoint, original=setting.original)
         return trained

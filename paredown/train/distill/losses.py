@@ -76,8 +76,10 @@ def _decouple(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     every = F.log_softmax(logits, -1)
     of_target = every.gather(-1, target[:, None])  # (N, 1)
     rest = every.scatter(-1, target[:, None], -torch.inf)  # (N, C)
-    of_rest = rest.logsumexp(-1, keepdim=True)  # (N, 1)
-    return torch.cat([of_target, of_rest], -1), rest - of_rest
+    none = rest.isneginf().all(-1, keepdim=True)  # every other class is masked out
+    total = rest.masked_fill(none, 0.0).logsumexp(-1, keepdim=True)  # (N, 1); finite slopes
+    of_rest = total.masked_fill(none, -torch.inf)
+    return torch.cat([of_target, of_rest], -1), rest - total
 
 
 def squared(
