@@ -38,11 +38,12 @@ def found(model: Parts, original: Parts | None = None) -> dict[str, Tensor]:
     Where a weight is rounded to a grid without a zero, it has none.
     """
     forms, made = weight_forms(model.graph), {}
+    tables = {site.weight for site in sites(model.graph) if site.kind == "embedding"}
     for name, weight in _weights(model).items():
         form = forms.get(name)
         if form is not None and 0 not in form.grid:
             continue
-        mask = kept(weight)
+        mask = kept(_without_padding(weight) if name in tables else weight)
         held = model.masks.get(name)
         if held is not None:
             mask = mask & held.to(mask.device)
@@ -52,6 +53,11 @@ def found(model: Parts, original: Parts | None = None) -> dict[str, Tensor]:
         earlier = _weights(original)
         made = {n: m for n, m in made.items() if n in earlier and not bool(kept(earlier[n]).all())}
     return made
+
+
+def _without_padding(table: Tensor) -> Tensor:
+    """The table with ones in rows that are all zero: those of its padding, which nobody pruned."""
+    return torch.where(table.detach().any(1, keepdim=True), table.detach(), 1.0)
 
 
 def _weights(model: Parts) -> dict[str, nn.Parameter]:

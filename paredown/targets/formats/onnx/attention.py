@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import fx
@@ -10,6 +11,7 @@ from torch import fx
 from paredown.graph.edit import insert_after
 from paredown.graph.model import Model
 from paredown.graph.ops import argument
+from paredown.graph.values import give_values
 from paredown.targets.formats.rowwise import add_before, args_of, shape_of
 
 aten = torch.ops.aten
@@ -20,9 +22,13 @@ AXES = 4
 def on_four_axes(model: Model) -> Model:
     """A copy whose attention is on four axes, the axes before the heads made one; a model that has
     no other attention as it is."""
-    if not _others(model):
+    known = model
+    if any("val" not in node.args[0].meta for node in _attentions(model)):
+        known = model.copy()
+        give_values(known)
+    if not _others(known):
         return model
-    made = model.copy()
+    made = known.copy()
     for node in _others(made):
         _reshape(node)
     made.graph.graph.lint()
@@ -30,9 +36,12 @@ def on_four_axes(model: Model) -> Model:
     return made
 
 
+def _attentions(model: Model) -> list[Any]:
+    return [node for node in model.graph.graph.nodes if node.target is ATTENTION]
+
+
 def _others(model: Model) -> list[fx.Node]:
-    nodes = model.graph.graph.nodes
-    return [n for n in nodes if n.target is ATTENTION and len(shape_of(n.args[0])) != AXES]
+    return [node for node in _attentions(model) if len(shape_of(node.args[0])) != AXES]
 
 
 def _reshape(node: fx.Node) -> None:
