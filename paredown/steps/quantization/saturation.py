@@ -36,7 +36,7 @@ def saturating(model: Model, task: Task) -> list[str]:
     does on any input.
     """
     possible = list(dict.fromkeys(layer.site.weight for layer in layers(model.graph)))
-    if not possible or task.missing({"calibration"}):
+    if not possible or task is None or task.missing({"calibration"}):
         return possible
     watch = Watch(model.graph)
     for leaves in inputs(model, task):
