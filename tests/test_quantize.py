@@ -324,6 +324,21 @@ class Shared(nn.Module):
         return self.norm(y) + y
 
 
+class OneBias(nn.Module):
+    """Two convolutions with one bias between them, and norms after both or the first."""
+
+    def __init__(self, norms: int = 2):
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(3, 3, 3, padding=1) for _ in range(2))
+        self.convs[1].bias = self.convs[0].bias
+        self.norms = nn.ModuleList(nn.BatchNorm2d(3) for _ in range(norms))
+
+    def forward(self, x):
+        for conv, norm in itertools.zip_longest(self.convs, self.norms):
+            x = conv(x) if norm is None else norm(conv(x))
+        return x
+
+
 def image(*shape):
     return torch.randn(2, *shape)
 
@@ -357,6 +372,8 @@ FOLDED = {
     ),
     "one conv, two norms": (lambda: (Twice(),), (3, 8, 8), 0),
     "read twice": (lambda: (Shared(),), (3, 8, 8), 0),
+    "one bias, two layers": (lambda: (OneBias(),), (3, 8, 8), 2),
+    "one bias, one norm": (lambda: (OneBias(norms=1),), (3, 8, 8), 1),
 }
 
 
@@ -783,3 +800,23 @@ def test_a_quantized_model_trains(net, images):
     for name in WEIGHTS:
         owner = made.graph.get_parameter(name)
         assert owner.grad is not None and torch.isfinite(owner.grad).all() and owner.grad.any()
+
+
+class BiasBeside(nn.Module):
+    """A layer whose bias is also an output's offset."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.head = nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.head(self.layer(x).relu()), x + self.layer.bias
+
+
+def test_a_bias_that_another_op_reads_is_not_corrected():
+    torch.manual_seed(0)
+    x = torch.randn(64, 8)
+    model = capture(BiasBeside().eval(), (x[:2],))
+    made = Quantize().apply(model, calibrated(x))
+    assert torch.equal(made.state_dict()["layer.bias"], model.state_dict()["layer.bias"])
+    assert not torch.equal(made.state_dict()["head.bias"], model.state_dict()["head.bias"])

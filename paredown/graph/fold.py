@@ -9,7 +9,7 @@ from torch import Tensor, fx
 
 from paredown.graph.edit import aten, erase_counters
 from paredown.graph.ops import argument
-from paredown.graph.sites import sees_through, sites
+from paredown.graph.sites import Site, readers, sees_through, sites
 from paredown.graph.state import getattr_or_none, remove_state, set_parameter, tensor_of
 
 
@@ -20,7 +20,7 @@ def fold_batch_norm(graph: fx.GraphModule) -> list[str]:
     channel (Jacob et al. 1712.05877, section 3.2). The graph must be in evaluation mode.
     """
     erase_counters(graph)
-    users = _uses(graph)
+    reads = _reads(graph)
     folded = []
     for site in sites(graph):
         norm = next(iter(site.node.users), None)
@@ -35,10 +35,11 @@ def fold_batch_norm(graph: fx.GraphModule) -> list[str]:
             and norm.args[0] is site.node
             and norm.args[3] is not None
             and not norm.args[5]
-            and users[site.weight] == 1
+            and reads[id(tensor_of(graph, site.weight))] == 1
             and _channels_match(site.kind, norm)
         ):
-            _fold(graph, site.node, site.weight, site.bias, site.axis, norm)
+            own_bias = site.bias and reads[id(tensor_of(graph, site.bias))] == 1
+            _fold(graph, site, norm, bool(own_bias))
             folded.append(site.weight)
     graph.recompile()
     return folded
@@ -50,22 +51,16 @@ def _channels_match(kind: str, norm: fx.Node) -> bool:
     return kind != "linear" or (isinstance(value, Tensor) and value.dim() == 2)
 
 
-def _uses(graph: fx.GraphModule) -> dict[str, int]:
-    """Parameter name -> how many ops read its tensor, under this name or a tied one."""
-    counts: dict[int, int] = {}
-    for node in graph.graph.nodes:
-        if node.op == "get_attr":
-            found = getattr_or_none(graph, str(node.target))
-            if isinstance(found, Tensor):
-                read = sum(len(u.users) if sees_through(u) else 1 for u in node.users)
-                counts[id(found)] = counts.get(id(found), 0) + read
-    names = {site.weight for site in sites(graph)}
-    return {name: counts[id(tensor_of(graph, name))] for name in names}
+def _reads(graph: fx.GraphModule) -> dict[int, int]:
+    """The id of a tensor -> how many ops read it, as it is or behind a fake quantizer."""
+    return {
+        held: sum(len(reader.users) if sees_through(reader) else 1 for reader in found)
+        for held, found in readers(graph).items()
+    }
 
 
-def _fold(
-    graph: fx.GraphModule, node: fx.Node, weight: str, bias: str | None, axis: int, norm: fx.Node
-) -> None:
+def _fold(graph: fx.GraphModule, site: Site, norm: fx.Node, own_bias: bool) -> None:
+    node, weight, bias, axis = site.node, site.weight, site.bias, site.axis
     operands = [arg if isinstance(arg, fx.Node) else None for arg in norm.args[1:5]]
     gamma, beta, mean, variance = (_double(graph, operand) for operand in operands)
     eps: Any = norm.args[7]
@@ -78,9 +73,11 @@ def _fold(
     with torch.no_grad():
         exact = torch.promote_types(w.dtype, torch.float32)
         w.copy_(w * scale.reshape(shape).to(exact))
-    name = bias or _free_name(graph, weight)
+    name = bias if bias and own_bias else _free_name(graph, weight)
     set_parameter(graph, name, shift.to(w.dtype))
     _set_bias(graph, node, name)
+    if bias and name != bias:
+        remove_state(graph, bias)
     norm.replace_all_uses_with(node)
     graph.graph.erase_node(norm)
     for operand in operands:

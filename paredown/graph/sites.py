@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
-from paredown.graph.state import tensor_of
+from paredown.graph.state import getattr_or_none, tensor_of
 
 aten = torch.ops.aten
 
@@ -102,6 +102,25 @@ def _parameter_of(found: Any) -> str | None:
     if isinstance(found, fx.Node) and found.op == "get_attr":
         return str(found.target)
     return None
+
+
+def readers(graph: fx.GraphModule) -> dict[int, set[fx.Node]]:
+    """The id of each parameter and buffer -> the ops that read it, under whatever name.
+
+    Example:
+        >>> import paredown
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4, bias=False))
+        >>> net[1].weight = net[0].weight
+        >>> graph = paredown.capture(net, torch.randn(2, 4)).graph
+        >>> [len(readers(graph)[id(tensor_of(graph, n))]) for n in ("0.weight", "0.bias")]
+        [2, 1]
+    """
+    found: dict[int, set[fx.Node]] = {id(t): set() for t in (*graph.parameters(), *graph.buffers())}
+    for node in graph.graph.find_nodes(op="get_attr"):
+        tensor = getattr_or_none(graph, str(node.target))
+        if isinstance(tensor, Tensor):  # not the graph of a region
+            found.setdefault(id(tensor), set()).update(node.users)
+    return found
 
 
 def sees_through(node: fx.Node) -> bool:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +24,7 @@ from paredown.graph.model import Model, kept_since
 from paredown.graph.ops import argument
 from paredown.graph.patches import layer_inputs
 from paredown.graph.quantized.quantizers import quantizers
-from paredown.graph.sites import Site, sites
+from paredown.graph.sites import Site, readers, sites
 from paredown.graph.state import tensor_of
 
 ROWS = 20_000  # of a layer's inputs, at most, that are looked at: those fitted and those held out
@@ -210,18 +209,15 @@ def _differ(site: Site, goal: list[Tensor], got: list[Tensor]) -> bool:
 
 def _refittable(model: Model) -> dict[fx.Node, Site]:
     """The layers that may be refitted, by their op."""
-    uses: Counter[int] = Counter()
-    named = dict(model.graph.named_parameters(remove_duplicate=False))
-    for node in model.graph.graph.nodes:
-        if node.op == "get_attr" and node.target in named:  # else a buffer, or a subgraph
-            uses[id(named[node.target])] += len(node.users)
-    return {s.node: s for s in sites(model.graph) if _alone(model, s, uses) and _plain(model, s)}
+    read = readers(model.graph)
+    return {s.node: s for s in sites(model.graph) if _alone(model, s, read) and _plain(model, s)}
 
 
-def _alone(model: Model, site: Site, uses: Counter[int]) -> bool:
+def _alone(model: Model, site: Site, read: dict[int, set[fx.Node]]) -> bool:
     """Whether no other op reads the parameters, and no mask holds weights at zero."""
     names = [name for name in (site.weight, site.bias) if name is not None]
-    return all(uses[id(tensor_of(model.graph, n))] == 1 and n not in model.masks for n in names)
+    alone = (len(read[id(tensor_of(model.graph, name))]) == 1 for name in names)
+    return all(alone) and not model.masks.keys() & set(names)
 
 
 def _plain(model: Model, site: Site) -> bool:

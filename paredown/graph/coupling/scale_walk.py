@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, fx
 
 from paredown.graph.coupling.labels import PINNED, Labels
-from paredown.graph.sites import Site, sites
-from paredown.graph.state import getattr_or_none, tensor_of
+from paredown.graph.sites import Site, readers, sites
+from paredown.graph.state import tensor_of
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Walk:
         self._labels = Labels()
         self._makers: list[Part] = []
         self._readers: list[Reader] = []
-        self._uses = _uses(graph)
+        self._read = readers(graph)
 
     def pin(self, node: fx.Node) -> None:
         """Whatever makes this value must make it as it is."""
@@ -98,7 +98,7 @@ class Walk:
 
     def alone(self, name: str | None) -> bool:
         """Whether one op reads the parameter, under this name or a tied one."""
-        return name is None or self._uses[id(tensor_of(self.graph, name))] == 1
+        return name is None or len(self._read[id(tensor_of(self.graph, name))]) == 1
 
     def make(self, name: str, labels: Tensor) -> None:
         self._makers.append(Part(name, labels.numpy()))
@@ -140,14 +140,3 @@ def _compact(value: Tensor, shared: list[bool] | None = None) -> np.ndarray:
         if value.stride(axis) == 0 and (shared is None or shared[axis]) and value.shape[axis]:
             value = value.narrow(axis, 0, 1)
     return value.numpy()
-
-
-def _uses(graph: fx.GraphModule) -> dict[int, int]:
-    """The id of a tensor -> how many ops read it, under whatever name."""
-    counts: dict[int, int] = {}
-    for node in graph.graph.nodes:
-        if node.op == "get_attr":
-            found = getattr_or_none(graph, str(node.target))
-            if isinstance(found, Tensor):
-                counts[id(found)] = counts.get(id(found), 0) + len(node.users)
-    return counts

@@ -15,7 +15,7 @@ from paredown.graph.model import Model
 from paredown.graph.names import fits, with_layer
 from paredown.graph.ops import arguments
 from paredown.graph.patches import groups_of
-from paredown.graph.sites import CONVOLUTIONS, Site, sites
+from paredown.graph.sites import CONVOLUTIONS, Site, readers, sites
 from paredown.graph.state import tensor_of
 from paredown.graph.values import values_of, wide
 from paredown.steps.low_rank.factors import Factors
@@ -124,7 +124,7 @@ def factor_layers(
     uses: dict[int, list[Site]] = {}
     for site in sites(model.graph):
         uses.setdefault(id(tensor_of(model.graph, site.weight)), []).append(site)
-    readers = readers_of(model.graph)
+    read = readers(model.graph)
     values = values_of(model)
     batches = [
         (wide(i.example, 0 in i.dynamic), i.example) for i in model.inputs if i.example.dim()
@@ -135,23 +135,12 @@ def factor_layers(
         names = [name for site in each for name in with_layer(site.weight)]
         if fits(names, exclude) or (include and not fits(names, include)):
             continue
-        why = _why_whole(model, each, readers[key])
+        why = _why_whole(model, each, read[key])
         if why:
             whole[why] += 1
         else:
             found.append(_layer(model, each, values, scale))
     return found, whole
-
-
-def readers_of(graph: fx.GraphModule) -> dict[int, set[fx.Node]]:
-    """Each parameter's readers, by its id."""
-    named = dict(graph.named_parameters(remove_duplicate=False))
-    found: dict[int, set[fx.Node]] = {id(parameter): set() for parameter in named.values()}
-    for node in graph.graph.find_nodes(op="get_attr"):
-        if node.target in named:
-            found[id(named[node.target])] |= set(node.users)
-    buffers = {id(t): set[fx.Node]() for t in graph.buffers()}
-    return buffers | found
 
 
 def _why_whole(model: Model, uses: list[Site], readers: set[fx.Node]) -> str:

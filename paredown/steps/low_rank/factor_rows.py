@@ -16,9 +16,9 @@ from paredown.data.layer_inputs import sampled, sampled_inputs
 from paredown.data.lockstep import run
 from paredown.graph.interpret import Pass
 from paredown.graph.model import Model
-from paredown.graph.sites import Site
+from paredown.graph.sites import Site, readers
 from paredown.graph.state import tensor_of
-from paredown.steps.low_rank.factor_layers import FactorLayer, readers_of
+from paredown.steps.low_rank.factor_layers import FactorLayer
 from paredown.steps.low_rank.factor_options import (
     Rows,
     Search,
@@ -145,5 +145,4 @@ def _own_bias(model: Model, layer: FactorLayer) -> bool:
     (name,) = biases
     assert name is not None
     bias = tensor_of(model.graph, name)
-    readers = readers_of(model.graph).get(id(bias), set())
-    return bias.dim() == 1 and readers == {site.node for site in layer.uses}
+    return bias.dim() == 1 and readers(model.graph)[id(bias)] == {site.node for site in layer.uses}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 
 import torch
@@ -14,7 +13,7 @@ from paredown.data import lockstep
 from paredown.data.observe import enough
 from paredown.graph.model import Model
 from paredown.graph.quantized.quantizers import hold_biases, quantized_weights
-from paredown.graph.sites import Site, sites
+from paredown.graph.sites import Site, readers, sites
 from paredown.graph.state import tensor_of
 
 BATCHES = 8  # at least, as far as there are so many examples
@@ -48,8 +47,8 @@ def correct_biases(before: Model, after: Model, task: Task) -> None:
     held = quantized_weights(after.graph)
     layers = {s.node: s for s in sites(after.graph) if s.bias is not None and s.weight in held}
     biases = {node: tensor_of(after.graph, str(site.bias)) for node, site in layers.items()}
-    uses = Counter(map(id, biases.values()))
-    corrected = {node: site for node, site in layers.items() if uses[id(biases[node])] == 1}
+    read = readers(after.graph)
+    corrected = {node: site for node, site in layers.items() if len(read[id(biases[node])]) == 1}
     shifts: dict[fx.Node, list[Tensor]] = {}
     with torch.no_grad():
         given = lockstep.batches([before, after], task, enough(before, after), MEMORY, BATCHES)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import operator
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +21,7 @@ from paredown.graph.ops import argument
 from paredown.graph.quantized.decomposed import DEQUANTIZE, QUANTIZE, decompose
 from paredown.graph.quantized.grouped import PER_GROUP
 from paredown.graph.quantized.regions import FOLLOWERS, MOVERS, prepare
-from paredown.graph.sites import CONVOLUTIONS
+from paredown.graph.sites import CONVOLUTIONS, readers
 from paredown.graph.state import tensor_of
 from paredown.targets.formats.executorch.integers import (
     LEAST_RATIO,
@@ -80,10 +79,7 @@ def _part_shared_layers(graph: fx.GraphModule) -> None:
 
     ExecuTorch folds norms too, and gives what it makes for two that follow one weight one name.
     """
-    reads = [node for node in graph.graph.nodes if node.op == "get_attr"]
-    counts = Counter({id(tensor_of(graph, str(n.target))): 0 for n in reads})
-    for node in reads:
-        counts[id(tensor_of(graph, str(node.target)))] += len(node.users)
+    read = readers(graph)
     for node in [n for n in graph.graph.nodes if n.target in (*CONVOLUTIONS, aten.linear.default)]:
         (user,) = node.users if len(node.users) == 1 else (node,)
         if user.target is not aten.batch_norm.default:
@@ -91,7 +87,7 @@ def _part_shared_layers(graph: fx.GraphModule) -> None:
         for position, held in enumerate(node.args[1:3], 1):
             if isinstance(held, fx.Node) and held.op == "get_attr":
                 tensor = tensor_of(graph, str(held.target))
-                if counts[id(tensor)] > 1:
+                if len(read[id(tensor)]) > 1:
                     name = f"{held.target}_for_{node.name}"
                     node.update_arg(
                         position, hold_before(graph, node, name, tensor.detach().clone())
