@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from docs import make_architectures as page
+from paredown.core import progress
 from paredown.core.errors import UserError
 from paredown.core.task import Target, Task
 from paredown.data.scores import accuracy
@@ -431,3 +432,22 @@ def check_int8(name, made, example, folder):
     census = onnxruntime.census(path)
     assert census.unfused == () and sum(census.integer_ops.values()) > 0
     reload(both, folder)
+
+
+def test_a_layer_that_came_sparse_is_left_in_float_by_one_bit(monkeypatch):
+    said: list[str] = []
+    monkeypatch.setattr(progress, "say", said.append)
+    torch.manual_seed(0)
+    net = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4)))
+    with torch.no_grad():
+        net[1].weight[torch.rand(8, 8) < 0.5] = 0
+    model = capture(net, TASK.example)
+    made = Binarize().apply(model, TASK)
+    assert set(quantized_weights(made.graph)) == {"2.weight"}
+    assert any("1.weight came sparse" in line for line in said)
+    assert set(quantized_weights(Binarize("ternary").apply(model, TASK).graph)) == {
+        "1.weight",
+        "2.weight",
+    }
+    with pytest.raises(UserError, match=r"1\.weight came sparse"):
+        Binarize(exclude=("2",)).apply(model, TASK)

@@ -14,6 +14,7 @@ from paredown import LowRank, PruneChannels, Quantize, Task, UserError, capture
 from paredown.core.task import Target
 from paredown.graph.coupling.coupling import analyze
 from paredown.graph.model import Model
+from paredown.graph.sites import sites
 from paredown.measure.timing import speedup
 from paredown.steps.low_rank import factors as math_of
 from paredown.steps.low_rank.factor_options import Search, identity_rows, options, wants_inputs
@@ -456,6 +457,17 @@ def test_depthwise_layers_stay_whole_with_the_reason():
     model = capture(net.eval(), (torch.randn(1, 8, 9, 9),))
     with pytest.raises(UserError, match="no layer that can be factored: 2 depthwise"):
         PLAIN.apply(model, None)
+
+
+def test_a_layer_that_came_sparse_stays_whole():
+    model, task = several()
+    name = next(site.weight for site in sites(model.graph) if site.kind == "linear")
+    weight = model.state_dict()[name]
+    weight[torch.rand(weight.shape) < 0.5] = 0
+    made = LowRank(0.2).apply(model, task)
+    assert torch.equal(made.state_dict()[name], weight)
+    with pytest.raises(UserError, match="1 sparse as it came"):
+        LowRank(0.2, include=(name,)).apply(model, task)
 
 
 def test_rank_of_a_convolution_is_told_by_its_method():

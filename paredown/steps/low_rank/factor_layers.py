@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from paredown.graph.holds import own_zeros
 from paredown.graph.model import Model
 from paredown.graph.names import fits, with_layer
 from paredown.graph.ops import arguments
@@ -130,12 +131,14 @@ def factor_layers(
         (wide(i.example, 0 in i.dynamic), i.example) for i in model.inputs if i.example.dim()
     ]
     scale = len(batches[0][1]) / len(batches[0][0]) if batches else 1.0
+    sparse = own_zeros.found(model)
     found, whole = [], Counter[str]()
     for key, each in uses.items():
         names = [name for site in each for name in with_layer(site.weight)]
         if fits(names, exclude) or (include and not fits(names, include)):
             continue
-        why = _why_whole(model, each, read[key])
+        came_sparse = any(site.weight in sparse for site in each)
+        why = "sparse as it came" if came_sparse else _why_whole(model, each, read[key])
         if why:
             whole[why] += 1
         else:

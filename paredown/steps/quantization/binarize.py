@@ -9,11 +9,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
+from paredown.core import progress
 from paredown.core.errors import UserError
 from paredown.core.settings import names_of
 from paredown.core.task import Task
 from paredown.graph.computed import fold_computed_weights
 from paredown.graph.edit import keep_meta
+from paredown.graph.holds import own_zeros
 from paredown.graph.holds.shared import refuse_shared
 from paredown.graph.model import Model
 from paredown.graph.names import check_exclude, fits, with_layer
@@ -88,10 +90,12 @@ class Binarize(Step):
             raise UserError("Binarize: the model is quantized already; binarize before.")
         made = model.copy()
         fold_computed_weights(made)
-        chosen = self._chosen(made)
+        no_zero = 0 not in WEIGHT_FORMS[self.form].grid
+        sparse = own_zeros.found(made) if no_zero else {}
+        chosen = self._chosen(made, set(sparse))
         names = [site.weight for site in chosen]
         refuse_shared(made, names, "Binarize: {}, which signs do not keep; exclude them.")
-        if 0 not in WEIGHT_FORMS[self.form].grid:
+        if no_zero:
             _refuse_pruned(made, chosen)
         _insert(made, chosen, WEIGHT_FORMS[self.form].op)
         return made
@@ -99,7 +103,7 @@ class Binarize(Step):
     def _spares(self, model: Model, site: Site) -> bool:
         return not self.depthwise and _is_depthwise(site, tensor_of(model.graph, site.weight))
 
-    def _chosen(self, model: Model) -> list[Site]:
+    def _chosen(self, model: Model, sparse: set[str]) -> list[Site]:
         found = sites(model.graph)
         names = (name for site in found for name in with_layer(site.weight))
         check_exclude(self.exclude, names, "layer or weight")
@@ -109,14 +113,32 @@ class Binarize(Step):
             excluded = fits(with_layer(site.weight), self.exclude)
             if excluded or site.kind not in KINDS or self._spares(model, site):
                 spared.add(site.weight)
-        chosen = list(_apart(model, [site for site in found if site.weight not in spared]))
+        wanted = list(_apart(model, [site for site in found if site.weight not in spared]))
+        chosen = [site for site in wanted if site.weight not in sparse]
+        left = dict.fromkeys(site.weight for site in wanted if site.weight in sparse)
+        if left:
+            progress.say(f"  left in float: {_came_sparse(list(left))}")
         if not chosen:
             raise UserError(
-                "Binarize: no convolution or linear layer is left besides the first, the last and "
-                "those excluded; set first=True or last=True to take those too."
+                f"Binarize: of the layers that it may take {_came_sparse(list(left))}."
+                if left
+                else "Binarize: no convolution or linear layer is left besides the first, the last "
+                "and those excluded; set first=True or last=True to take those too."
             )
         _refuse_half(model, chosen)
         return chosen
+
+
+def _came_sparse(names: list[str]) -> str:
+    """Why these weights stay in float.
+
+    Example:
+        >>> _came_sparse(["fc.weight"])
+        'fc.weight came sparse, and one bit has no zero; Binarize("ternary") keeps zeros'
+    """
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    told = 'came sparse, and one bit has no zero; Binarize("ternary") keeps zeros'
+    return f"{', '.join(names[:3])}{more} {told}"
 
 
 def _is_depthwise(site: Site, weight: Tensor) -> bool:
