@@ -17,14 +17,17 @@ from typing import Any
 
 import jinja2
 import pytest
+import torch
 
 from paredown.core.goals import GoalCheck, Goals
 from paredown.core.measurement import Comparison, Measurement
 from paredown.core.results import Artifact, Run, Trial
+from paredown.core.task import Task
 from paredown.report import charts
 from paredown.report import page as pages
 from paredown.report.page import render, report
 from paredown.report.sections import Section, sections
+from paredown.run.details import _classes
 
 CLASSES = ("plane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 WHERE = {
@@ -486,3 +489,15 @@ def test_the_page_is_written_whole_and_the_same_each_time(tmp_path: Path) -> Non
     path = report(met_run(), tmp_path / "deep" / "report.html")
     assert path.read_text("utf-8") == render(Run.from_json(met_run().to_json()))
     assert [p.name for p in path.parent.iterdir()] == ["report.html"]
+
+
+@pytest.mark.parametrize(
+    ("ignore", "names"), [(None, ["cat", "dog", "255"]), (255, ["cat", "dog", "-1"])]
+)
+def test_labels_that_do_not_count_are_no_classes(ignore, names):
+    task = Task(
+        example=(torch.zeros(1),), score=lambda y, t: y, classes=("cat", "dog"), ignore=ignore
+    )
+    rows = _classes(task, [0, 1, 255, -1, 0], torch.ones(5), torch.zeros(5))
+    assert sorted(row["name"] for row in rows) == sorted(names)
+    assert next(row["examples"] for row in rows if row["name"] == "cat") == 2

@@ -139,8 +139,11 @@ def _class_name(task: Task, label: int) -> str:
 
 
 def _classes(task: Task, labels: list[int], old: Tensor, new: Tensor) -> list[dict[str, Any]]:
-    rows = []
+    """Rows of the classes; labels that do not count, such as -100, are none."""
+    rows, skipped = [], splits.ignored(task)
     for label in sorted(set(labels)):
+        if label in skipped if skipped is not None else label < 0:
+            continue
         chosen = torch.tensor([n for n, found in enumerate(labels) if found == label])
         rows.append(
             {
