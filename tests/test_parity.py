@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from onnxscript.rewriter import _matcher
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -114,6 +115,22 @@ def test_small_constants_stay(name, tmp_path):
     for x in (torch.randn(4, 8), torch.zeros(4, 8), 1e-8 * torch.randn(4, 8)):
         (got,) = predictor(x.numpy())
         assert parity.agreement_db(module(x).detach().numpy(), got) > 80
+
+
+def test_rules_of_several_outputs_look_only_from_their_first_op(tmp_path, monkeypatch):
+    """Else every node looks through all slices, and a deep model's time to write is quadratic."""
+    seen: list[str] = []
+    tried = _matcher.SimplePatternMatcher._multi_match
+
+    def counted(self, candidate, check_removable):
+        seen.append(candidate[0].op_type)
+        return tried(self, candidate, check_removable)
+
+    monkeypatch.setattr(_matcher.SimplePatternMatcher, "_multi_match", counted)
+    halves = Small(lambda h: torch.cat([h[:, 4:].relu(), h[:, :4]], 1))
+    model = paredown.capture(halves, (torch.randn(2, 8),))
+    onnxruntime.lower(model, tmp_path / "halves.onnx")
+    assert set(seen) == {"Slice"}
 
 
 class Plain:

@@ -35,7 +35,7 @@ from paredown.targets.formats.onnx.edit import (
     insert,
     replace,
 )
-from paredown.targets.formats.onnx.exact import exact_rules
+from paredown.targets.formats.onnx.rewriter import exact_rules
 
 MAX_BYTES = 2**31 - 1
 
