@@ -246,12 +246,13 @@ def plan_verb(
     steps = recipe.load(recipe_file) if recipe_file else None
     with _working(as_json):
         model, task = _captured(file)
-        lacking = recipe.problems(steps or [], task, target)
+        asked = steps or []
+        lacking = recipe.problems(asked, task, target) or recipe.unfit(asked, model, task)
         if lacking:
             raise UserError("\n".join(lacking))
         measurement = preflight.baseline(model, task, target)
-    asked = [as_asked(steps)] if steps else None
-    proposals = asked or plan(model, task, goals, measurement, target=target)
+    given = [as_asked(steps)] if steps else None
+    proposals = given or plan(model, task, goals, measurement, target=target)
     if as_json:
         rows = [
             {"title": p.title, "reason": p.reason, "recipe": recipe.to_toml(p.steps)}

@@ -28,6 +28,7 @@ from paredown.run.ledger import RUN, Ledger, finished_key, stage_key
 from paredown.run.outcome import in_reach, useless_file, verdict
 from paredown.run.preflight import problems
 from paredown.run.stages import Point, State, begun, proof, tried
+from paredown.run.students import Students
 from paredown.search import decide, plan
 from paredown.search.proposal import Proposal
 from paredown.ship.pack.container import packed_bytes
@@ -70,12 +71,19 @@ def compress(
     found = problems(captured, task, target, steps or [])
     if found:
         raise UserError("\n".join(found))
-    identity, question = identity_of(captured, task, target, seed), question_of(goals, steps)
+    students = Students.of(steps, task)
+    digests, (named, _) = students.digests(steps, task), students.named(steps, task)
+    identity, question = (
+        identity_of(captured, task, target, seed),
+        question_of(goals, named, digests),
+    )
     folder = Path(out) if out else Path("runs") / stage_key(identity | question)[:12]
     with Ledger.open(folder, identity) as ledger, machine.same_numbers(seed):
         key = finished_key(question)
         run = _finished(ledger, key)
         if run is None:
+            students.write(folder)
+            steps, task = students.named(steps, task, folder)
             state = begun(ledger, captured, task, goals, target, seed, steps is not None)
             asked = identity | question | {"finished": key}
             text = _run(state, steps, asked, command).to_json()
@@ -209,7 +217,7 @@ def _run(state: State, steps: Sequence[Step] | None, asked: dict[str, Any], comm
             "model_sha256": asked["model"],
             "batch_size": asked["batch_size"],
             **ignore_of(state.task),
-            "files": asked["files"],
+            "files": recipe.contents(best.steps, state.task),
             "finished": asked["finished"],
             "stage_sha256": best.stage,
             "packed_bytes": _packed(state, best),

@@ -48,13 +48,19 @@ def identity_of(
     }
 
 
-def question_of(goals: Goals, steps: Sequence[Step] | None) -> dict[str, Any]:
+def question_of(
+    goals: Goals, steps: Sequence[Step] | None, students: dict[str, str]
+) -> dict[str, Any]:
     """What is asked of a run's stages: its result depends on this too, and other questions may be
-    asked of the same stages."""
+    asked of the same stages.
+
+    Args:
+        students: name -> SHA-256 of those that the steps or the task name.
+    """
     return {
         "goals": dataclasses.asdict(goals),
         "recipe": recipe.to_toml(steps) if steps else "",
-        "files": recipe.files(steps or []),
+        "students": students,
     }
 
 

@@ -139,7 +139,7 @@ def tried(
         {
             "after": best.stage,
             "steps": recipe.to_toml(attempt.steps),
-            "files": recipe.files(attempt.steps),
+            "files": recipe.contents(attempt.steps, state.task),
             "seed": state.seed,
         }
     )

@@ -43,7 +43,11 @@ def print_run(finished: Run) -> None:
     for name in ("", "original", "compressed", "ratio", "goal", "met?"):
         table.add_column(name, justify="left" if not name else "right")
     for row in comparison(finished):
-        met = {"yes": "[green]yes[/]", "no": "[red]no[/]"}.get(row["met"], row["met"])
+        met = {
+            "yes": "[green]yes[/]",
+            "no": "[red]no[/]",
+            "not proven": "[yellow]not proven[/]",
+        }.get(row["met"], row["met"])
         table.add_row(row["name"], *row["figures"], row["change"], row["goal"], met)
     console.print(table)
     if finished.comparison is not None:
