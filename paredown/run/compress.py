@@ -20,7 +20,7 @@ from paredown.explain.explanation import within_run
 from paredown.graph import machine
 from paredown.graph.capture import capture
 from paredown.graph.model import Model
-from paredown.measure.measure import compare
+from paredown.measure.measure import Measured, compare
 from paredown.run import details
 from paredown.run.folder import artifact, write
 from paredown.run.identity import identity_of, ignore_of, question_of
@@ -216,19 +216,27 @@ def _run(state: State, steps: Sequence[Step] | None, asked: dict[str, Any], comm
         details={
             "model_sha256": asked["model"],
             "batch_size": asked["batch_size"],
-            **ignore_of(state.task),
-            "files": recipe.contents(best.steps, state.task),
             "finished": asked["finished"],
-            "stage_sha256": best.stage,
-            "packed_bytes": _packed(state, best),
             "useless": useless,
-            "in_reach": in_reach(state, trials, best),
-            **details.collect(
-                state.original, best.model(state), state.task, measured, best.file, state.target
-            ),
-            "explanation": _explanation(state, best, sum(trial.seconds for trial in trials)),
+            **_details(state, trials, best, measured),
         },
     )
+
+
+def _details(
+    state: State, trials: Sequence[Trial], best: Point, measured: dict[str, Measured]
+) -> dict[str, Any]:
+    """What there is to say of the artifact besides its figures."""
+    made = state.original, best.model(state), state.task, measured, best.file, state.target
+    return {
+        **ignore_of(state.task),
+        "files": recipe.contents(best.steps, state.task),
+        "stage_sha256": best.stage,
+        "packed_bytes": _packed(state, best),
+        "in_reach": in_reach(state, trials, best),
+        **details.collect(*made),
+        "explanation": _explanation(state, best, sum(trial.seconds for trial in trials)),
+    }
 
 
 def _packed(state: State, best: Point) -> dict[str, int] | None:

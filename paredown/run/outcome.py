@@ -13,6 +13,7 @@ from paredown.measure.constant import best_constant
 from paredown.measure.measure import Measured
 from paredown.run.stages import Point, State
 from paredown.search import decide, plan
+from paredown.search.offers.smaller import NARROWEST
 
 NEXT = 0.5  # of the file that came, as the size to ask for
 
@@ -90,6 +91,8 @@ def in_reach(state: State, trials: Sequence[Trial], best: Point) -> str:
         return ""
     size = best.standing.measurement.size_bytes / state.baseline.size_bytes
     share = float(f"{NEXT * size:.2g}")
+    if share < NARROWEST:  # no model any more
+        return ""
     goals = replace(state.goals, size=Limit(share, relative=True))
     planned = plan.plan(state.original, state.task, goals, state.baseline, state.seed, state.target)
     known = {trial.recipe for trial in trials}

@@ -84,7 +84,8 @@ def decide(goals: Goals, measured: dict[str, Measured]) -> Decision:
         return Decision(False, fell, False)
     against_best = compare(standing, measured["candidate"], None)
     size = candidate.size_bytes / best.size_bytes
-    found = f"size {_change('size', best, candidate)} ({size:.2f}x), {against_best.speed}"
+    share = f"{size:.2f}" if size >= 0.01 else f"{size:.2g}"
+    found = f"size {_change('size', best, candidate)} ({share}x), {against_best.speed}"
     if _gain("memory", best, candidate, against_best) > 0:
         found = f"peak memory {_change('memory', best, candidate)}; {found}"
     if _better(against_best):

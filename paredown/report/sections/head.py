@@ -96,6 +96,6 @@ def _asked(goals: dict[str, Any], points: bool) -> list[str]:
             texts.append(f"{goal}: {limit['value']:g}× of the original")
         elif isinstance(limit, dict):
             texts.append(f"{goal}: {quantity(limit['value'], goal)}")
-        elif limit is not None:
+        elif limit is not None and goal != "proof":
             texts.append(f"{goal}: {limit}")
     return texts
