@@ -123,9 +123,8 @@ def _code(quick: bool) -> Case:
 def _table(case: Case) -> tables.Result:
     sizes = [sum(p.numel() for p in m.parameters()) for m in (case.teacher, case.student())]
     with tempfile.TemporaryDirectory() as folder:
-        case.teacher.save(Path(folder) / "teacher.safetensors")
         found = {}
-        steps = _steps(case, Path(folder) / "teacher.safetensors")
+        steps = _steps(case)
         for name in (ALONE, *case.taught):
             step, task = steps[name]
             found[name] = [_scores(case, step, task, seed, Path(folder)) for seed in range(SEEDS)]
@@ -143,7 +142,7 @@ def _table(case: Case) -> tables.Result:
     return result
 
 
-def _steps(case: Case, teacher: Path) -> dict[str, tuple[Step, Task]]:
+def _steps(case: Case) -> dict[str, tuple[Step, Task]]:
     """Name of a row -> how its student is trained, and on what."""
     share = len(case.task.train) / len(case.labelled)  # type: ignore[arg-type]
     alone = FineTune(epochs=case.epochs * share, lr=case.lr)
@@ -151,14 +150,17 @@ def _steps(case: Case, teacher: Path) -> dict[str, tuple[Step, Task]]:
     for name, settings in case.taught.items():
         how = {"alpha": case.alpha, "temperature": case.temperature, "cache": case.cache}
         how |= settings
-        step = Distill(teacher=str(teacher), epochs=case.epochs, lr=case.lr, **how)
+        step = Distill(epochs=case.epochs, lr=case.lr, **how)
         made[name] = step, case.task
     return made
 
 
 def _scores(case: Case, step: Any, task: Task, seed: int, folder: Path) -> np.ndarray:
     torch.manual_seed(seed)
-    return _measured(replace(step, seed=seed).apply(case.student(), task), case, folder)
+    model = case.student()
+    if isinstance(step, Distill):
+        step, model = replace(step, student=model), case.teacher
+    return _measured(replace(step, seed=seed).apply(model, task), case, folder)
 
 
 def _measured(model: Model, case: Case, folder: Path) -> np.ndarray:

@@ -1,13 +1,11 @@
-"""The digits with a ResNet-8 of a tenth of the parameters, untrained: a student for `Distill`.
+"""A ResNet-8 of a tenth of the digits' parameters, untrained: a student for `Distill`.
 
-`paredown run examples/digits_student.py --recipe examples/digits_student.toml --out runs/student`
+`paredown run examples/digits.py --recipe examples/digits_student.toml --out runs/student`
 """
 
 import torch
-from digits import ResNet8, task
+from digits import ResNet8
 from torch import nn
-
-__all__ = ["model", "task"]
 
 
 def model() -> nn.Module:

@@ -44,7 +44,7 @@ from paredown.steps import recipe
 from paredown.targets.devices.device import DEVICES
 from paredown.targets.runtimes import RUNTIMES
 
-FAILED, MISSED, DIFFERS, INTERRUPTED = 1, 3, 4, 130
+FAILED, MISSED, DIFFERS, UNPROVEN, INTERRUPTED = 1, 3, 4, 5, 130
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -59,6 +59,7 @@ Start with [bold]check[/], then [bold]run[/].
 
 Exit codes: 0 done and every goal met; 1 a problem, told in plain words; 2 wrong usage;
 3 finished, but a goal was missed (the best file is kept); 4 a replay that gave another file;
+5 with [bold]--proof[/], every goal met as measured, and not proven by the data;
 130 interrupted (start the same command again to go on).
 """,
 )
@@ -245,12 +246,13 @@ def plan_verb(
     steps = recipe.load(recipe_file) if recipe_file else None
     with _working(as_json):
         model, task = _captured(file)
-        lacking = recipe.problems(steps or [], task, target)
+        asked = steps or []
+        lacking = recipe.problems(asked, task, target) or recipe.unfit(asked, model, task)
         if lacking:
             raise UserError("\n".join(lacking))
         measurement = preflight.baseline(model, task, target)
-    asked = [as_asked(steps)] if steps else None
-    proposals = asked or plan(model, task, goals, measurement, target=target)
+    given = [as_asked(steps)] if steps else None
+    proposals = given or plan(model, task, goals, measurement, target=target)
     if as_json:
         rows = [
             {"title": p.title, "reason": p.reason, "recipe": recipe.to_toml(p.steps)}
@@ -279,6 +281,9 @@ def run(
         typer.Option(help="Run folder, by default a new one under runs/ for each other input."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of every random choice.")] = 0,
+    proof: Annotated[
+        bool, typer.Option("--proof", help="Count a goal as missed that the data cannot prove.")
+    ] = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -286,7 +291,7 @@ def run(
 
     The same command goes on where it was interrupted.
     """
-    goals = Goals(max_drop, size, latency, memory, throughput, energy)
+    goals = Goals(max_drop, size, latency, memory, throughput, energy, proof)
     steps = recipe.load(recipe_file) if recipe_file else None
     target = Target(runtime, device, threads)
     with _working(as_json, quiet):
@@ -297,7 +302,7 @@ def run(
     else:
         print_run(finished)
     if not finished.met:
-        raise typer.Exit(MISSED)
+        raise typer.Exit(UNPROVEN if finished.outcome == "not proven" else MISSED)
 
 
 def _command() -> str:

@@ -647,7 +647,7 @@ SETTINGS = {
     "distill": st.fixed_dictionaries(
         {},
         optional={
-            "teacher": st.sampled_from(["original", "big.py", "big.safetensors"]),
+            "student": st.sampled_from([None, "small.py", "small.safetensors"]),
             "cache": st.booleans(),
             "loss": st.sampled_from(["auto", "softened", "decoupled", "squared"]),
             "temperature": positive,

@@ -1,6 +1,8 @@
+# ruff: noqa: F811 (fixtures are imported)
 """Distillation: the losses as their papers have them, which layer teaches which, and the step."""
 
 import shutil
+import sys
 from dataclasses import replace
 
 import pytest
@@ -14,22 +16,27 @@ from docs import make_architectures as page
 from paredown import Distill, FineTune, Goals, PruneWeights, Quantize, capture, compress, replay
 from paredown.core import progress
 from paredown.core.errors import UserError
-from paredown.core.task import Task
+from paredown.core.measurement import Measurement
+from paredown.core.task import Target, Task
 from paredown.data import splits
 from paredown.graph import taps
 from paredown.graph.model import Model
+from paredown.run import preflight
+from paredown.search.plan import plan
 from paredown.steps import recipe
 from paredown.steps.step import Setting
 from paredown.train import loop, parts
-from paredown.train.distill import losses, teacher
+from paredown.train.distill import losses
 from paredown.train.distill.inner_values import View
 from paredown.train.distill.lesson import Teaching, prepare
 from paredown.train.distill.outputs import outputs_of
+from paredown.train.distill.student import found as student_of
 from paredown.train.distill.teacher import TAUGHT
 from paredown.train.loop import fit
 from paredown.train.settings import Training
 from tests.architectures import ARCHITECTURES, make
 from tests.architectures.blocks import EncoderBlock
+from tests.test_run import here  # noqa: F401
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -336,11 +343,11 @@ def test_where_the_classes_are():
 
 
 @pytest.mark.parametrize("loss", ["auto", "decoupled", "squared"])
-def test_a_student_learns_from_its_teacher_without_labels(student, master, loss, tmp_path):
-    master.save(tmp_path / "teacher.safetensors")
+def test_a_student_takes_its_teachers_place_without_labels(student, master, loss, tmp_path):
+    student.save(tmp_path / "student.safetensors")
     unlabelled = replace(TASK, train=TensorDataset(TASK.train.tensors[0]), loss=None)
-    step = Distill(teacher=str(tmp_path / "teacher.safetensors"), alpha=0, loss=loss, **LONG)
-    made = recipe.apply(student, [step], unlabelled)
+    step = Distill(student=str(tmp_path / "student.safetensors"), alpha=0, loss=loss, **LONG)
+    made = recipe.apply(master, [step], unlabelled)
     assert error(made, master) < 0.5 * error(student, master)
     assert made.graph.code == student.graph.code
 
@@ -365,34 +372,74 @@ def test_the_recipes_original_teaches(master):
     assert set(made.state_dict()) == set(master.state_dict())  # no adaptor stays
 
 
-def test_a_python_file_with_a_model_alone_teaches(student, tmp_path):
-    path = tmp_path / "big.py"
+def test_a_python_file_with_a_model_alone_is_a_student(master, tmp_path):
+    path = tmp_path / "small.py"
     path.write_text(
         "import torch\nfrom tests.test_distill import Images\n\n\n"
-        "def model():\n    return Images(8)\n"
+        "def model():\n    return Images(3)\n"
     )
-    steps = [Distill(teacher=str(path), epochs=0.2, internal=("similarity",))]
+    steps = [Distill(student=str(path), epochs=0.2, internal=("similarity",)), Quantize()]
     assert recipe.from_toml(recipe.to_toml(steps)) == steps
-    assert not same(recipe.apply(student, steps, TASK), student)
+    made = recipe.apply(master, steps[:1], TASK)
+    assert made.state_dict()["head.weight"].shape == (3, 6)
+    assert Distill(student=path) == Distill(student=str(path))
+    again = recipe.apply(master, [Distill(student=Images(3), **FAST), Distill(**FAST)], TASK)
+    assert again.state_dict()["head.weight"].shape == (3, 6)
+    text = r"Distill\(student=<Images>\): student is no text; name a file"
+    with pytest.raises(UserError, match=text):
+        recipe.to_toml([Distill(student=Images(3))])
 
 
-def test_a_teacher_that_is_not_there_is_seen_before_any_work(student):
-    with pytest.raises(UserError, match=r"Distill\(.*\): teacher: gone.py: no such file"):
-        recipe.apply(student, [PruneWeights(0.5), Distill(teacher="gone.py")], TASK)
+def test_a_student_that_is_not_there_or_comes_late_is_seen_before_any_work(master):
+    steps = [PruneWeights(0.5), Distill(student="gone.py")]
+    with pytest.raises(UserError) as caught:
+        recipe.apply(master, steps, TASK)
+    late, gone = str(caught.value).splitlines()
+    assert "puts another model in place of what the steps before it made" in late
+    assert "student: gone.py: no such file; name a Python file that defines model()" in gone
+    assert Distill(student=3).problems() == ["student: expected a file or an nn.Module, got a int."]
 
 
-def test_other_outputs_are_refused(student, tmp_path):
-    torch.manual_seed(0)
+def test_other_inputs_or_outputs_are_refused_before_any_work(master):
     wide = Images(8)
     wide.head = nn.Linear(16, 4)
-    capture(wide, TASK.example).save(tmp_path / "wide.safetensors")
-    step = Distill(teacher=str(tmp_path / "wide.safetensors"))
-    with pytest.raises(UserError, match=r"expected outputs as the model's, \(4, 3\); got \(4, 4\)"):
-        step.apply(student, TASK)
+    told = r"student: expected outputs as the original's, \(1, 3\) float32; got \(1, 4\) float32"
+    for work in (recipe.apply, lambda *a: a[1][0].apply(a[0], a[2])):
+        with pytest.raises(UserError, match=told):
+            work(master, [Distill(student=wide)], TASK)
     other = transformer(8, 1, 2)
-    other.save(tmp_path / "other.safetensors")
-    with pytest.raises(UserError, match="teacher: input 'ids': expected shape"):
-        replace(step, teacher=str(tmp_path / "other.safetensors")).apply(student, TASK)
+    with pytest.raises(
+        UserError, match=r"inputs as the original's, x \(\?, 1, 12, 12\) float32; got"
+    ):
+        recipe.apply(master, [Distill(student=other)], TASK)
+    with pytest.raises(UserError, match="student: "):
+        recipe.apply(other, [Distill(student=Images(3), alpha=0)], TEXT)
+
+
+class Named(nn.Module):
+    """Two inputs by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 2)
+
+    def forward(self, a, b):
+        return self.layer(a) - self.layer(b)
+
+
+class Turned(Named):
+    def forward(self, b, a):
+        return Named.forward(self, a, b)
+
+
+def test_a_student_takes_inputs_by_name_in_the_originals_order():
+    example = {"a": torch.randn(1, 4), "b": torch.randn(1, 4)}
+    task = replace(TASK, example=example, dynamic=None)
+    named, turned = capture(Named(), example), Turned()
+    assert Distill(student=turned, alpha=0).unfit(named, task) == []
+    made = student_of(turned, task)
+    leaves = [item.example for item in named.inputs]
+    assert torch.equal(made.graph(*leaves)[0], turned(**example))
 
 
 @pytest.mark.parametrize(
@@ -634,14 +681,12 @@ class Plain(Dataset):
 
 
 def test_a_teacher_that_is_asked_once_teaches_the_same(master, student, tmp_path, said):
-    master.save(tmp_path / "teacher.safetensors")
     task = replace(TASK, train=Plain())
-    settings = {**FAST, "teacher": str(tmp_path / "teacher.safetensors"), "epochs": 2}
-    step = Distill(internal=("hints",), **settings)
+    step = Distill(student=student, internal=("hints",), **{**FAST, "epochs": 2})
     (tmp_path / "scratch").mkdir()
     setting = Setting(scratch=tmp_path / "scratch")
-    kept = replace(step, cache=True).apply(student, task, setting)
-    asked = step.apply(student, task)
+    kept = replace(step, cache=True).apply(master, task, setting)
+    asked = step.apply(master, task)
     for key, value in asked.state_dict().items():
         torch.testing.assert_close(kept.state_dict()[key], value, rtol=1e-3, atol=1e-4)
     size = sum(path.stat().st_size for path in (tmp_path / "scratch").glob("teacher-*.npy"))
@@ -666,9 +711,9 @@ def test_what_cannot_be_kept_is_refused(student, monkeypatch):
 @pytest.mark.slow
 def test_a_run_distils_from_its_original_and_replays(master, tmp_path, monkeypatch):
     steps = [Quantize(), Distill(internal=("hints",), cache=True, **FAST)]
-    seen, found = [], teacher.find
-    spy = lambda *a: seen.append(found(*a)) or seen[-1]  # noqa: E731
-    monkeypatch.setattr("paredown.steps.training.distill.find", spy)
+    seen = []
+    spy = lambda teacher, *rest: seen.append(teacher) or prepare(teacher, *rest)  # noqa: E731
+    monkeypatch.setattr("paredown.steps.training.distill.prepare", spy)
     run = compress(master, TASK, Goals(max_drop=0.5), steps=steps, out=tmp_path / "run")
     assert [trial.kept for trial in run.trials] == [True]
     assert 'name = "distill"' in run.artifact.recipe
@@ -677,18 +722,56 @@ def test_a_run_distils_from_its_original_and_replays(master, tmp_path, monkeypat
     assert digest == artifact.sha256
 
 
-@pytest.mark.slow
-def test_a_run_knows_the_file_of_its_teacher(master, student, tmp_path):
-    path, out = tmp_path / "teacher.safetensors", tmp_path / "run"
-    master.save(path)
-    steps = [Distill(teacher=str(path), **FAST)]
-    compress(student, TASK, Goals(), steps=steps, out=out)
-    assert replay(out, student, TASK)[1]
-    student.save(path)
-    with pytest.raises(UserError, match=r"teacher\.safetensors is not the one of the run"):
-        replay(out, student, TASK)
-    with pytest.raises(UserError, match="files"):
-        compress(student, TASK, Goals(), steps=steps, out=out)
+def test_a_run_puts_a_student_in_its_place_and_knows_it_by_its_weights(here, master, tmp_path):
+    torch.manual_seed(1)
+    module, out = Images(3), tmp_path / "run"
+    goals, step = Goals(size="0.4x"), Distill(student=module, **FAST)
+    run = compress(master, TASK, goals, steps=[step], out=out)
+    assert [trial.kept for trial in run.trials] == [True] and run.met, run.verdict
+    assert run.artifact.size_bytes < 0.4 * run.original.size_bytes
+    [file] = out.glob("student-*.safetensors")
+    assert str(file) in run.artifact.recipe and run.details["layers"] == []
+    assert "student's" in run.details["explanation"]["problem"]
+    artifact, digest = replay(out, master, TASK)
+    assert digest == artifact.sha256
+    with torch.no_grad():
+        module.head.bias += 1  # another student is no finished stage
+    again = compress(master, TASK, goals, steps=[step], out=out)
+    assert again.trials[0].stage != run.trials[0].stage
+    assert len(list(out.glob("student-*.safetensors"))) == 2
+    file.unlink()
+    named = [replace(step, student=str(file))]
+    with pytest.raises(UserError, match="no such file"):
+        compress(master, TASK, goals, steps=named, out=out)
+
+
+def test_a_students_file_that_reads_another_is_known_by_what_it_makes(master, tmp_path):
+    small, width = tmp_path / "small.py", tmp_path / "width_of_small.py"
+    small.write_text(
+        "from tests.test_distill import Images\nfrom width_of_small import width\n\n\n"
+        "def model():\n    return Images(width())\n"
+    )
+    width.write_text("def width():\n    return 3\n")
+    step = Distill(student=str(small))
+    first = step.contents(TASK)
+    assert first == step.contents(TASK) and list(first) == [str(small)]
+    sys.modules.pop("width_of_small")
+    width.write_text("def width():\n    return 4  # others\n")
+    assert step.contents(TASK) != first
+    sys.modules.pop("width_of_small")
+
+
+def test_a_student_that_the_task_names_is_planned_first(master):
+    named = replace(TASK, student=Images(3))
+    baseline = Measurement(40_000, 0.9, latency_ms_p50=1.0)
+    first, *rest = plan(master, named, Goals(size="0.3x"), baseline)
+    assert first.title == "The student, then int8" and "0.1" in first.reason
+    assert [type(step) for step in first.steps] == [Distill, Quantize]
+    assert rest == plan(master, TASK, Goals(size="0.3x"), baseline)
+    assert preflight.problems(master, named, Target()) == []
+    unfit = replace(TASK, student=nn.Linear(4, 2), train=None)
+    told = preflight.problems(master, unfit, Target())
+    assert "no train split to teach it with" in told[-1] and told[0].startswith("task: student:")
 
 
 def case(name: str):

@@ -244,7 +244,7 @@ def test_an_identity_that_is_not_ours(tmp_path, text):
 
 def test_another_format_is_refused(tmp_path):
     (tmp_path / IDENTITY).write_text(json.dumps({"paredown": 99, "identity": {}}))
-    with pytest.raises(UserError, match="format 99; this paredown reads format 1"):
+    with pytest.raises(UserError, match="format 99; this paredown reads format 2"):
         Ledger.open(tmp_path, {})
 
 

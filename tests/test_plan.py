@@ -16,7 +16,7 @@ from paredown.core.goals import Goals
 from paredown.core.measurement import Comparison, Measurement
 from paredown.core.task import Target, Task
 from paredown.measure.measure import Measured
-from paredown.run.compress import verdict
+from paredown.run.outcome import verdict
 from paredown.search.decide import Standing, decide, rank
 from paredown.search.offers import offers
 from paredown.search.plan import attempts, plan
@@ -293,14 +293,61 @@ def measured(**changes):
 )
 def test_what_pays_is_kept(candidate, kept, said):
     files = {"original": measured(), "candidate": measured(**candidate)}
-    found, decision = decide(files, 0.01)
-    assert found == kept and said in decision
+    found = decide(Goals(max_drop=0.01), files)
+    assert found.kept == kept and said in found.words
 
 
 def test_what_pays_does_so_beside_the_best_so_far():
     files = {"original": measured(), "best": measured(size_bytes=50_000)}
-    assert not decide(files | {"candidate": measured(size_bytes=60_000)}, 0.01)[0]
-    assert decide(files | {"candidate": measured(size_bytes=40_000)}, 0.01)[0]
+    assert not decide(Goals(max_drop=0.01), files | {"candidate": measured(size_bytes=60_000)}).kept
+    assert decide(Goals(max_drop=0.01), files | {"candidate": measured(size_bytes=40_000)}).kept
+
+
+SMALL = {"size_bytes": 50_000, "latency_ms_p50": 0.7}
+
+
+@pytest.mark.parametrize(
+    ("goals", "candidate", "kept", "said"),
+    [
+        # smaller though slower, where size is met and latency is missed
+        ({"size": "0.6x", "latency": "0.5x"}, {"size_bytes": 10_000, "latency_ms_p50": 0.9}, False,
+         "it takes a missed goal, latency, further away"),
+        # and where a goal that was met would be missed
+        ({"size": "0.2x", "latency": "0.8x"}, {"size_bytes": 10_000, "latency_ms_p50": 0.9}, False,
+         "a missed goal, latency"),
+        ({"size": "0.2x", "throughput": "1.2x"}, {"size_bytes": 10_000, "latency_ms_p50": 0.9},
+         False, "a missed goal, throughput"),
+        # slower within the bound is no harm
+        ({"size": "0.2x", "latency": "0.95x"}, {"size_bytes": 10_000, "latency_ms_p50": 0.9}, True,
+         "slower"),
+        # larger, where the size is met all the same
+        ({"size": "0.6x", "latency": "0.5x"}, {"size_bytes": 55_000, "latency_ms_p50": 0.4}, True,
+         "faster"),
+        ({"size": "0.6x", "memory": "0.5x"}, {**SMALL, "memory_bytes": 40_000_000}, True, "memory"),
+        # a gain that nobody asked for is taken where it is free
+        ({"latency": "0.5x"}, {"size_bytes": 10_000, "latency_ms_p50": 0.7}, True, "size"),
+        ({"latency": "0.5x"}, {**SMALL, "size_bytes": 10_000, "score": 0.89}, False,
+         "it costs score and brings no goal nearer"),
+    ],
+)  # fmt: skip
+def test_a_step_is_kept_for_what_is_asked(goals, candidate, kept, said):
+    files = {"original": measured(), "best": measured(**SMALL), "candidate": measured(**candidate)}
+    found = decide(Goals(max_drop="5%", **goals), files)
+    assert found.kept == kept and said in found.words
+
+
+def test_a_score_that_rises_beyond_its_interval_pays():
+    files = {"original": measured(score=0.08), "candidate": measured(score=0.95)}
+    found = decide(Goals(max_drop="1%"), files)
+    assert found.kept and found.words.startswith("score rose by 87 points (95 % interval")
+    lucky = torch.tensor([1.0] * 8 + [0.0] * 2, dtype=torch.float64)  # one more than the others
+    almost = {
+        name: dataclasses.replace(measured(score=float(scores.mean())), scores=scores)
+        for name, scores in (("original", lucky.roll(3) * lucky), ("candidate", lucky))
+    }
+    assert not decide(Goals(max_drop="1%"), almost).kept
+    slower = files | {"candidate": measured(score=0.95, latency_ms_p50=2.0)}
+    assert not decide(Goals(latency="0.9x"), slower).kept
 
 
 def test_fewest_goals_missed_ranks_first():

@@ -28,6 +28,7 @@ from paredown.report import page as pages
 from paredown.report.page import render, report
 from paredown.report.sections import Section, sections
 from paredown.run.details import _classes
+from paredown.run.outcome import verdict
 
 CLASSES = ("plane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 WHERE = {
@@ -87,7 +88,9 @@ def picture(seed: int) -> str:
     return f"data:image/png;base64,{encoded}"
 
 
-def trial(title: str, line: str, kept: bool, size: int, ms: float, score: float) -> Trial:
+def trial(
+    title: str, line: str, kept: bool, size: int, ms: float, score: float, after: int = 0
+) -> Trial:
     measurement = dataclasses.replace(
         ORIGINAL,
         size_bytes=size,
@@ -112,6 +115,9 @@ def trial(title: str, line: str, kept: bool, size: int, ms: float, score: float)
         comparison=Comparison(score_difference=score - 0.914),
         seconds=184.0,
         stage="ab" * 32,
+        recipe="cut, then int8",
+        after=after,
+        shipped=kept,
     )
 
 
@@ -209,6 +215,7 @@ def met_run() -> Run:
                 204_300,
                 0.371,
                 0.9117,
+                1,
             ),
             trial(
                 "Prune a further quarter",
@@ -217,6 +224,7 @@ def met_run() -> Run:
                 151_000,
                 0.36,
                 0.8848,
+                2,
             ),
             trial(
                 "Factor the linear layer",
@@ -225,6 +233,7 @@ def met_run() -> Run:
                 198_340,
                 0.342,
                 0.9109,
+                2,
             ),
             dataclasses.replace(
                 trial("Remove whole blocks", 'step = "PruneLayers", amount = 1', False, 1, 1, 0),
@@ -401,7 +410,7 @@ def test_undone_steps_are_hollow_listed_and_explained() -> None:
     assert "3 Prune a further quarter. It cost 2.92 points" in undone
     assert "5 Remove whole blocks. Could not be applied" in undone
     chart = page.split('<div class="two">')[1].split("</svg>")[0]
-    assert chart.count('class="undone"') == 1 and chart.count('class="kept"') == 4
+    assert chart.count('class="undone"') == 1 and chart.count('class="shipped"') == 4
     assert [chart.count(f'class="mark">{n}<') for n in range(6)] == [1, 1, 1, 1, 1, 0]
 
 
@@ -472,8 +481,49 @@ def test_scores_outside_zero_to_one_are_plain_numbers() -> None:
     assert "−31.25" in seen and "−0.5" in seen and "points" not in seen
 
 
+def test_what_is_in_the_file_is_told_from_what_a_second_recipe_kept() -> None:
+    run = met_run()
+    factored = dataclasses.replace(run.trials[3], recipe="factors", after=0, shipped=False)
+    page = render(dataclasses.replace(run, trials=[*run.trials[:3], factored]))
+    chart = page.split('<div class="two">')[1].split("</svg>")[0]
+    assert [chart.count(f'class="{kind}"') for kind in ("shipped", "kept", "undone")] == [3, 1, 1]
+    dots = {
+        kind: re.search(rf'<circle cx="([^"]*)" cy="([^"]*)" r="5" class="{kind}"', chart).groups()
+        for kind in ("shipped", "kept")
+    }
+    number = '"([^"]*)"'
+    line = rf"<line x1={number} y1={number} x2={number} y2={number} class=\"path left\""
+    [left] = re.findall(line, chart)
+    assert left == (*dots["shipped"], *dots["kept"])  # from the original, no other recipe's end
+    assert chart.count('class="path"') == 2
+    seen = words(page.split('id="trajectory"')[1].split("</section>")[0])
+    assert seen.count("In the file") == 2 and seen.count("Kept, not in the file") == 1
+    assert "Recipe: cut, then int8" in seen and "Recipe: factors" in seen
+    left_out = words(page.split('id="undone"')[1].split("</section>")[0])
+    assert "4 Factor the linear layer. Kept in its recipe, factors, and left" in left_out
+
+
+@pytest.mark.parametrize(
+    ("strict", "title"), [(False, "Met, not proven"), (True, "Goals not proven")]
+)
+def test_what_is_not_proven_is_on_the_first_screen(strict: bool, title: str) -> None:
+    run = met_run()
+    assert run.comparison is not None
+    compared = dataclasses.replace(run.comparison, score_claim="not provable", speedup_low=1.9)
+    checks = dataclasses.replace(GOALS, proof=strict).check(COMPRESSED, ORIGINAL, None, compared)
+    told = verdict(checks, True, True, compared)
+    unproven = dataclasses.replace(
+        run, checks=checks, met=all(c.met for c in checks), verdict=told, comparison=compared
+    )
+    assert [check.goal for check in checks if check.unproven] == ["max_drop", "latency"]
+    assert unproven.met is not strict and unproven.outcome == ("not proven" if strict else "open")
+    head = render(unproven).split("</header>")[0]
+    assert title in words(head) and "Goals met" not in words(head)
+    assert head.count('aria-label="not proven"') == 2 and compared.verdict in words(head)
+
+
 def test_labels_of_crowded_points_do_not_touch() -> None:
-    points = [charts.Point(100 + n % 3, 90 + n % 2 / 50, str(n), n % 2 == 0, "") for n in range(14)]
+    points = [charts.Point(100 + n % 3, 90 + n % 2 / 50, str(n), "kept", "") for n in range(14)]
     drawn = charts.trajectory(points, charts.Axis("size, KB", 60, "goal"), charts.Axis("score, %"))
     at = [
         (float(x), float(y))

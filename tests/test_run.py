@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -32,7 +33,7 @@ from paredown.run import stages as stages_of_runs
 from paredown.run.folder import load_run
 from paredown.run.ledger import RECORDS, Ledger
 from paredown.run.preflight import check, unrepeated
-from paredown.run.stages import State
+from paredown.run.stages import Point, State
 from paredown.search.decide import Standing
 from paredown.search.proposal import Attempt, Proposal
 from paredown.steps import recipe
@@ -105,18 +106,18 @@ def test_a_machine_that_speeds_up_makes_no_recipe_pay(monkeypatch):
         "fp16": (50_000, 3.05, 3.0),
     }
 
-    def tried(state, attempt, best):
+    def tried(state, item, attempt, best, number):
         size, own, beside = came[attempt.title]
         measured = (dataclasses.replace(first, size_bytes=size, latency_ms_p50=own), first)
         standing = Standing(measured[0], dataclasses.replace(first, latency_ms_p50=beside), even)
         trial = Trial([], attempt.title, "", "", True, "", measured[0], even, 0.1, "")
-        return trial, dataclasses.replace(best, stage=attempt.title, standing=standing)
+        return trial, Point(attempt.title, best.file, (), standing, (number,))
 
     monkeypatch.setattr(compress, "tried", tried)
     goals = Goals(latency="0.8x")
     state = State(None, None, goals, Target(), None, Path(), first, 0, False)
     proposals = [Proposal(name, "", (Attempt((), name, "", ""),)) for name in came]
-    trials, best = compress._try_proposals(state, proposals)
+    trials, best = compress._search(state, proposals)
     assert [trial.title for trial in trials] == ["int8", "fp16"]  # int8 did not end the search
     assert best.stage == "fp16"
 
@@ -317,11 +318,13 @@ def test_goals_that_the_original_meets_change_nothing(user, paredown_cli, recipe
 
 @pytest.mark.parametrize("goals", [[], ["--max-drop", "50%"]])
 def test_without_an_amount_the_first_recipe_that_pays_is_enough(user, paredown_cli, goals):
-    code, _, _ = paredown_cli("run", user(NO_TRAIN), *goals, "--out", "r")
+    code, out, _ = paredown_cli("run", user(NO_TRAIN), *goals, "--out", "r")
     run = load("r")
     assert code == 0 and [trial.kept for trial in run.trials] == [True]
     assert recipe.load("r/recipe.toml") == [paredown.Quantize()]
     assert run.verdict.startswith("Every goal is met" if goals else "No goal was set.")
+    assert "the search ended at the first recipe that pays" in out
+    assert re.search(r"Ask for it by --size 0\.1\d?x", out) and run.details["in_reach"] in out
 
 
 def test_a_recipe_of_ones_own(user, paredown_cli):
@@ -354,8 +357,7 @@ def test_the_runtime_pytorch(user, paredown_cli):
 def test_the_same_on_real_processes(user, monkeypatch):
     """One run whose files are opened in fresh processes; two rounds of timing keep it short."""
     quick = lambda *args, **more: paredown.measure(*args, **more, rounds=2)  # noqa: E731
-    for module in (compress, stages_of_runs):
-        monkeypatch.setattr(module, "measure", quick)
+    monkeypatch.setattr(stages_of_runs, "measure", quick)
     model, task = load_user(Path(user(NO_TRAIN)))
     run = paredown.compress(model, task, Goals(size="0.5x"), out="r")
     assert run.met and run.on_device["compressed"].latency_ms_p50 > 0
@@ -449,7 +451,8 @@ def test_kinds_of_tasks(here, tmp_path, kind):
 
 
 DRIVER = [sys.executable, "-c", "import test_run; test_run.main()"]
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
+PLACES = f"{HERE.parent}{os.pathsep}{HERE}"  # of this checkout
+ENVIRONMENT = os.environ | {"PYTHONPATH": PLACES, "OMP_NUM_THREADS": "1"}
 
 
 def child(*words, cwd=None, **environment):
@@ -579,12 +582,91 @@ def test_a_finished_run_is_shown_again(user, paredown_cli, monkeypatch):
     paredown_cli(*command)
     first, records = Path("r/run.json").read_bytes(), stages("r")
     Path("r/model.onnx").unlink()
-    monkeypatch.setattr(compress, "measure", None)  # nothing is measured again
+    monkeypatch.setattr(stages_of_runs, "measure", None)  # nothing is measured again
     monkeypatch.setattr(stages_of_runs, "_lowered", None)
     code, out, err = paredown_cli(*command)
     assert (code, err) == (0, "") and "This run is finished" in out
     assert Path("r/run.json").read_bytes() == first and stages("r") == records
     assert Path("r/model.onnx").stat().st_size == load("r").artifact.size_bytes
+
+
+def test_other_goals_are_asked_of_what_is_finished(user, paredown_cli, monkeypatch):
+    Path("own.toml").write_text(TRAINED_INT8)
+    command = ("run", user(), "--recipe", "own.toml", "--out", "r")
+    paredown_cli(*command, "--size", "0.2x")
+    first, records = load("r"), stages("r")
+    assert first.outcome == "missed"
+    for name in ("measure", "_apply"):
+        monkeypatch.setattr(stages_of_runs, name, None)  # nothing is trained or measured again
+    code, out, _ = paredown_cli(*command, "--size", "0.5x", "--latency", "0.9x")
+    second = load("r")
+    assert code == 0 and second.met and second.goals["latency"]["value"] == 0.9
+    assert stages("r")[: len(records)] == records and len(stages("r")) == len(records) + 1
+    assert second.artifact.sha256 == first.artifact.sha256
+    assert [t.stage for t in second.trials] == [t.stage for t in first.trials]
+    paredown_cli(*command, "--size", "0.5x", "--max-drop", "0%", "--latency", "0.9x")
+    allowed = "a fall of 0" in load("r").verdict or load("r").trials[0].kept
+    assert allowed and load("r").checks[0].goal == "max_drop"
+    code, out, _ = paredown_cli(*command, "--size", "0.2x")  # and the first is still known
+    assert code == 3 and "This run is finished" in out and load("r") == first
+
+
+def test_of_all_that_was_measured_the_nearest_is_the_artifact(monkeypatch):
+    first = Measurement(100_000, 0.9, latency_ms_p50=4.0)
+    came = {  # bytes, ms, kept; each recipe is two of them
+        "cut": (25_000, 2.9, True),
+        "cut, int8": (9_000, 3.8, False),
+        "factors": (60_000, 3.0, True),
+        "factors, int8": (28_000, 2.6, False),
+    }
+
+    def tried(state, item, attempt, best, number):
+        size, ms, kept = came[attempt.title]
+        found = dataclasses.replace(first, size_bytes=size, latency_ms_p50=ms)
+        trial = Trial([], attempt.title, "", "", kept, "", found, None, 0.1, "")
+        return trial, Point(attempt.title, best.file, (), Standing(found, first), (number,))
+
+    monkeypatch.setattr(compress, "tried", tried)
+    goals = Goals(size="0.3x", latency="0.5x")
+    state = State(None, None, goals, Target(), None, Path(), first, 0, False)
+    attempts = {name: Attempt((), name, "", "") for name in came}
+    recipes = [("cut", "cut, int8"), ("factors", "factors, int8")]
+    proposals = [Proposal(each[0], "", tuple(attempts[n] for n in each)) for each in recipes]
+    trials, best = compress._search(state, proposals[:1])
+    assert best.stage == "cut"  # which the next one, smaller and slower, does not beat
+    trials, best = compress._search(state, proposals)
+    assert best.stage == "factors, int8"  # though it was undone
+    shipped = compress._shipped(trials, best)
+    assert [trial.shipped for trial in shipped] == [False, False, False, True]
+    assert shipped[3].kept and "nothing that was measured comes nearer" in shipped[3].decision
+
+
+def test_what_the_data_cannot_prove_is_said_and_with_proof_missed(user, paredown_cli):
+    command = ("run", user(NO_TRAIN), "--size", "0.5x", "--max-drop", "1%", "--out", "r")
+    code, out, _ = paredown_cli(*command)
+    assert code == 0 and load("r").met and load("r").outcome == "open"
+    said = "Every goal is met by the exported file as it was measured, but this data cannot prove"
+    assert said in out and "would be needed to prove a drop of at most 1 point" in load("r").verdict
+    code, out, _ = paredown_cli(*command, "--proof")
+    run = load("r")
+    assert code == 5 and not run.met and run.outcome == "not proven"
+    assert run.verdict.startswith("Goals not proven.") and run.artifact.size_bytes < 25_000
+    code, _, _ = paredown_cli(*command[:-4], "--size", "1B", "--proof", "--out", "s")
+    assert code == 3
+
+
+USELESS = (
+    "old = model\ndef model():\n    net = old()\n    net[-1].weight.data *= 0\n    return net\n"
+)
+
+
+def test_a_file_that_is_of_no_use_is_never_met_in_silence(user, paredown_cli):
+    Path("own.toml").write_text(INT8)
+    words = ("--recipe", "own.toml", "--size", "0.5x", "--out", "r")
+    code, out, _ = paredown_cli("run", user(USELESS), *words)
+    assert code == 0 and load("r").outcome == "open"
+    assert "The file is of no use as far as this data can tell: it scores 25.00%" in out
+    assert "does model() load its trained weights?" in load("r").verdict
 
 
 def test_compress_writes_the_report_and_again_where_it_is_gone(user, here):

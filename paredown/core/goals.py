@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
-from paredown.core.measurement import Measurement
+from paredown.core.measurement import Comparison, Measurement
 from paredown.core.units import GOALS, Limit, human, parse_drop, parse_limit
 
 TIMED = ("latency", "throughput", "energy")  # what drifts with the machine's speed
@@ -16,7 +17,8 @@ class Goals:
     """What the compressed artifact must meet; each goal is optional.
 
     ``max_drop`` is in points of a score between 0 and 1 (accuracy); for any other score it is a
-    share of the baseline's mean score. ``throughput`` is a floor, the others are ceilings.
+    share of the baseline's mean score. ``throughput`` is a floor, the others are ceilings. With
+    ``proof`` a goal that the data cannot prove to be met counts as missed.
 
     Raises:
         UserError: a goal that cannot be read, with the forms that can.
@@ -32,6 +34,7 @@ class Goals:
     memory: Limit | str | None = None
     throughput: Limit | str | None = None
     energy: Limit | str | None = None
+    proof: bool = False
 
     def __post_init__(self) -> None:
         if self.max_drop is not None:
@@ -47,13 +50,19 @@ class Goals:
         drop = float(self.max_drop)
         return drop if baseline.score_in_points else drop * abs(baseline.score or 0.0)
 
-    def missed(self, measurement: Measurement, beside: Measurement) -> list[str]:
+    def missed(
+        self, measurement: Measurement, beside: Measurement, compared: Comparison | None = None
+    ) -> list[str]:
         """One plain sentence for each goal that the measurement does not meet; empty means done."""
-        sentences = [row.sentence for row in self.check(measurement, beside) if row.met is not True]
-        return sentences
+        checks = self.check(measurement, beside, compared=compared)
+        return [row.sentence for row in checks if not row.met]
 
     def check(
-        self, measurement: Measurement, beside: Measurement, baseline: Measurement | None = None
+        self,
+        measurement: Measurement,
+        beside: Measurement,
+        baseline: Measurement | None = None,
+        compared: Comparison | None = None,
     ) -> list[GoalCheck]:
         """Each goal against what was measured; an unmeasured quantity never counts as met.
 
@@ -62,6 +71,7 @@ class Goals:
                 such as "0.8x" is judged by the two of one measurement.
             baseline: the original as it was measured first; an absolute goal is judged by the
                 measurement alone, and tells how far the original has drifted since.
+            compared: the two, with intervals: says which goals are proven to be met.
         """
         rows = []
         allowed = self.allowed_drop(beside)
@@ -72,13 +82,22 @@ class Goals:
             if limit is not None:
                 drifted = "" if limit.relative else _drifted(goal, beside, baseline or beside)
                 rows.append(_check_limit(goal, limit, measurement, beside, drifted))
-        return rows
+        if compared is None:
+            return rows
+        return [_proved(row, getattr(self, row.goal), compared, self.proof) for row in rows]
 
 
 @dataclass(frozen=True)
 class GoalCheck:
-    """One goal, the bound it means here, what was measured, and whether that meets it; and, of an
-    absolute one, how far the original has drifted since its baseline, "" where it has not."""
+    """One goal, the bound it means here, what was measured, and whether that meets it.
+
+    Attributes:
+        met: whether the value is within the bound; where a proof is asked for, proven to be.
+        drifted: of an absolute goal, how far the original has drifted since its baseline, "" where
+            it has not.
+        proven: whether the interval of what was measured lies within the bound too; None where
+            there is no interval, as of a size.
+    """
 
     goal: str
     bound: float
@@ -86,13 +105,46 @@ class GoalCheck:
     met: bool
     sentence: str
     drifted: str = ""
+    proven: bool | None = None
+
+    @property
+    def within(self) -> bool:
+        """Whether what was measured meets the goal, proven or not."""
+        return self.met or self.unproven
+
+    @property
+    def unproven(self) -> bool:
+        """Whether what was measured meets the goal, and its interval leaves that open."""
+        within = self.value is not None and _holds(self.goal, self.value, self.bound)
+        return within and self.proven is False
+
+
+def _holds(goal: str, value: float, bound: float) -> bool:
+    if goal == "max_drop":
+        return value <= bound + 1e-12
+    return value >= bound if goal == "throughput" else value <= bound
+
+
+def _proved(row: GoalCheck, limit: Any, compared: Comparison, strict: bool) -> GoalCheck:
+    """The goal with whether it is proven, which a strict one must be to be met."""
+    proven = None
+    if row.goal == "max_drop" and compared.score_claim:
+        proven = compared.score_claim == "proven"
+    elif row.goal in ("latency", "throughput") and limit.relative and compared.speedup_low:
+        wanted = limit.value if row.goal == "throughput" else 1 / limit.value
+        proven = compared.speedup_low >= wanted
+    row = replace(row, proven=proven)
+    if not row.unproven:
+        return row
+    text = f"{row.sentence} This is not proven with this data."
+    return replace(row, met=row.met and not strict, sentence=text)
 
 
 def _check_drop(allowed: float, measurement: Measurement, baseline: Measurement) -> GoalCheck:
     if measurement.score is None or baseline.score is None:
         return GoalCheck("max_drop", allowed, None, False, "The score was not measured.")
     drop = baseline.score - measurement.score
-    met = drop <= allowed + 1e-12
+    met = _holds("max_drop", drop, allowed)
     scale, unit = (100, " points") if baseline.score_in_points else (1, "")
     moved = f"{'fell' if drop > 0 else 'rose'} by {abs(drop) * scale:.3g}{unit}"
     moved = moved if drop else "did not change"
@@ -126,7 +178,7 @@ def _check_limit(
         text = f"{goal.capitalize()} could not be measured here, so its goal cannot be met."
         return GoalCheck(goal, limit.value, None, False, text)
     bound = limit.absolute(original or 0.0)
-    met = value >= bound if goal == "throughput" else value <= bound
+    met = _holds(goal, value, bound)
     relation = "at least" if goal == "throughput" else "at most"
     asked = f" ({limit.value:g}x of the original)" if limit.relative else ""
     text = (

@@ -72,3 +72,4 @@ class Comparison:
     speedup_high: float | None = None
     verdict: str = ""  # the claim about the score, one sentence
     speed: str = ""  # the claim about the latency, one sentence
+    score_claim: str = ""  # "proven", "refuted", "not provable", or "" where no drop was bounded

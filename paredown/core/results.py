@@ -37,6 +37,9 @@ class Trial:
     seconds: float
     stage: str  # SHA-256 of the stage it produced, "" where it could not be applied
     findings: list[dict[str, Any]] = field(default_factory=list)  # what its steps tell the report
+    recipe: str = ""  # the title of the recipe that it is part of
+    after: int = 0  # the number of the trial that it was made from, from 1 up; 0 is the original
+    shipped: bool = False  # whether its steps are in the artifact
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,17 @@ class Run:
     met: bool
     verdict: str
     details: dict[str, Any]  # layers, histograms, per-class scores, flips, latency samples, notes
+
+    @property
+    def outcome(self) -> str:
+        """ "missed", "not proven" where that was asked for and is all that is missing, "open" where
+        the goals are met and something is to be said against that, or "met"."""
+        if not all(check.within for check in self.checks):
+            return "missed"
+        if not self.met:
+            return "not proven"
+        unsure = any(check.unproven for check in self.checks) or self.details.get("useless")
+        return "open" if unsure else "met"
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True, allow_nan=False)

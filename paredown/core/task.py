@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from paredown.core.errors import UserError
@@ -35,6 +35,8 @@ class Task:
             input ``{dim: "name"}`` or None.
         classes: names of the classes, for the report.
         batch_size: examples per batch wherever the data is run.
+        student: a small model for the plan to put in the original's place, taught by it: what
+            `Distill` takes as its ``student``.
         ignore: the label, or labels, that ``loss`` and ``score`` do not count, such as 255 or -1,
             so that a teacher's outputs are not compared there either. None finds it out: the one
             value outside the classes in all of a split, or -100.
@@ -63,6 +65,7 @@ class Task:
     classes: tuple[str, ...] = ()
     batch_size: int = 64
     ignore: int | tuple[int, ...] | None = None
+    student: str | nn.Module | None = None
 
     def missing(self, needs: set[str] | frozenset[str]) -> list[str]:
         """The fields among ``needs`` that this task does not provide, sorted."""

@@ -24,7 +24,7 @@ from paredown.explain.noise import PARTS, Meter
 from paredown.explain.remedies import try_remedies
 from paredown.explain.restore import Outcome, Pruning, Ranking, Rounding, rank
 from paredown.explain.watch import Watch
-from paredown.graph.model import Model
+from paredown.graph.model import Model, made_from
 from paredown.graph.quantized.runner import Runner, all_quantizers
 from paredown.steps.step import Step
 from paredown.targets.runtimes import Inside, runtime
@@ -104,6 +104,7 @@ def explain_file(
         seconds: about how long it may take; one batch is run in any case.
         remedies: whether to try them.
     """
+    _check_layers(compressed, original)
     began = time.monotonic()
     base = folded(original)
     layers = find_layers(compressed.graph, base.graph)
@@ -135,6 +136,14 @@ def explain_file(
         ranking=None if ranking is None else _ranked(ranking),
         causes=[_cause(cause, won) for cause in causes],
     )
+
+
+def _check_layers(compressed: Model, original: Model) -> None:
+    if not made_from(compressed, original):
+        raise UserError(
+            "the file is a student's: its layers are others than the original's, so there is no "
+            "noise of a layer to tell."
+        )
 
 
 def _inside(compressed: Model, file: Path, name: str, layers: Sequence[Layer]) -> Inside:

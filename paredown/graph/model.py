@@ -206,6 +206,29 @@ def _view(tensor: Tensor) -> Tensor:
     return nn.Parameter(seen, requires_grad=False) if isinstance(tensor, nn.Parameter) else seen
 
 
+def made_from(model: Model, original: Model) -> bool:
+    """Whether a model was made from the original by steps: most parameters of the same name have
+    the same shape but for what was cut. A student put in its place was not.
+
+    Example:
+        >>> import torch, paredown
+        >>> example = (torch.zeros(1, 4),)
+        >>> wide, narrow = (paredown.capture(torch.nn.Linear(4, n), example) for n in (3, 2))
+        >>> made_from(wide.copy(), wide), made_from(narrow, wide)
+        (True, False)
+    """
+    ours, theirs = dict(model.named_parameters()), dict(original.named_parameters())
+    common = [name for name in ours if name in theirs]
+    same = [_shape_left(model, name, theirs[name]) == list(ours[name].shape) for name in common]
+    return 2 * sum(same) > len(same)
+
+
+def _shape_left(model: Model, name: str, tensor: Tensor) -> list[int]:
+    """The shape of an original's tensor once it is cut as the model says."""
+    kept = model.kept.get(name, {})
+    return [len(kept[dim]) if dim in kept else size for dim, size in enumerate(tensor.shape)]
+
+
 def kept_since(before: Model, after: Model) -> dict[str, dict[int, Tensor]]:
     """What ``after``, cut from ``before``, keeps of it: as ``Model.kept``, in its indices."""
     found: dict[str, dict[int, Tensor]] = {}

@@ -103,10 +103,11 @@ def compare(original: Measured, candidate: Measured, max_drop: float | None) -> 
     difference = stats.paired_difference(before, after)
     speedup = speedups.median_ratio(original.rounds, candidate.rounds)
     if max_drop is None:
-        verdict = _unbounded(difference, len(before), in_points)
+        verdict, claim = _unbounded(difference, len(before), in_points), ""
     else:
         unit = None if in_points else ""
-        verdict = stats.non_inferior(before, after, max_drop, name="score", unit=unit).sentence
+        found = stats.non_inferior(before, after, max_drop, name="score", unit=unit)
+        verdict, claim = found.sentence, found.status
     return Comparison(
         difference.estimate,
         difference.low,
@@ -116,6 +117,7 @@ def compare(original: Measured, candidate: Measured, max_drop: float | None) -> 
         speedup.high,
         verdict,
         speedups.speedup_sentence(speedup),
+        claim,
     )
 
 

@@ -40,13 +40,20 @@ class Scale:
 
 @dataclass(frozen=True)
 class Point:
-    """One step of the trajectory; ``label`` is its number in the table."""
+    """One step of the trajectory.
+
+    Attributes:
+        label: its number in the table.
+        state: "shipped" where it is in the artifact, else "kept" or "undone".
+        after: the label of the step that it was made from, "" of the first.
+    """
 
     x: float
     y: float
     label: str
-    kept: bool
+    state: str
     title: str
+    after: str = ""
 
 
 @dataclass(frozen=True)
@@ -162,18 +169,22 @@ def levels(y: Scale, label: str, x: Scale) -> list[str]:
 
 
 def trajectory(points: Sequence[Point], x_axis: Axis, y_axis: Axis) -> str:
-    """Score against a cost: kept steps joined by a line, undone ones hollow, goals dashed."""
+    """Score against a cost: each kept step joined to the one it was made from, what leads to the
+    artifact by a bold line; undone ones hollow, goals dashed."""
     xs = [p.x for p in points] + finite([x_axis.goal])
     ys = [p.y for p in points] + finite([y_axis.goal])
     log = min(xs) > 0 and max(xs) / min(xs) > 8
     low, high = (min(xs) / 1.3, max(xs) * 1.3) if log else (min(0.0, min(xs)), max(xs) * 1.06)
     x = Scale(low, high if high > low else low + 1, 56, 446, log)
     y = Scale(*padded(ys, 0.12), 268, 40)
-    kept = [p for p in points if p.kept]
-    path = " ".join(f"{x(p.x):.1f},{y(p.y):.1f}" for p in kept)
+    at = {p.label: (x(p.x), y(p.y)) for p in points}
+    joined = [p for p in points if p.state != "undone" and p.after in at]
+    joined.sort(key=lambda p: p.state == "shipped")
     taken = [around(x(p.x), y(p.y), 6) for p in points]
     parts = [*frame(x, y, x_axis.label, y_axis.label), *_goals(x, y, x_axis, y_axis, taken)]
-    parts.append(f'<polyline points="{path}" class="path"/>')
+    for p in joined:
+        style = "path" if p.state == "shipped" else "path left"
+        parts.append(line(*at[p.after], *at[p.label], style))
     labels = [place(x(p.x), y(p.y), p.label, taken, (x.start, 34, x.end, 266)) for p in points]
     parts += [_dot(x(p.x), y(p.y), p) for p in points]
     return svg(460, 312, f"{y_axis.label} against {x_axis.label}", parts + labels)
@@ -206,9 +217,8 @@ def _goals(x: Scale, y: Scale, x_axis: Axis, y_axis: Axis, taken: list[Box]) -> 
 
 
 def _dot(x: float, y: float, point: Point) -> str:
-    style = "kept" if point.kept else "undone"
     title = f"<title>{escape(point.title)}</title>"
-    return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" class="{style}">{title}</circle>'
+    return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" class="{point.state}">{title}</circle>'
 
 
 def around(x: float, y: float, radius: float) -> Box:

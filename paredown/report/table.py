@@ -63,8 +63,15 @@ def _row(
         "interval": interval,
         "tone": tone,
         "goal": bound(run, check) if check and check.value is not None else "",
-        "met": check.met if check else None,
+        "met": met(check),
     }
+
+
+def met(check: GoalCheck | None) -> str:
+    """ "yes", "no", or "not proven" of a goal that is met as measured; "" without one."""
+    if check is None:
+        return ""
+    return "not proven" if check.unproven else "yes" if check.met else "no"
 
 
 def _score_row(
@@ -86,7 +93,7 @@ def _score_row(
         "interval": interval,
         "tone": "",
         "goal": bound(run, check) if check and check.value is not None else "",
-        "met": check.met if check else None,
+        "met": met(check),
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,23 +13,24 @@ from torch import nn
 
 from paredown.core import progress
 from paredown.core.errors import UserError
-from paredown.core.goals import GoalCheck, Goals
+from paredown.core.goals import Goals
 from paredown.core.results import Run, Trial
 from paredown.core.task import Target, Task
-from paredown.core.units import GOALS
 from paredown.explain.explanation import within_run
 from paredown.graph import machine
 from paredown.graph.capture import capture
 from paredown.graph.model import Model
-from paredown.measure.measure import compare, measure
+from paredown.measure.measure import Measured, compare
 from paredown.run import details
 from paredown.run.folder import artifact, write
-from paredown.run.identity import identity_of, ignore_of
-from paredown.run.ledger import FINISHED, RUN, Ledger, stage_key
+from paredown.run.identity import identity_of, ignore_of, question_of
+from paredown.run.ledger import RUN, Ledger, finished_key, stage_key
+from paredown.run.outcome import in_reach, useless_file, verdict
 from paredown.run.preflight import problems
-from paredown.run.stages import Best, State, begun, tried
+from paredown.run.stages import Point, State, begun, proof, tried
+from paredown.run.students import Students
 from paredown.search import decide, plan
-from paredown.search.proposal import Attempt, Proposal
+from paredown.search.proposal import Proposal
 from paredown.ship.pack.container import packed_bytes
 from paredown.steps import recipe
 from paredown.steps.step import Step
@@ -52,8 +54,9 @@ def compress(
         model: what `capture` takes.
         steps: a recipe of one's own; by default the plan's recipes are tried in order.
         out: the run folder; the same call on the same folder goes on where it was interrupted, and
-            returns the same Run where it was finished. Default: a folder under ``runs/`` that is
-            named after everything the run depends on.
+            returns the same Run where it was finished; with other goals it asks them of what is
+            finished there. Default: a folder under ``runs/`` that is named after everything the run
+            depends on.
         seed: of every random choice.
 
     Returns:
@@ -68,23 +71,32 @@ def compress(
     found = problems(captured, task, target, steps or [])
     if found:
         raise UserError("\n".join(found))
-    identity = identity_of(captured, task, goals, target, steps, seed)
-    folder = Path(out) if out else Path("runs") / stage_key(identity)[:12]
+    students = Students.of(steps, task)
+    digests, (named, _) = students.digests(steps, task), students.named(steps, task)
+    identity, question = (
+        identity_of(captured, task, target, seed),
+        question_of(goals, named, digests),
+    )
+    folder = Path(out) if out else Path("runs") / stage_key(identity | question)[:12]
     with Ledger.open(folder, identity) as ledger, machine.same_numbers(seed):
-        run = _finished(ledger)
+        key = finished_key(question)
+        run = _finished(ledger, key)
         if run is None:
+            students.write(folder)
+            steps, task = students.named(steps, task, folder)
             state = begun(ledger, captured, task, goals, target, seed, steps is not None)
-            text = _run(state, steps, identity, command).to_json()
+            asked = identity | question | {"finished": key}
+            text = _run(state, steps, asked, command).to_json()
             run = Run.from_json(text)  # as a later call finds it
-            ledger.finish(FINISHED, {"stage": ledger.put(text.encode(), RUN), "suffix": RUN})
+            ledger.finish(key, {"stage": ledger.put(text.encode(), RUN), "suffix": RUN})
         shutil.rmtree(folder / "scratch", ignore_errors=True)
         write(run, folder, *_files(ledger, run))
     return run
 
 
-def _finished(ledger: Ledger) -> Run | None:
-    """The Run of a folder whose run is finished and whole."""
-    record = ledger.done(FINISHED)
+def _finished(ledger: Ledger, key: str) -> Run | None:
+    """The Run of a folder whose run for this question is finished and whole."""
+    record = ledger.done(key)
     path = ledger.get(record["stage"], RUN) if record else None
     run = Run.from_json(path.read_text()) if path else None
     if run is None or len(_files(ledger, run)) < 2:
@@ -117,90 +129,117 @@ def _proposals(state: State, steps: Sequence[Step] | None) -> list[Proposal]:
     return proposals
 
 
-def _try_proposals(state: State, proposals: list[Proposal]) -> tuple[list[Trial], Best]:
-    """Each proposal from the original, until one meets the goals; the best of them otherwise.
+def _search(state: State, proposals: list[Proposal]) -> tuple[list[Trial], Point]:
+    """Each proposal from the original, until one meets the goals; and of everything that was
+    measured on the way what comes nearest to them.
 
     Where no amount is asked for, the first proposal that pays is enough.
     """
-    start = Best(state.original, "", state.original_file, [], state.start)
-    bounded = any(getattr(state.goals, goal) is not None for goal in GOALS)
+    start = Point("", state.original_file, (), state.start)
+    bounded = decide.asks(state.goals)
     trials: list[Trial] = []
-    outcomes = [start]
+    points = [start]
     for item in proposals:
         progress.say(f"Recipe: {item.title}")
-        found, best = _try_attempts(state, item.attempts, start)
-        trials += found
-        outcomes.append(best)
-        if state.done(best.standing) or (best is not start and not bounded):
+        best = _try_attempts(state, item, start, trials, points)
+        if best is not start and not bounded:
             return trials, best
-    return trials, max(outcomes, key=lambda each: _rank(state, each))
-
-
-def _rank(state: State, best: Best) -> tuple[float, ...]:
-    return decide.rank(state.goals, best.standing, state.baseline)
+        if state.done(best.standing):
+            break
+    ranked = [(decide.rank(state.goals, each.standing, state.baseline), each) for each in points]
+    return trials, max(reversed(ranked), key=lambda each: each[0])[1]
 
 
 def _try_attempts(
-    state: State, attempts: Sequence[Attempt], start: Best
-) -> tuple[list[Trial], Best]:
+    state: State, item: Proposal, start: Point, trials: list[Trial], points: list[Point]
+) -> Point:
+    """Where the recipe ends; what is tried and measured on the way goes into the two lists."""
     best = start
-    trials: list[Trial] = []
-    for attempt in attempts:
-        if trials and state.done(best.standing):
+    for attempt in item.attempts:
+        if best is not start and state.done(best.standing):
             progress.say(f"  Every goal is met, so {attempt.title} is not needed.")
             break
-        trial, best = tried(state, attempt, best)
+        trial, point = tried(state, item, attempt, best, len(trials) + 1)
         trials.append(trial)
+        if point is not None:
+            points.append(point)
+        best = point if point is not None and trial.kept else best
         mark = "kept" if trial.kept else "undone"
         progress.say(f"  {attempt.title}: {mark}: {trial.decision}")
-    return trials, best
+    return best
 
 
-def _run(state: State, steps: Sequence[Step] | None, identity: dict[str, Any], command: str) -> Run:
+def _shipped(trials: Sequence[Trial], best: Point) -> list[Trial]:
+    """The trials, each with whether its steps are in the artifact."""
+    found = []
+    for number, trial in enumerate(trials, 1):
+        if number in best.trials:
+            if not trial.kept:
+                words = f"{trial.decision}; yet nothing that was measured comes nearer to the goals"
+                trial = replace(trial, kept=True, decision=words)
+            trial = replace(trial, shipped=True)
+        found.append(trial)
+    return found
+
+
+def _run(state: State, steps: Sequence[Step] | None, asked: dict[str, Any], command: str) -> Run:
     """All proposals, and then the claim: on the test split, which no decision has seen."""
     proposals = _proposals(state, steps)
-    trials, best = _try_proposals(state, proposals)
+    trials, best = _search(state, proposals)
     progress.say("Proof: the exported file beside the original, on the test split")
-    files = {"original": state.original_file, "compressed": best.file}
-    measured = measure(files, state.original, state.task, state.target, split="test")
+    measured = proof(state, best)
     original, compressed = measured["original"], measured["compressed"]
-    allowed = state.goals.allowed_drop(original.measurement)
-    checks = state.goals.check(compressed.measurement, original.measurement, state.baseline)
+    compared = compare(original, compressed, state.goals.allowed_drop(original.measurement))
+    figures = compressed.measurement, original.measurement
+    # the original itself loses nothing, which no data have to prove
+    checks = state.goals.check(*figures, state.baseline, compared if best.stage else None)
+    useless = useless_file(state, measured)
     return Run(
         name=state.ledger.folder.absolute().name,
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         command=command,
-        goals=identity["goals"],
-        target=identity["target"],
-        versions=identity["versions"],
-        data=identity["data"],
+        goals=asked["goals"],
+        target=asked["target"],
+        versions=asked["versions"],
+        data=asked["data"],
         seed=state.seed,
         plan=[plan_row(item) for item in proposals],
         baseline=state.baseline,
-        trials=trials,
+        trials=_shipped(trials, best),
         artifact=artifact("model", best.file, best.steps, state.target),
         original=artifact("original", state.original_file, [], state.target),
         on_device={name: each.measurement for name, each in measured.items()},
-        comparison=compare(original, compressed, allowed),
+        comparison=compared,
         checks=checks,
         met=all(check.met for check in checks),
-        verdict=verdict(checks, bool(best.steps), bool(trials)),
+        verdict=verdict(checks, bool(best.steps), bool(trials), compared, useless),
         details={
-            "model_sha256": identity["model"],
-            "batch_size": identity["batch_size"],
-            **ignore_of(state.task),
-            "files": identity["files"],
-            "stage_sha256": best.stage,
-            "packed_bytes": _packed(state, best),
-            **details.collect(
-                state.original, best.model, state.task, measured, best.file, state.target
-            ),
-            "explanation": _explanation(state, best, sum(trial.seconds for trial in trials)),
+            "model_sha256": asked["model"],
+            "batch_size": asked["batch_size"],
+            "finished": asked["finished"],
+            "useless": useless,
+            **_details(state, trials, best, measured),
         },
     )
 
 
-def _packed(state: State, best: Best) -> dict[str, int] | None:
+def _details(
+    state: State, trials: Sequence[Trial], best: Point, measured: dict[str, Measured]
+) -> dict[str, Any]:
+    """What there is to say of the artifact besides its figures."""
+    made = state.original, best.model(state), state.task, measured, best.file, state.target
+    return {
+        **ignore_of(state.task),
+        "files": recipe.contents(best.steps, state.task),
+        "stage_sha256": best.stage,
+        "packed_bytes": _packed(state, best),
+        "in_reach": in_reach(state, trials, best),
+        **details.collect(*made),
+        "explanation": _explanation(state, best, sum(trial.seconds for trial in trials)),
+    }
+
+
+def _packed(state: State, best: Point) -> dict[str, int] | None:
     """What both files take once they are packed, of a recipe that was asked for."""
     if not (state.asked and best.steps):
         return None
@@ -208,12 +247,12 @@ def _packed(state: State, best: Best) -> dict[str, int] | None:
     return {name: packed_bytes(file) for name, file in files.items()}
 
 
-def _explanation(state: State, best: Best, took_s: float) -> dict[str, Any] | None:
+def _explanation(state: State, best: Point, took_s: float) -> dict[str, Any] | None:
     """Where the score went, in a tenth of the time that the trials took, or 20 s at most."""
     if not best.steps:
         return None
     seconds = min(LONGEST_EXPLANATION_S, took_s / 10)
-    made = state.original, best.model, best.file, state.target.runtime
+    made = state.original, best.model(state), best.file, state.target.runtime
     return within_run(*made, state.task, best.steps, seconds)
 
 
@@ -224,17 +263,3 @@ def plan_row(item: Proposal) -> dict[str, Any]:
         "expected": "; ".join(a.expected for a in item.attempts if a.expected),
         "steps": [recipe.line(step) for step in item.steps],
     }
-
-
-def verdict(checks: Sequence[GoalCheck], changed: bool, tried: bool) -> str:
-    """The outcome in a sentence or two; every missed goal is named, and a drift of the machine."""
-    drifted = "".join(f" {check.drifted}" for check in checks if check.drifted)
-    missed = [check.sentence for check in checks if not check.met]
-    kept = "The best file is kept." if changed else "No step paid; the original is kept."
-    if missed:
-        return f"Goals missed. {' '.join(missed)}{drifted} {kept}"
-    if not tried:
-        return "The original meets every goal already; nothing was changed."
-    if not checks:
-        return f"No goal was set. {kept}"
-    return f"Every goal is met by the exported file.{drifted}" + ("" if changed else f" {kept}")

@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from paredown.core.task import Target, Task
 from paredown.data import splits
 from paredown.graph import structure
-from paredown.graph.model import Model
+from paredown.graph.model import Model, made_from
 from paredown.graph.quantized.forms import Form
 from paredown.graph.quantized.quantizers import quantized_weights, rounded, weight_forms
 from paredown.graph.sites import sites
@@ -37,9 +37,10 @@ def collect(
 ) -> dict[str, Any]:
     """The ``details`` of a Run, as JSON."""
     before, after = measured["original"], measured["compressed"]
+    same = made_from(compressed, original)  # else a student's, whose layers are others
     return {
-        "layers": _layers(original.graph, compressed.graph),
-        "histograms": _histograms(original.graph, compressed.graph),
+        "layers": _layers(original.graph, compressed.graph) if same else [],
+        "histograms": _histograms(original.graph, compressed.graph) if same else [],
         "census": dataclasses.asdict(runtime(target.runtime).census(file)),
         "instruction_sets": instruction_sets(compressed, task, target.runtime),
         "notes": list(dict.fromkeys([*original.notes, *compressed.notes])),

@@ -14,7 +14,7 @@ from paredown.explain.explanation import Explanation, explain_file
 from paredown.graph import machine
 from paredown.graph.model import Model
 from paredown.run.folder import changed_task, load_run
-from paredown.run.ledger import FINISHED, MODEL, RUN, Ledger
+from paredown.run.ledger import MODEL, RUN, Ledger
 from paredown.steps import recipe
 from paredown.targets.artifact import digest
 
@@ -78,6 +78,6 @@ def _keep(ledger: Ledger, run: Run, found: Explanation) -> None:
     """The run with its explanation, as `compress` finds it again and as the report reads it."""
     changed = dataclasses.replace(run, details={**run.details, "explanation": found.to_json()})
     text = changed.to_json().encode()
-    ledger.finish(FINISHED, {"stage": ledger.put(text, RUN), "suffix": RUN})
+    ledger.finish(run.details["finished"], {"stage": ledger.put(text, RUN), "suffix": RUN})
     write_atomically(ledger.folder / "run.json", text)
     progress.say(f"Explanation in {ledger.folder / 'run.json'}")

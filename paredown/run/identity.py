@@ -1,4 +1,4 @@
-"""What a run's result depends on, and what of it has changed."""
+"""What every stage of a run depends on, what is asked of them, and what of that has changed."""
 
 from __future__ import annotations
 
@@ -22,19 +22,17 @@ from paredown.steps import recipe
 from paredown.steps.step import Step
 from paredown.targets.runtimes import ready
 
-FORMAT, IDENTITY = 1, "identity.json"
+FORMAT, IDENTITY = 2, "identity.json"
 PACKAGES = ("torch", "numpy", "safetensors", "paredown")  # and those of the runtime
 
 
 def identity_of(
     model: Model,
     task: Task,
-    goals: Goals,
     target: Target,
-    steps: Sequence[Step] | None,
     seed: int,
 ) -> dict[str, Any]:
-    """What a run's result depends on."""
+    """What every stage of a run depends on."""
     given = {name: getattr(task, name) for name in SPLITS if getattr(task, name) is not None}
     return {
         "model": model_digest(model),
@@ -44,12 +42,25 @@ def identity_of(
         },
         "batch_size": task.batch_size,
         **ignore_of(task),
-        "goals": dataclasses.asdict(goals),
         "target": dataclasses.asdict(target),
-        "recipe": recipe.to_toml(steps) if steps else "",
-        "files": recipe.files(steps or []),
         "seed": seed,
         "versions": versions(target.runtime),
+    }
+
+
+def question_of(
+    goals: Goals, steps: Sequence[Step] | None, students: dict[str, str]
+) -> dict[str, Any]:
+    """What is asked of a run's stages: its result depends on this too, and other questions may be
+    asked of the same stages.
+
+    Args:
+        students: name -> SHA-256 of those that the steps or the task name.
+    """
+    return {
+        "goals": dataclasses.asdict(goals),
+        "recipe": recipe.to_toml(steps) if steps else "",
+        "students": students,
     }
 
 

@@ -67,8 +67,8 @@ class Ledger:
         """Create the run folder, or go on in one that was made for the same ``identity``.
 
         Args:
-            identity: what the run's result depends on, as JSON: recipe, goals, data
-                fingerprints, seeds, library versions.
+            identity: what every stage depends on, as JSON: model, data fingerprints, seeds,
+                library versions.
 
         Raises:
             UserError: another run holds the folder, it was made for another identity, it holds
@@ -241,7 +241,9 @@ def _canonical(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
-FINISHED = stage_key({"finished": "run"})  # the stage that holds the run.json of a finished run
+def finished_key(question: dict[str, Any]) -> str:
+    """The stage that holds the run.json of the run that was finished for these goals and recipe."""
+    return stage_key({"finished": question})
 
 
 @contextlib.contextmanager

@@ -30,6 +30,7 @@ from paredown.measure import inputs
 from paredown.measure.measure import measure
 from paredown.steps import recipe
 from paredown.steps.step import Step
+from paredown.steps.training.distill import Distill
 from paredown.targets.artifact import size_bytes
 from paredown.targets.devices import device
 from paredown.targets.runtimes import RUNTIMES, ready
@@ -137,6 +138,7 @@ def _ask(
     found.tried("runtime", lambda: ready(target.runtime))
     found.problems += recipe.problems(steps, task, target if target.runtime in RUNTIMES else None)
     found.tried("device", lambda: device.device(target.device))
+    found.problems += _students(model, task, steps)
     if model is None:
         return
     whole = [name for name in SPLITS if _size(task, name) > 1]
@@ -147,6 +149,20 @@ def _ask(
     if "train" in fits and task.loss is not None:
         if found.tried("task.loss", lambda: _differentiate(model, task)) is not None:
             found.facts.append("loss and gradients of one training batch are finite")
+
+
+def _students(model: Model | None, task: Task, steps: Sequence[Step]) -> list[str]:
+    """Why a student of the recipe or of the task cannot take the model's place."""
+    if model is None:
+        return []
+    told = recipe.unfit([step for step in steps if not step.problems()], model, task)
+    if task.student is None:
+        return told
+    step = Distill(student=task.student)
+    told += [f"task: {problem}" for problem in step.problems() or step.unfit(model, task)]
+    if task.train is None:
+        told.append("task: names a student, and has no train split to teach it with.")
+    return told
 
 
 def _size(task: Task, split: str) -> int:

@@ -54,7 +54,12 @@ def _changed(run: Run, model: Model, task: Task) -> Iterator[str]:
     """What is not as it was in the run."""
     if model_digest(model) != run.details["model_sha256"]:
         yield "the model"
-    for path, sha256 in run.details.get("files", {}).items():
-        if not Path(path).is_file() or digest(Path(path)) != sha256:
-            yield path
+    steps = recipe.from_toml(run.artifact.recipe if run.artifact else "", "the run's recipe")
+    try:
+        now = recipe.contents(steps, task)
+    except UserError as error:
+        raise UserError(f"the run's recipe: {error}") from error
+    for name, sha256 in run.details.get("files", {}).items():
+        if now.get(name) != sha256:
+            yield name
     yield from changed_task(run, task)

@@ -13,20 +13,21 @@ from typing import Any
 from paredown.core import progress
 from paredown.core.errors import UserError
 from paredown.core.goals import Goals
-from paredown.core.measurement import Comparison, Measurement
+from paredown.core.measurement import Measurement
 from paredown.core.results import Trial
 from paredown.core.task import Target, Task
-from paredown.core.units import GOALS, human
+from paredown.core.units import human
 from paredown.graph import machine
 from paredown.graph.holds import own_zeros
 from paredown.graph.model import Model
 from paredown.graph.store import encode
 from paredown.measure.inputs import real_inputs
 from paredown.measure.measure import Measured, compare, measure
+from paredown.run.kept import MEASURED, keep, kept
 from paredown.run.ledger import MODEL, Ledger, stage_key
 from paredown.search import decide
-from paredown.search.decide import Standing
-from paredown.search.proposal import Attempt
+from paredown.search.decide import Decision, Standing
+from paredown.search.proposal import Attempt, Proposal
 from paredown.ship.pack.container import packed_bytes
 from paredown.steps import recipe
 from paredown.steps.step import Setting, Step
@@ -50,8 +51,8 @@ class State:
 
     def done(self, standing: Standing) -> bool:
         """Whether there is nothing left to do: an amount was asked for, and every goal is met."""
-        asked = any(getattr(self.goals, goal) is not None for goal in GOALS)
-        return asked and not self.goals.missed(standing.measurement, standing.beside)
+        missed = self.goals.missed(standing.measurement, standing.beside, standing.compared)
+        return decide.asks(self.goals) and not missed
 
     @property
     def start(self) -> Standing:
@@ -59,15 +60,19 @@ class State:
         return Standing(self.baseline, self.baseline)
 
 
-@dataclass
-class Best:
-    """Where a recipe stands: the model kept so far, its stage, file, steps and how it measured."""
+@dataclass(frozen=True)
+class Point:
+    """A measured file that may be the artifact: its stage, "" of the original, the file, the steps
+    that made it and how it measured; and the numbers of the trials that these came from."""
 
-    model: Model
     stage: str
     file: Path
-    steps: list[Step]
+    steps: tuple[Step, ...]
     standing: Standing
+    trials: tuple[int, ...] = ()
+
+    def model(self, state: State) -> Model:
+        return _stored(state.ledger, self.stage) if self.stage else state.original
 
 
 def begun(
@@ -82,7 +87,7 @@ def begun(
     progress.say("Baseline: export the original and measure it")
     stage = ledger.put(encode(model), MODEL)
     _check_space(ledger, model)
-    file = _lowered(ledger, model, stage, target, task)
+    file = _lowered(ledger, stage, target, task)
     key = stage_key({"baseline": stage})
     record = ledger.done(key)
     if record is None:
@@ -101,13 +106,14 @@ def _check_space(ledger: Ledger, model: Model) -> None:
     ledger.check_space(6 * sum(tensor.nbytes for tensor in model.state_dict().values()))
 
 
-def _lowered(ledger: Ledger, model: Model, stage: str, target: Target, task: Task) -> Path:
+def _lowered(ledger: Ledger, stage: str, target: Target, task: Task) -> Path:
     """The exported file of a stage, made once."""
     chosen = runtime(target.runtime)
     key = stage_key({"lower": stage, "runtime": target.runtime})
     record = ledger.done(key)
     if record is None:
         lowering = ledger.folder / f"lowering{chosen.SUFFIX}"
+        model = _stored(ledger, stage)
         path = chosen.lower(model, lowering, real_inputs(model, task))
         sha256 = ledger.keep(path)
         for part in parts(path):
@@ -119,33 +125,89 @@ def _lowered(ledger: Ledger, model: Model, stage: str, target: Target, task: Tas
     return found
 
 
-def tried(state: State, attempt: Attempt, best: Best) -> tuple[Trial, Best]:
-    """One attempt on top of the best so far; a finished one is taken from the ledger."""
+def tried(
+    state: State, item: Proposal, attempt: Attempt, best: Point, number: int
+) -> tuple[Trial, Point | None]:
+    """One attempt on top of the best so far, and its point where it may be the artifact; what was
+    finished is taken from the ledger, under whichever goals.
+
+    Args:
+        item: the recipe that the attempt is part of.
+        number: of the trial, from 1 up.
+    """
     key = stage_key(
-        {"after": best.stage, "steps": recipe.to_toml(attempt.steps), "seed": state.seed}
+        {
+            "after": best.stage,
+            "steps": recipe.to_toml(attempt.steps),
+            "files": recipe.contents(attempt.steps, state.task),
+            "seed": state.seed,
+        }
     )
     record = state.ledger.done(key)
-    if record is None:
+    measured = kept(state.ledger, record["measured"]) if record and record["measured"] else None
+    if record is None or (record["measured"] and measured is None):
         progress.say(f"  {attempt.title} ({', '.join(recipe.line(s) for s in attempt.steps)})")
-        _check_space(state.ledger, best.model)
-        record = _run_attempt(state, attempt, best, key)
+        record, measured = _made(state, attempt, best, key)
         state.ledger.finish(key, record)
-    trial = _trial(attempt, record)
-    if not trial.kept or trial.measurement is None:
-        return trial, best
-    model = _stored(state.ledger, record["stage"])
-    file = _lowered(state.ledger, model, record["stage"], state.target, state.task)
-    steps = [*best.steps, *recipe.from_toml(record["recipe"])]
-    standing = Standing(trial.measurement, Measurement(**record["original"]), trial.comparison)
-    return trial, Best(model, record["stage"], file, steps, standing)
+    trial = Trial(
+        steps=[recipe.line(step) for step in recipe.from_toml(record["recipe"])],
+        title=attempt.title,
+        reason=attempt.reason,
+        expected=attempt.expected,
+        kept=False,
+        decision=record["problem"],
+        measurement=None,
+        comparison=None,
+        seconds=record["seconds"],
+        stage=record["stage"],
+        findings=record["findings"],
+        recipe=item.title,
+        after=best.trials[-1] if best.trials else 0,
+    )
+    if measured is None:
+        return trial, None
+    return _judged(state, trial, best, number, record, measured)
 
 
-def _run_attempt(state: State, attempt: Attempt, best: Best, key: str) -> dict[str, Any]:
+def _judged(
+    state: State,
+    trial: Trial,
+    best: Point,
+    number: int,
+    record: dict[str, Any],
+    measured: dict[str, Measured],
+) -> tuple[Trial, Point | None]:
+    """What the goals say of what was measured."""
+    original, candidate = measured["original"], measured["candidate"]
+    compared = compare(original, candidate, state.goals.allowed_drop(original.measurement))
+    found = decide.decide(state.goals, measured)
+    file = _lowered(state.ledger, record["stage"], state.target, state.task)
+    fell = decide.too_far(state.goals, original.measurement, candidate.measurement)
+    if state.asked and not (found.stands or fell):
+        found = _pays_packed(best.file, file, found)
+    trial = dataclasses.replace(
+        trial,
+        kept=found.kept,
+        decision=found.words,
+        measurement=candidate.measurement,
+        comparison=compared,
+    )
+    standing = Standing(candidate.measurement, original.measurement, compared)
+    steps = (*best.steps, *recipe.from_toml(record["recipe"]))
+    point = Point(record["stage"], file, steps, standing, (*best.trials, number))
+    return trial, point if found.kept or found.stands else None
+
+
+def _made(
+    state: State, attempt: Attempt, best: Point, key: str
+) -> tuple[dict[str, Any], dict[str, Measured] | None]:
+    """The attempt's stage and record, and its file measured beside those it is compared with."""
     began = time.monotonic()
     try:
-        stage, settled, found = _apply(state, attempt.steps, best, key)
-        made = _stored(state.ledger, stage)
-        file = _lowered(state.ledger, made, stage, state.target, state.task)
+        model = best.model(state)
+        _check_space(state.ledger, model)
+        stage, settled, found = _apply(state, attempt.steps, model, key)
+        file = _lowered(state.ledger, stage, state.target, state.task)
         files = {"original": state.original_file, "candidate": file}
         if best.stage:  # else the best so far is the original
             files["best"] = best.file
@@ -153,47 +215,39 @@ def _run_attempt(state: State, attempt: Attempt, best: Best, key: str) -> dict[s
     except UserError as error:
         if isinstance(error.__cause__, OSError):  # the disk's fault, not the step's
             raise
-        failed = {"kept": False, "decision": str(error), "measurement": None, "comparison": None}
-        failed |= {"findings": []}
-        asked = {"stage": "", "suffix": "", "recipe": recipe.to_toml(attempt.steps)}
-        return {**asked, "seconds": time.monotonic() - began, **failed}
-    allowed = state.goals.allowed_drop(measured["original"].measurement)
-    against_original = compare(measured["original"], measured["candidate"], allowed)
-    kept, decision = decide.decide(measured, allowed)
-    if not kept and state.asked and not _fell(measured, allowed):
-        kept, decision = _pays_packed(best.file, file, decision)
-    return {
-        "stage": stage,
-        "suffix": MODEL,
-        "recipe": settled,
-        "seconds": time.monotonic() - began,
-        "kept": kept,
-        "decision": decision,
-        "measurement": dataclasses.asdict(measured["candidate"].measurement),
-        "original": dataclasses.asdict(measured["original"].measurement),
-        "comparison": dataclasses.asdict(against_original),
-        "findings": found,
-    }
+        failed: dict[str, Any] = {"stage": "", "suffix": "", "measured": "", "findings": []}
+        failed |= {"recipe": recipe.to_toml(attempt.steps), "problem": str(error)}
+        return failed | {"seconds": time.monotonic() - began}, None
+    record: dict[str, Any] = {"stage": stage, "suffix": MODEL, "problem": "", "findings": found}
+    record |= {"recipe": settled, "measured": keep(state.ledger, measured)}
+    return record | {"seconds": time.monotonic() - began}, measured
 
 
-def _fell(measured: dict[str, Measured], allowed: float | None) -> bool:
-    """Whether the score fell by more than the goal allows."""
-    before, after = (measured[name].measurement.score or 0.0 for name in ("original", "candidate"))
-    return allowed is not None and before - after > allowed + 1e-12
+def proof(state: State, point: Point) -> dict[str, Measured]:
+    """The point's file and the original, measured on the test split, once."""
+    key = stage_key({"proof": point.stage})
+    record = state.ledger.done(key)
+    measured = kept(state.ledger, record["stage"]) if record else None
+    if measured is None:
+        files = {"original": state.original_file, "compressed": point.file}
+        measured = measure(files, state.original, state.task, state.target, split="test")
+        state.ledger.finish(key, {"stage": keep(state.ledger, measured), "suffix": MEASURED})
+    return measured
 
 
-def _pays_packed(best: Path, candidate: Path, decision: str) -> tuple[bool, str]:
+def _pays_packed(best: Path, candidate: Path, decision: Decision) -> Decision:
     """Zeros and shared values make an exported file smaller only once it is packed: of a recipe
     that was asked for they are kept for that, by the same bound."""
     before, after = packed_bytes(best), packed_bytes(candidate)
     change = f"{human('size', before)} to {human('size', after)} ({after / before:.2f}x)"
     if after <= decide.PAYS["size"] * before:
-        return True, f"packed for delivery {change}; {decision}"
-    return False, f"{decision}; nor packed for delivery: {change}"
+        return Decision(True, f"packed for delivery {change}; {decision.words}", True)
+    words = f"{decision.words}; nor packed for delivery: {change}"
+    return dataclasses.replace(decision, words=words)
 
 
 def _apply(
-    state: State, steps: Sequence[Step], best: Best, key: str
+    state: State, steps: Sequence[Step], start: Model, key: str
 ) -> tuple[str, str, list[dict[str, Any]]]:
     """The stage after the attempt's steps, each finished one being a stage of its own; the steps
     as settled, in TOML; and what they found out.
@@ -207,7 +261,7 @@ def _apply(
         record = state.ledger.done(partial)
         scratch = state.ledger.folder / "scratch" / partial
         if record is None:
-            model = _stored(state.ledger, stage) if stage else best.model
+            model = _stored(state.ledger, stage) if stage else start
             found: list[dict[str, Any]] = []
             setting = Setting(state.original, state.target, scratch, found.append)
             with machine.same_numbers(state.seed):
@@ -238,23 +292,6 @@ def _stored(ledger: Ledger, stage: str) -> Model:
         gone = FileNotFoundError(f"stage {stage}")
         raise UserError(f"{ledger.folder}: {gone} is gone; start the same run again.") from gone
     return Model.decode(path.read_bytes(), str(path))
-
-
-def _trial(attempt: Attempt, record: dict[str, Any]) -> Trial:
-    measurement, comparison = record["measurement"], record["comparison"]
-    return Trial(
-        steps=[recipe.line(step) for step in recipe.from_toml(record["recipe"])],
-        title=attempt.title,
-        reason=attempt.reason,
-        expected=attempt.expected,
-        kept=record["kept"],
-        decision=record["decision"],
-        measurement=Measurement(**measurement) if measurement else None,
-        comparison=Comparison(**comparison) if comparison else None,
-        seconds=record["seconds"],
-        stage=record["stage"],
-        findings=record["findings"],
-    )
 
 
 def _figures(m: Measurement) -> str:

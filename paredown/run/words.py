@@ -43,14 +43,20 @@ def print_run(finished: Run) -> None:
     for name in ("", "original", "compressed", "ratio", "goal", "met?"):
         table.add_column(name, justify="left" if not name else "right")
     for row in comparison(finished):
-        met = {True: "[green]yes[/]", False: "[red]no[/]", None: ""}[row["met"]]
+        met = {
+            "yes": "[green]yes[/]",
+            "no": "[red]no[/]",
+            "not proven": "[yellow]not proven[/]",
+        }.get(row["met"], row["met"])
         table.add_row(row["name"], *row["figures"], row["change"], row["goal"], met)
     console.print(table)
     if finished.comparison is not None:
         console.print(f"Score: {finished.comparison.verdict}", highlight=False)
         console.print(f"Speed: {finished.comparison.speed}", highlight=False)
-    colour = "green" if finished.met else "red"
+    colour = {"met": "green", "open": "yellow"}.get(finished.outcome, "red")
     console.print(f"[bold {colour}]{escape(finished.verdict)}[/]", highlight=False)
+    if finished.details.get("in_reach"):
+        console.print(escape(finished.details["in_reach"]), highlight=False)
     if finished.artifact is not None:
         folder = Path(finished.details["folder"])
         shipped = [str(path) for path in parts(folder / finished.artifact.path)]

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 from paredown.core.goals import GoalCheck, Goals, drift
 from paredown.core.measurement import Comparison, Measurement
-from paredown.core.units import human
+from paredown.core.units import GOALS, human
 from paredown.measure.measure import Measured, compare
 
-PAYS = {"size": 0.99, "memory": 0.97}  # an attempt pays below this share of the best so far
+# an attempt pays below this share of the best so far
+PAYS = {"size": 0.99, "memory": 0.97, "energy": 0.97}
 FASTER = 1.02  # and above this speed-up, if its interval excludes 1
 
 
@@ -33,7 +34,7 @@ def rank(goals: Goals, standing: Standing, baseline: Measurement) -> tuple[float
     beside them, at the speed of its ``baseline``; what is not measurably faster or slower than the
     original counts as equal to it, so that noise does not outrank a smaller file.
     """
-    checks = goals.check(standing.measurement, standing.beside)
+    checks = goals.check(standing.measurement, standing.beside, compared=standing.compared)
     missed = [check for check in checks if not check.met]
     excess = sum(_excess(goals, check, standing, baseline) for check in missed)
     return (-len(missed), -round(excess, 6), -standing.measurement.size_bytes)
@@ -48,7 +49,7 @@ def _excess(goals: Goals, check: GoalCheck, standing: Standing, baseline: Measur
     if goal != "max_drop" and not getattr(goals, goal).relative:
         value /= drift(goal, standing.beside, baseline)
     ratio = value / max(check.bound, 1e-12)
-    return 1 / ratio - 1 if goal == "throughput" else ratio - 1
+    return max(0.0, 1 / ratio - 1 if goal == "throughput" else ratio - 1)
 
 
 def _even(compared: Comparison | None) -> bool:
@@ -57,38 +58,116 @@ def _even(compared: Comparison | None) -> bool:
     return low is not None and high is not None and low <= 1 <= high
 
 
-def decide(measured: dict[str, Measured], allowed: float | None) -> tuple[bool, str]:
-    """Keep what pays on the exported file and stays within the allowed drop of the score.
+@dataclass(frozen=True)
+class Decision:
+    """Whether a step is kept, why, and whether its file may be the run's all the same."""
+
+    kept: bool
+    words: str
+    stands: bool
+
+
+def decide(goals: Goals, measured: dict[str, Measured]) -> Decision:
+    """Keep what brings a stated goal nearer on the exported file, and takes none that is missed
+    further away; never what costs more of the score than the goal allows.
+
+    A gain that was not asked for is kept too, where it costs nothing that was. Without an amount
+    that is asked for, what is smaller, faster or lighter pays, or scores better.
 
     ``measured`` holds the original, the candidate and the best so far, where that is not the
     original, measured together.
     """
-    standing = measured.get("best", measured["original"])
+    standing, beside = measured.get("best", measured["original"]), measured["original"].measurement
     best, candidate = standing.measurement, measured["candidate"].measurement
-    drop = (measured["original"].measurement.score or 0.0) - (candidate.score or 0.0)
-    if allowed is not None and drop > allowed + 1e-12:
-        scale, unit = (100, " points") if candidate.score_in_points else (1, "")
-        return False, (
-            f"the score fell by {drop * scale:.3g}{unit}; the goal allows {allowed * scale:.3g}"
-        )
+    fell = too_far(goals, beside, candidate)
+    if fell:
+        return Decision(False, fell, False)
     against_best = compare(standing, measured["candidate"], None)
     size = candidate.size_bytes / best.size_bytes
-    found = f"size {_change('size', best, candidate)} ({size:.2f}x), {against_best.speed}"
-    if size <= PAYS["size"] or _faster(against_best):
-        return True, found
-    if _lighter(best, candidate):
-        return True, f"peak memory {_change('memory', best, candidate)}; {found}"
-    return False, f"it does not pay in the exported file: {found}"
+    share = f"{size:.2f}" if size >= 0.01 else f"{size:.2g}"
+    found = f"size {_change('size', best, candidate)} ({share}x), {against_best.speed}"
+    if _gain("memory", best, candidate, against_best) > 0:
+        found = f"peak memory {_change('memory', best, candidate)}; {found}"
+    if _better(against_best):
+        found = f"{against_best.verdict.partition(';')[0]}; {found}"
+    nearer, further = _moved(goals, best, candidate, beside, against_best)
+    if further:
+        goal = " and ".join(further)
+        return Decision(False, f"it takes a missed goal, {goal}, further away: {found}", True)
+    pays = _better(against_best) or any(
+        _gain(goal, best, candidate, against_best) > 0 for goal in ("size", "latency", "memory")
+    )
+    if not nearer and not pays:
+        return Decision(False, f"it does not pay in the exported file: {found}", False)
+    if not nearer and asks(goals) and (against_best.score_difference_high or 0.0) < 0:
+        return Decision(False, f"it costs score and brings no goal nearer: {found}", False)
+    return Decision(True, found, True)
+
+
+def asks(goals: Goals) -> bool:
+    """Whether an amount is asked for, and not only that the score holds.
+
+    Example:
+        >>> asks(Goals(max_drop="1%")), asks(Goals(max_drop="1%", size="0.3x"))
+        (False, True)
+    """
+    return any(getattr(goals, goal) is not None for goal in GOALS)
+
+
+def too_far(goals: Goals, beside: Measurement, candidate: Measurement) -> str:
+    """That the score fell by more than the goal allows, in words; "" where it did not."""
+    allowed = goals.allowed_drop(beside)
+    drop = (beside.score or 0.0) - (candidate.score or 0.0)
+    if allowed is None or drop <= allowed + 1e-12:
+        return ""
+    scale, unit = (100, " points") if candidate.score_in_points else (1, "")
+    return f"the score fell by {drop * scale:.3g}{unit}; the goal allows {allowed * scale:.3g}"
+
+
+def _moved(
+    goals: Goals,
+    best: Measurement,
+    candidate: Measurement,
+    beside: Measurement,
+    against_best: Comparison,
+) -> tuple[list[str], list[str]]:
+    """The missed goals that the candidate brings nearer, and those it takes further away."""
+    before, after = (
+        {check.goal: check.within for check in goals.check(each, beside)}
+        for each in (best, candidate)
+    )
+    nearer, further = [], []
+    for goal in (goal for goal in GOALS if goal in after):
+        gain = _gain(goal, best, candidate, against_best)
+        if not before[goal] and (after[goal] or gain > 0):
+            nearer.append(goal)
+        if not after[goal] and gain < 0:
+            further.append(goal)
+    return nearer, further
+
+
+def _gain(goal: str, best: Measurement, candidate: Measurement, against_best: Comparison) -> int:
+    """1 where the candidate is measurably better than the best so far, -1 where it is worse, 0
+    where the two are the same as far as was measured."""
+    if goal in ("latency", "throughput"):
+        if _faster(against_best):
+            return 1
+        slower = (against_best.speedup or 1) <= 1 / FASTER and (against_best.speedup_high or 2) < 1
+        return -1 if slower else 0
+    before, after = best.quantity(goal), candidate.quantity(goal)
+    if not before or not after:
+        return 0
+    share = after / before
+    return 1 if share <= PAYS[goal] else -1 if share >= 1 / PAYS[goal] else 0
+
+
+def _better(against_best: Comparison) -> bool:
+    """Whether the score rose beyond its interval."""
+    return (against_best.score_difference_low or 0) > 0
 
 
 def _faster(against_best: Comparison) -> bool:
     return (against_best.speedup or 1) >= FASTER and (against_best.speedup_low or 0) > 1
-
-
-def _lighter(best: Measurement, candidate: Measurement) -> bool:
-    if best.memory_bytes is None or candidate.memory_bytes is None:
-        return False
-    return candidate.memory_bytes / best.memory_bytes <= PAYS["memory"]
 
 
 def _change(goal: str, before: Measurement, after: Measurement) -> str:

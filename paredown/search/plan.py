@@ -14,8 +14,6 @@ from paredown.search.situation import Situation
 from paredown.steps import recipe
 from paredown.steps.step import Step
 
-RECOVERING = ("fine_tune", "distill")  # steps that win back accuracy for the one before them
-
 
 def plan(
     model: Model,
@@ -47,7 +45,7 @@ def attempts(steps: Sequence[Step]) -> tuple[Attempt, ...]:
     """A user's own recipe cut into attempts: each step with the recovering ones behind it."""
     groups: list[list[Step]] = []
     for step in steps:
-        if groups and recipe.name(step) in RECOVERING:
+        if groups and step.role == "recovers":
             groups[-1].append(step)
         else:
             groups.append([step])

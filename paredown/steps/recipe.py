@@ -22,7 +22,6 @@ from paredown.graph.model import Model
 from paredown.graph.quantized.forms import WEIGHT_FORMS
 from paredown.steps import STEPS, step_class
 from paredown.steps.step import ALONE, Setting, Step
-from paredown.targets.artifact import digest
 from paredown.targets.runtimes import RUNTIMES, runtime
 
 NONE = "none"  # TOML has no null
@@ -49,7 +48,7 @@ def apply(
         4
     """
     made = capture(model, task.example, task.dynamic)
-    found = problems(steps, task, target)
+    found = problems(steps, task, target) or unfit(steps, made, task)
     if found:
         raise UserError("\n".join(found))
     setting = Setting(original=made, target=target or Target())
@@ -81,18 +80,27 @@ def apply_step(model: Model, step: Step, task: Task, setting: Setting = ALONE) -
 def problems(steps: Sequence[Step], task: Task, target: Target | None = None) -> list[str]:
     """What the task, and the target's runtime, lack for these steps, one sentence each."""
     found = []
-    for step in steps:
+    for number, step in enumerate(steps):
         lacking = task.missing(step.needs)
         if lacking:
             found.append(f"{line(step)}: needs {' and '.join(lacking)} of the task.")
+        if number and step.role == "replaces":
+            found.append(
+                f"{line(step)}: puts another model in place of what the steps before it made; make "
+                "it the first step."
+            )
         found += [f"{line(step)}: {problem}" for problem in step.problems()]
     return found + (_unwritable(steps, target.runtime) if target else [])
 
 
-def files(steps: Sequence[Step]) -> dict[str, str]:
-    """Path -> SHA-256 of each file that a step reads, such as a teacher's."""
-    named = [path for step in steps for path in step.files()]
-    return {path: digest(Path(path)) for path in named}
+def unfit(steps: Sequence[Step], model: Model, task: Task) -> list[str]:
+    """What of the model would stop these steps later, one sentence each."""
+    return [f"{line(step)}: {told}" for step in steps for told in step.unfit(model, task)]
+
+
+def contents(steps: Sequence[Step], task: Task) -> dict[str, str]:
+    """Name -> SHA-256 of what each step reads besides its settings, such as a student."""
+    return {name: sha256 for step in steps for name, sha256 in step.contents(task).items()}
 
 
 def _unwritable(steps: Sequence[Step], name: str) -> list[str]:
@@ -138,8 +146,12 @@ def line(step: Step) -> str:
         >>> line(Quantize(ranges="entropy"))
         "Quantize(ranges='entropy')"
     """
-    inside = ", ".join(f"{key}={value!r}" for key, value in settings(step).items())
+    inside = ", ".join(f"{key}={_short(value)}" for key, value in settings(step).items())
     return f"{type(step).__name__}({inside})"
+
+
+def _short(value: Any) -> str:
+    return f"<{type(value).__name__}>" if isinstance(value, (nn.Module, Model)) else repr(value)
 
 
 def to_toml(steps: Sequence[Step]) -> str:
@@ -152,6 +164,10 @@ def to_toml(steps: Sequence[Step]) -> str:
         name = "quantize"
         last = false
     """
+    for step in steps:
+        held = [key for key, v in settings(step).items() if isinstance(v, (nn.Module, Model))]
+        if held:
+            raise UserError(f"{line(step)}: {held[0]} is no text; name a file to write it as TOML.")
     tables = [tomli_w.dumps({"name": name(step), **settings(step)}) for step in steps]
     return "\n".join(f"[[step]]\n{table}" for table in tables)
 

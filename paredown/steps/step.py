@@ -87,8 +87,23 @@ class Step(Protocol):
         """
         return None
 
-    def files(self) -> Sequence[str]:
-        """Paths that it reads, on which a run's result depends too."""
+    @property
+    def role(self) -> str:
+        """ "compresses", "recovers" what the step before it has cost, or "replaces" the model by
+        another one."""
+        return "compresses"
+
+    def contents(self, task: Task) -> dict[str, str]:
+        """What it reads besides its settings, on which a run's result depends too: name -> SHA-256.
+
+        Raises:
+            UserError: it cannot be read.
+        """
+        return {}
+
+    def unfit(self, model: Model, task: Task) -> Sequence[str]:
+        """What of this model and task would stop it later, one sentence each, seen before any
+        work."""
         return ()
 
     def problems(self) -> Sequence[str]:

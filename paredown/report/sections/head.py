@@ -7,7 +7,7 @@ from typing import Any
 from paredown.core.goals import GoalCheck
 from paredown.core.measurement import Measurement
 from paredown.core.results import Run
-from paredown.report.table import bound, score_difference
+from paredown.report.table import bound, met, score_difference
 from paredown.report.words import change, quantity, ratio, score
 
 GOAL_NAMES = {"max_drop": "Score", "throughput": "Throughput", "latency": "Latency"}
@@ -16,10 +16,19 @@ GOAL_NAMES = {"max_drop": "Score", "throughput": "Throughput", "latency": "Laten
 def facts(run: Run) -> dict[str, Any]:
     original, compressed = run.on_device.get("original"), run.on_device.get("compressed")
     return {
+        "title": _title(run),
+        "banner": "missed" if run.outcome == "not proven" else run.outcome,
+        "in_reach": run.details.get("in_reach"),
         "cards": _cards(run, original, compressed),
         "goals": [_goal(run, check) for check in run.checks],
         "asked": [] if run.checks else _asked(run.goals, run.baseline.score_in_points),
     }
+
+
+def _title(run: Run) -> str:
+    if run.outcome == "open":
+        return "Goals met by a file of no use" if run.details.get("useless") else "Met, not proven"
+    return f"Goals {run.outcome}"
 
 
 def _cards(run: Run, a: Measurement | None, b: Measurement | None) -> list[dict[str, str]]:
@@ -71,7 +80,7 @@ def _goal(run: Run, check: GoalCheck) -> dict[str, Any]:
     name = GOAL_NAMES.get(check.goal, check.goal.capitalize())
     return {
         "name": name,
-        "met": check.met,
+        "state": met(check),
         "sentence": check.sentence,
         "bound": bound(run, check) if check.value is not None else "not measured",
     }
@@ -87,6 +96,6 @@ def _asked(goals: dict[str, Any], points: bool) -> list[str]:
             texts.append(f"{goal}: {limit['value']:g}× of the original")
         elif isinstance(limit, dict):
             texts.append(f"{goal}: {quantity(limit['value'], goal)}")
-        elif limit is not None:
+        elif limit is not None and goal != "proof":
             texts.append(f"{goal}: {limit}")
     return texts

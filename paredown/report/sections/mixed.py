@@ -34,10 +34,11 @@ def facts(run: Run) -> dict[str, Any] | None:
 def _curve(told: dict[str, Any], points: bool) -> str:
     percent = 100.0 if points else 1.0
     unit, scale = axis_unit("size", max(size for _, size, _ in told["tried"]))
-    drawn = [
-        charts.Point(size / scale, percent * value, str(floats), True, f"{floats} layers in float")
-        for floats, size, value in told["tried"]
-    ]
+    drawn: list[charts.Point] = []
+    for floats, size, value in told["tried"]:
+        at, words = (size / scale, percent * value), f"{floats} layers in float"
+        before = drawn[-1].label if drawn else ""
+        drawn.append(charts.Point(*at, str(floats), "shipped", words, before))
     floor = told["original"] - told["allowed"]
     axis = charts.Axis(
         "score, %" if points else "score", percent * floor, f"allowed ≥ {score(floor, points)}"

@@ -33,7 +33,8 @@ def _step(index: int, trial: Trial, points: bool) -> dict[str, Any]:
         "lines": trial.steps,
         "reason": trial.reason,
         "expected": trial.expected,
-        "kept": trial.kept,
+        "state": state(trial),
+        "recipe": trial.recipe,
         "decision": trial.decision,
         "came": _came(trial.measurement, points),
         "difference": change(difference, points) if difference is not None else "",
@@ -41,6 +42,11 @@ def _step(index: int, trial: Trial, points: bool) -> dict[str, Any]:
         if trial.seconds >= 90
         else f"{trial.seconds:.3g} s",
     }
+
+
+def state(trial: Trial) -> str:
+    """Whether a step is in the artifact ("shipped"), was only kept in its own recipe, or undone."""
+    return "shipped" if trial.shipped else "kept" if trial.kept else "undone"
 
 
 def _came(m: Measurement | None, points: bool) -> list[tuple[str, str]]:
@@ -56,18 +62,18 @@ def _came(m: Measurement | None, points: bool) -> list[tuple[str, str]]:
 
 def _against(run: Run, goal: str) -> str:
     """Score against size or latency; empty where fewer than two steps have both."""
-    found = [("0", True, "original", run.baseline)]
+    found = [("0", "shipped", "original", run.baseline, "")]
     found += [
-        (str(n), trial.kept, trial.title, trial.measurement)
+        (str(n), state(trial), trial.title, trial.measurement, str(trial.after))
         for n, trial in enumerate(run.trials, 1)
         if trial.measurement
     ]
-    costs = charts.finite(m.quantity(goal) for _, _, _, m in found)
+    costs = charts.finite(m.quantity(goal) for _, _, _, m, _ in found)
     unit, scale = axis_unit(goal, max(costs, default=1.0))
     percent = 100.0 if run.baseline.score_in_points else 1.0
     drawn = [
-        charts.Point(cost / scale, percent * m.score, label, kept, f"{label}: {title}")
-        for label, kept, title, m in found
+        charts.Point(cost / scale, percent * m.score, label, kind, f"{label}: {title}", after)
+        for label, kind, title, m, after in found
         if (cost := m.quantity(goal)) is not None and m.score is not None
         if math.isfinite(cost) and math.isfinite(m.score)
     ]

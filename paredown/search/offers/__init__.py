@@ -14,6 +14,7 @@ from paredown.search.situation import Situation
 Offer = Callable[[Situation], Sequence[Proposal]]
 
 OFFERS = (  # the most promising first
+    "paredown.search.offers.students:student",
     "paredown.search.offers.few_bits:four_bits",
     "paredown.search.offers.integers:alone",
     "paredown.search.offers.smaller:factored",

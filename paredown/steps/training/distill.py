@@ -2,32 +2,39 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any, ClassVar
+
+from torch import nn
 
 from paredown.core.errors import UserError
 from paredown.core.task import Task
 from paredown.data import feed, splits
-from paredown.graph.model import Model
+from paredown.graph import store
+from paredown.graph.model import Model, made_from
 from paredown.steps.step import ALONE, Entry, Setting, Step
 from paredown.train.distill.lesson import Teaching, prepare
-from paredown.train.distill.teacher import ORIGINAL, check_file, find, keep, room
+from paredown.train.distill.student import check_fits, check_name, found
+from paredown.train.distill.teacher import keep, room
 from paredown.train.loop import fit
 from paredown.train.settings import Training
 
 
 @dataclass(frozen=True)
 class Distill(Step):
-    """Train the model on what a teacher says of the task's training data, labelled or not.
+    """Train a model on what the original says of the task's training data, labelled or not.
 
     The settings are those of `paredown.train.distill.lesson.Teaching` (what is taught) and
     `paredown.train.settings.Training` (how), and these:
 
     Args:
-        teacher: "original", the model that the recipe started from, or a file: a saved model
-            (.safetensors, .pt2) or a Python file that defines ``model()``, so that a small
-            architecture of one's own can be the student. A .py or .pt2 file is code: name only
-            those that you trust.
+        student: the model that takes the original's place, and learns from it: a Python file that
+            defines ``model()``, a saved model (.safetensors, .pt2), or from Python an
+            ``nn.Module``. It takes the original's inputs and gives outputs of the same shapes. A
+            .py or .pt2 file is code: name only those that you trust. None trains the model as the
+            steps before have left it.
         cache: ask the teacher once about each example and keep what it says on disk, for data
             that are the same in every epoch.
 
@@ -40,13 +47,15 @@ class Distill(Step):
     Pruned weights stay zero, and the quantizers of a quantized model train as with `FineTune`.
 
     Raises:
-        UserError: a setting is out of its range, the teacher's outputs are others than the
-            model's, a layer does not exist, or ``cache`` is set and the data vary.
+        UserError: a setting is out of its range, the student's inputs or outputs are others than
+            the original's, a layer does not exist, or ``cache`` is set and the data vary.
 
     Example:
         >>> import paredown
         >>> Distill(alpha=0).needs == {"train"}, sorted(Distill().needs)
         (True, ['loss', 'train'])
+        >>> Distill(student="gone.py").problems()[0].partition(";")[0]
+        'student: gone.py: no such file'
         >>> Distill(temperature=0)
         Traceback (most recent call last):
             ...
@@ -58,15 +67,21 @@ class Distill(Step):
     table: ClassVar[tuple[Entry, ...]] = (
         Entry(
             call="Distill()",
-            does="trains the compressed model, or a small one of your own, on what the original "
-            "or a bigger model says of the training data, labelled or not; inner values too",
+            does="trains the compressed model on what the original says of the training data, "
+            "labelled or not; inner values too",
             pays="few labels, and more data than labels: 8 points on digits",
             does_not="few steps: the student learns more slowly at first, and each step costs the "
             "teacher's forward pass",
         ),
+        Entry(
+            call='Distill(student="small.py")',
+            does="puts a small architecture of your own in the original's place, taught by it",
+            pays="where a tenth of the model can do it: the digits in a tenth of the bytes, half a point lower",
+            does_not="where the student is too small, or trained for too few epochs",
+        ),
     )
 
-    teacher: str = ORIGINAL
+    student: str | nn.Module | Model | None = None
     cache: bool = False
     # the names again, so that a recipe stays flat; defaults and checks are Teaching's
     loss: str = Teaching.loss
@@ -93,6 +108,8 @@ class Distill(Step):
     device: str = Training.device
 
     def __post_init__(self) -> None:
+        if isinstance(self.student, Path):
+            object.__setattr__(self, "student", str(self.student))
         self.teaching()
         self.training()
         needs = {"train", "loss"} if self.alpha > 0 else {"train"}
@@ -107,21 +124,44 @@ class Distill(Step):
     def _settings(self, kind: Any) -> dict[str, Any]:
         return {field.name: getattr(self, field.name) for field in fields(kind)}
 
+    @property
+    def role(self) -> str:
+        return "recovers" if self.student is None else "replaces"
+
     def problems(self) -> list[str]:
         """What would stop it later, seen before any work."""
-        return list(filter(None, [check_file(self.teacher)]))
+        return [] if self.student is None else list(filter(None, [check_name(self.student)]))
 
-    def files(self) -> list[str]:
-        """What it reads besides the task, on which a run's result depends."""
-        return [] if self.teacher == ORIGINAL else [self.teacher]
+    def unfit(self, model: Model, task: Task) -> list[str]:
+        """Why the student cannot take the model's place."""
+        try:
+            self._placed(model, task)
+        except UserError as error:
+            return [str(error)]
+        return []
+
+    def contents(self, task: Task) -> dict[str, str]:
+        """What the student is: its graph and weights, whichever files they come from."""
+        if self.student is None:
+            return {}
+        made = store.encode(found(self.student, task))
+        return {str(self.student): hashlib.sha256(made).hexdigest()}
+
+    def _placed(self, model: Model, task: Task) -> Model:
+        """The model that is trained."""
+        if self.student is None:
+            return model.copy()
+        student = found(self.student, task)
+        check_fits(student, model)
+        return student
 
     def apply(self, model: Model, task: Task, setting: Setting = ALONE) -> Model:
         lacking = task.missing(self.needs)
         if lacking:
             raise UserError(f"Distill: needs {' and '.join(lacking)} of the task.")
-        student = model.copy()
-        found = find(self.teacher, setting.original or student, task)
-        lesson = prepare(found, student, task, self.teaching(), self.teacher == ORIGINAL)
+        student, teacher = self._placed(model, task), (setting.original or model).copy().eval()
+        related = self.student is None and made_from(student, teacher)
+        lesson = prepare(teacher, student, task, self.teaching(), related)
         folder = setting.scratch
         with room(folder) as place:
             if self.cache:
@@ -129,5 +169,6 @@ class Distill(Step):
                 given = feed.every(student, data, size)
                 task = replace(task, train=keep(given, lesson.says, place))
             checkpoint = folder and folder / "distill.safetensors"
-            fit(student, task, self.training(), checkpoint, lesson, setting.original)
+            zeros = student if self.student is not None else setting.original
+            fit(student, task, self.training(), checkpoint, lesson, zeros)
         return student

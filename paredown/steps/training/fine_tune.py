@@ -63,6 +63,10 @@ class FineTune(Step):
     def __post_init__(self) -> None:
         self.training()
 
+    @property
+    def role(self) -> str:
+        return "recovers"
+
     def training(self) -> Training:
         return Training(**asdict(self))
 

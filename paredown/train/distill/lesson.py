@@ -23,7 +23,8 @@ from paredown.train.distill.inner_values import View
 from paredown.train.distill.losses import INTERNAL, LOSSES, OUTPUTS, alike
 from paredown.train.distill.matching import MATCHES, Pair, alignment, pairs, some_inputs, values_of
 from paredown.train.distill.outputs import Output, described, distinct, outputs_of
-from paredown.train.distill.teacher import TAUGHT, check_outputs
+from paredown.train.distill.student import check_outputs
+from paredown.train.distill.teacher import TAUGHT
 from paredown.train.objective import task_loss
 from paredown.train.reconstruct import refit
 

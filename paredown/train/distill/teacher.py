@@ -1,4 +1,4 @@
-"""The model that teaches: the recipe's original or a file, and what it says, kept on disk."""
+"""What the teacher says of each example, kept on disk."""
 
 from __future__ import annotations
 
@@ -16,64 +16,12 @@ from torch.utils.data import Dataset
 
 from paredown.core import progress
 from paredown.core.errors import UserError
-from paredown.core.task import Task
 from paredown.core.units import human
 from paredown.data import splits
 from paredown.data.feed import Feed
 from paredown.graph import structure
-from paredown.graph.capture import capture
-from paredown.graph.model import Model
 
-ORIGINAL = "original"
 TAUGHT = "paredown.taught"  # where a kept example has what the teacher says of it
-
-
-def find(name: str, original: Model, task: Task) -> Model:
-    """The teacher, a copy in evaluation mode: of the recipe's original, or of what `capture` makes
-    of a file.
-
-    Raises:
-        UserError: the file is no model, or its outputs are others than the student's.
-    """
-    if name == ORIGINAL:
-        return original.copy().eval()
-    try:
-        made = capture(Path(name), task.example, task.dynamic)
-    except UserError as error:
-        raise UserError(f"teacher: {error}") from error
-    return made.copy().eval()
-
-
-def check_file(name: str) -> str:
-    """What is wrong with the name of a teacher; "" where nothing is."""
-    if name == ORIGINAL or Path(name).is_file():
-        return ""
-    return (
-        f"teacher: {name}: no such file; name a saved model (.safetensors, .pt2), a Python file "
-        f'that defines model(), or "{ORIGINAL}".'
-    )
-
-
-def check_outputs(student: Model, ours: list[Tensor], teacher: Model, theirs: list[Tensor]) -> None:
-    """Refuse a teacher whose outputs are not as many, or of other shapes, than the student's.
-
-    Raises:
-        UserError: says what the student gives and what the teacher gives.
-    """
-    if [t.shape for t in ours] != [t.shape for t in theirs]:
-        raise UserError(
-            f"teacher: expected outputs as the model's, {_spelled(student, ours)}; got "
-            f"{_spelled(teacher, theirs)}."
-        )
-
-
-def _spelled(model: Model, found: list[Tensor]) -> str:
-    names = structure.names(model.outputs)
-    pairs = zip(names, found, strict=True)
-    return ", ".join(f"{name} {tuple(t.shape)}".strip() for name, t in pairs)
-
-
-# --- kept on disk ----------------------------------------------------------------------------
 
 Says = Callable[[Any], list[Tensor]]  # inputs of a batch -> what the teacher says, batch first
 

@@ -1,0 +1,107 @@
+"""What came of a run, in words: the verdict, what it does not prove, and what else was in reach."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from paredown.core.goals import GoalCheck
+from paredown.core.measurement import Comparison
+from paredown.core.results import Trial
+from paredown.core.units import Limit, human
+from paredown.measure.constant import best_constant
+from paredown.measure.measure import Measured
+from paredown.run.stages import Point, State
+from paredown.search import decide, plan
+from paredown.search.offers.smaller import NARROWEST
+
+NEXT = 0.5  # of the file that came, as the size to ask for
+
+
+def verdict(
+    checks: Sequence[GoalCheck],
+    changed: bool,
+    tried: bool,
+    compared: Comparison | None = None,
+    useless: str = "",
+) -> str:
+    """The outcome in a few sentences; every goal that is missed or not proven is named, and a drift
+    of the machine, and a file that is of no use.
+
+    Args:
+        changed: whether any step is in the artifact.
+        tried: whether any step was tried.
+        compared: the artifact beside the original.
+    """
+    drifted = "".join(f" {check.drifted}" for check in checks if check.drifted)
+    kept = "The best file is kept." if changed else "No step paid; the original is kept."
+    useless = f" {useless}" if useless else ""
+    missed = [check for check in checks if not check.met]
+    told = " ".join(check.sentence for check in missed)
+    if any(not check.within for check in missed):
+        return f"Goals missed. {told}{drifted} {kept}{useless}"
+    if missed:
+        return f"Goals not proven. {told}{_open(missed, compared)}{drifted} {kept}{useless}"
+    if not tried:
+        return f"The original meets every goal already; nothing was changed.{useless}"
+    if not checks:
+        return f"No goal was set. {kept}{useless}"
+    unproven = [check for check in checks if check.unproven]
+    found = "Every goal is met by the exported file"
+    if unproven:
+        goals = " and ".join("score" if c.goal == "max_drop" else c.goal for c in unproven)
+        found += f" as it was measured, but this data cannot prove it for {goals}"
+    rest = _open(unproven, compared) + drifted + ("" if changed else f" {kept}")
+    return f"{found}.{rest}{useless}"
+
+
+def _open(unproven: Sequence[GoalCheck], compared: Comparison | None) -> str:
+    """Why a goal is not proven, as far as there is more to say."""
+    if compared is None:
+        return ""
+    found = []
+    for check in unproven:
+        said = compared.verdict if check.goal == "max_drop" else compared.speed
+        found.append(f" {check.goal.replace('max_drop', 'score').capitalize()}: {said}.")
+    return "".join(found)
+
+
+def useless_file(state: State, measured: dict[str, Measured]) -> str:
+    """That the artifact is no better than one output for every input, in words; "" where it is."""
+    constant = best_constant(state.original, state.task, "test")
+    original, compressed = measured["original"], measured["compressed"]
+    if constant is None or not constant.as_good(compressed.scores):
+        return ""
+    points = compressed.measurement.score_in_points
+    scores = [float(compressed.scores[constant.examples].mean()), constant.mean]
+    figures = [f"{score:.2%}" if points else f"{score:.4g}" for score in scores]
+    told = (
+        "The file is of no use as far as this data can tell: it scores "
+        f"{figures[0]}, and the same output for every input {figures[1]}."
+    )
+    if constant.as_good(original.scores):
+        return f"{told} Nor is the original: does model() load its trained weights?"
+    return told
+
+
+def in_reach(state: State, trials: Sequence[Trial], best: Point) -> str:
+    """That a smaller file may be had, and how to ask for it, where no amount was asked for and the
+    search ended at the first recipe that pays; else ""."""
+    if state.asked or decide.asks(state.goals) or not best.steps:
+        return ""
+    size = best.standing.measurement.size_bytes / state.baseline.size_bytes
+    share = float(f"{NEXT * size:.2g}")
+    if share < NARROWEST:  # no model any more
+        return ""
+    goals = replace(state.goals, size=Limit(share, relative=True))
+    planned = plan.plan(state.original, state.task, goals, state.baseline, state.seed, state.target)
+    known = {trial.recipe for trial in trials}
+    item = next((item for item in planned if item.title not in known), None)
+    if item is None:
+        return ""
+    half = human("size", share * state.baseline.size_bytes)
+    return (
+        "No amount was asked for, so the search ended at the first recipe that pays. Smaller may "
+        f"be in reach: for half the size of this file, {half}, the plan begins with {item.title}. "
+        f'Ask for it by --size {share:g}x, or Goals(size="{share:g}x").'
+    )

@@ -1,0 +1,105 @@
+"""The model that takes the original's place: what a user names -> Model, in this one place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from paredown.core.errors import UserError
+from paredown.core.task import Task
+from paredown.graph import structure
+from paredown.graph.capture import capture
+from paredown.graph.model import Model
+
+Student = str | nn.Module | Model
+
+
+def check_name(student: object) -> str:
+    """What is wrong with what a student is named by, seen without running it; "" where nothing
+    is."""
+    if isinstance(student, (nn.Module, Model)):
+        return ""
+    if not isinstance(student, str):
+        return f"student: expected a file or an nn.Module, got a {type(student).__name__}."
+    if Path(student).is_file():
+        return ""
+    return (
+        f"student: {student}: no such file; name a Python file that defines model(), or a saved "
+        "model (.safetensors, .pt2)."
+    )
+
+
+def found(student: Student, task: Task) -> Model:
+    """The student, captured with the task's example, in evaluation mode; a copy.
+
+    Raises:
+        UserError: it cannot be captured.
+    """
+    named = Path(student) if isinstance(student, str) else student
+    try:
+        return capture(named, task.example, task.dynamic).copy().eval()
+    except UserError as error:
+        raise UserError(f"student: {error}") from error
+
+
+def check_fits(student: Model, original: Model) -> None:
+    """Refuse a student that does not take the original's inputs, or gives other outputs.
+
+    Raises:
+        UserError: says what the original takes or gives, and what the student does.
+    """
+    given, wanted = _inputs(student), _inputs(original)
+    same_way = structure.names(student.arguments) == structure.names(original.arguments)
+    if given != wanted or not same_way:
+        raise UserError(
+            f"student: expected inputs as the original's, {_told(original, wanted)}; got "
+            f"{_told(student, given)}."
+        )
+    leaves = [item.example for item in original.inputs]
+    with torch.no_grad():
+        ours, theirs = (list(m.graph(*[t.clone() for t in leaves])) for m in (student, original))
+    check_outputs(student, ours, original, theirs)
+
+
+def check_outputs(
+    student: Model, ours: list[Tensor], original: Model, theirs: list[Tensor]
+) -> None:
+    """Refuse a student whose outputs are not as many, or of other names, shapes or dtypes.
+
+    Raises:
+        UserError: says what the original gives and what the student gives.
+    """
+    given, wanted = _outputs(student, ours), _outputs(original, theirs)
+    if given != wanted:
+        raise UserError(f"student: expected outputs as the original's, {wanted}; got {given}.")
+
+
+def _inputs(model: Model) -> list[tuple[Any, ...]]:
+    """Of each input the dtype and the shape, with None for what varies."""
+    return [
+        (
+            item.example.dtype,
+            *(None if dim in item.dynamic else size for dim, size in enumerate(item.example.shape)),
+        )
+        for item in model.inputs
+    ]
+
+
+def _told(model: Model, inputs: list[tuple[Any, ...]]) -> str:
+    pairs = zip(model.inputs, inputs, strict=True)
+    return ", ".join(
+        f"{item.name} ({', '.join('?' if s is None else str(s) for s in shape)}) "
+        f"{str(dtype).removeprefix('torch.')}"
+        for item, (dtype, *shape) in pairs
+    )
+
+
+def _outputs(model: Model, found: list[Tensor]) -> str:
+    pairs = zip(structure.names(model.outputs), found, strict=True)
+    return ", ".join(
+        f"{name} {tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}".strip()
+        for name, t in pairs
+    )
