@@ -121,7 +121,7 @@ def test_it_trains_and_saves(model, tmp_path):
 
 
 def test_what_it_refuses(model):
-    with pytest.raises(UserError, match="no linear layer is left to run on integers"):
+    with pytest.raises(UserError, match="no linear or recurrent layer is left to run on integers"):
         BLIND.apply(capture(nn.Conv1d(4, 4, 3), (torch.zeros(1, 4, 8),)), None)
     with pytest.raises(UserError, match="quantized already"):
         Quantize("int8-dynamic").apply(BLIND.apply(model, None), None)

@@ -84,7 +84,10 @@ def test_every_offer_is_made_for_some_situation_and_says_for_which(wide):
         for each in (given, task(calibration=images()))
         for size in ("0.05x", "0.2x", "0.9x")
         for name in ("onnxruntime", "pytorch")
-    ] + [Situation(tables, task(), Goals(), BASELINE, Target(), seed=0)]
+    ]
+    situations += [
+        Situation(each, task(), Goals(), BASELINE, Target(), seed=0) for each in (tables, model)
+    ]
     for offer in offers():
         assert any(offer(situation) for situation in situations), offer.__qualname__
         assert (offer.__doc__ or "").startswith("Where"), f"{offer.__qualname__}: made when?"
@@ -102,6 +105,31 @@ def test_int8_comes_first_where_it_should_do(wide):
     assert not any("train" in needs(item) for item in proposals)
     assert "size is asked for" in proposals[0].reason
     assert all(a.reason and a.expected for item in proposals for a in item.attempts)
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rnn = nn.GRU(64, 128, batch_first=True)
+
+    def forward(self, x):
+        return self.rnn(x)[0]
+
+
+def test_without_data_weights_are_rounded_and_what_data_would_open_is_said():
+    model = paredown.capture(Recurrent(), (torch.zeros(1, 4, 64),))
+    size = sum(tensor.nbytes for tensor in model.state_dict().values())
+    baseline = dataclasses.replace(BASELINE, size_bytes=size)
+    proposals = plan(model, task(), Goals(size="0.3x"), baseline)
+    assert [item.steps for item in proposals[:3]] == [
+        [paredown.Quantize("int8-dynamic")],
+        [paredown.QuantizeWeights(8, method="rtn")],
+        [paredown.QuantizeWeights(4, method="rtn")],
+    ]
+    assert all("calibration" in item.reason for item in proposals[:3])
+    assert not any(needs(item) for item in proposals)
+    given = plan(model, task(calibration=images()), Goals(size="0.3x"), baseline)
+    assert given[0].steps == [paredown.Quantize()], "recurrent weights are bytes too"
 
 
 def test_more_than_int8_gives_is_cut_from_the_channels_in_rounds(wide):
@@ -217,8 +245,11 @@ def test_the_seed_is_that_of_the_training(model):
     assert {step.seed for step in steps if isinstance(step, paredown.FineTune)} == {7}
 
 
-def test_nothing_to_calibrate_with_leaves_16_bits(model):
-    assert titles(plan(model, task(), Goals(size="0.3x"), BASELINE)) == [["16-bit floats"]]
+def test_nothing_to_calibrate_with_leaves_what_needs_no_data(model):
+    proposals = plan(model, task(), Goals(size="0.3x"), BASELINE)
+    names = [recipe.name(step) for item in proposals for step in item.steps]
+    assert names == ["quantize", "quantize_weights", "quantize_weights", "cast"]
+    assert not any(needs(item) for item in proposals)
 
 
 def test_nothing_to_quantize_leaves_16_bits():

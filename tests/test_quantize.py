@@ -537,7 +537,9 @@ def test_what_is_computed_in_float_is_rounded_for_integer_ops_alone():
 def test_layers_that_stay_in_float(net, images, settings, left, tmp_path):
     task = calibrated(images[:32])
     if left is None:
-        with pytest.raises(UserError, match="no convolution or linear layer is left to run on"):
+        with pytest.raises(
+            UserError, match="no convolution, linear or recurrent layer is left to run on"
+        ):
             Quantize(**settings).apply(net, task)
         return
     made = Quantize(**settings).apply(net, task)
@@ -576,7 +578,9 @@ def test_wrong_settings_are_refused_at_once(settings, message):
     ],
 )
 def test_a_model_without_integers_is_refused(module, example):
-    with pytest.raises(UserError, match="no convolution or linear layer is left to run on"):
+    with pytest.raises(
+        UserError, match="no convolution, linear or recurrent layer is left to run on"
+    ):
         Quantize().apply(capture(module, (example,)), calibrated(example))
 
 

@@ -11,7 +11,7 @@ from paredown.core.measurement import Measurement
 from paredown.core.task import Target, Task
 from paredown.core.units import Limit
 from paredown.graph.model import Model
-from paredown.graph.quantized.regions import INTEGER_KINDS
+from paredown.graph.quantized.regions import INTEGER_KINDS, ROUNDED_KINDS
 from paredown.graph.sites import sites
 from paredown.graph.state import tensor_of
 from paredown.targets.runtimes import Runtime, runtime
@@ -59,7 +59,12 @@ class Situation:
 
     @cached_property
     def quantizable(self) -> bool:
-        """Whether it has layers with kernels for integers."""
+        """Whether it has layers whose weights can become integers."""
+        return any(site.kind in ROUNDED_KINDS for site in sites(self.model.graph))
+
+    @cached_property
+    def factorable(self) -> bool:
+        """Whether it has layers that factors can stand for."""
         return any(site.kind in INTEGER_KINDS for site in sites(self.model.graph))
 
     @property
@@ -96,7 +101,7 @@ def expected_integer_bytes(
 ) -> float:
     """The file's size with so many bits for each quantizable weight, 8 for each of a table, and
     what the integers bring along for each channel and each layer, in bytes."""
-    layers = {s.weight: s for s in sites(model.graph) if s.kind in (*INTEGER_KINDS, "embedding")}
+    layers = {s.weight: s for s in sites(model.graph) if s.kind in (*ROUNDED_KINDS, "embedding")}
     weights = {id(tensor_of(model.graph, name)): site for name, site in layers.items()}
     saved = 0.0
     for site in weights.values():

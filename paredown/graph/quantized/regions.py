@@ -22,6 +22,7 @@ from paredown.graph.values import refresh_values
 aten = torch.ops.aten
 
 INTEGER_KINDS = ("conv", "linear", "matmul")  # of layers with an integer kernel
+ROUNDED_KINDS = (*INTEGER_KINDS, "recurrent")  # whose weights become integers, whatever runs them
 
 # A ReLU runs inside the op before it: no rounding between the two.
 FOLLOWERS = {aten.relu.default, aten.relu6.default, aten.hardtanh.default, aten.clamp.default}

@@ -19,7 +19,7 @@ R outputs and K inputs of a part, J pairs of them. ``codes`` (G, P, K) are bytes
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,7 +38,7 @@ from paredown.graph.quantized.quantizers import (
 from paredown.graph.quantized.regions import INTEGER_KINDS
 from paredown.graph.quantized.rounding import affine_of
 from paredown.graph.quantized.scales import LEVELS
-from paredown.graph.sites import Site, sites, weight_places
+from paredown.graph.sites import Site, sites
 
 LEAST, MOST = -(2**15), 2**15 - 1
 SAFE = 63  # weights of 7 bits: no pair of theirs leaves 16, whatever comes
@@ -174,9 +174,18 @@ class Layer:
 
 def layers(graph: fx.GraphModule) -> list[Layer]:
     """The layers of a quantized graph of which some input could make a pair leave 16 bits."""
+    return _could(graph, INTEGER_KINDS)
+
+
+def unseen(graph: fx.GraphModule) -> list[Layer]:
+    """The same of recurrent layers, whose kernels round a state that only they see."""
+    return _could(graph, ("recurrent",))
+
+
+def _could(graph: fx.GraphModule, kinds: Collection[str]) -> list[Layer]:
     found = []
     for site in sites(graph):
-        if site.kind in INTEGER_KINDS and site.input.target in (PER_TENSOR, DYNAMIC):
+        if site.kind in kinds and site.input.target in (PER_TENSOR, DYNAMIC):
             made = _layer(graph, site)
             if made is not None and made.could():
                 found.append(made)
@@ -185,9 +194,9 @@ def layers(graph: fx.GraphModule) -> list[Layer]:
 
 def _layer(graph: fx.GraphModule, site: Site) -> Layer | None:
     """None where kernels multiply in 32 bits: of a depthwise convolution, or of float weights."""
-    [place] = weight_places(site.node)
-    quantizer = site.node.args[place]
-    if not isinstance(quantizer, fx.Node) or quantizer.target is not PER_CHANNEL:
+    read_by = [node for node in site.node.all_input_nodes if node.target is PER_CHANNEL]
+    quantizer = next((n for n in read_by if _names(n) == site.weight), None)
+    if quantizer is None:
         return None
     made, groups = read(graph, quantizer), groups_of(site)
     if site.kind == "conv":
@@ -197,6 +206,11 @@ def _layer(graph: fx.GraphModule, site: Site) -> Layer | None:
     else:
         each = made.integers[:, None]  # (R, 1, K)
     return Layer(site, each.short().unflatten(0, (groups, -1)), made.scales[:, 0], made.weight)
+
+
+def _names(quantizer: fx.Node) -> str:
+    """The weight that it rounds."""
+    return str(quantizer.args[0].target)  # type: ignore[union-attr]
 
 
 class Watch:

@@ -25,6 +25,9 @@ OFFERS = (  # the most promising first
     "paredown.search.offers.few_bits:signs",
     "paredown.search.offers.few_values:shared_and_hashed",
     "paredown.search.offers.tables:four_bit_weights",
+    "paredown.search.offers.without_data:dynamic",
+    "paredown.search.offers.without_data:eight_bit_weights",
+    "paredown.search.offers.without_data:four_bit_weights",
     "paredown.search.offers.half_floats:half_floats",
 )
 

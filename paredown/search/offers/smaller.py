@@ -19,7 +19,7 @@ FACTORED = 0.6  # of the share that would do: factors are two ops for one, whose
 def factored(situation: Situation) -> Sequence[Proposal]:
     """Where integers should not do for the goals; it needs no training."""
     needed = situation.share
-    if needed.left >= 1 or not situation.calibrates or not situation.quantizable:
+    if needed.left >= 1 or not situation.calibrates or not situation.factorable:
         return []
     share = max(NARROWEST, needed.left * FACTORED)
     attempt = Attempt(

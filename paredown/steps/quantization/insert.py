@@ -84,7 +84,7 @@ def _insert_weights(model: Model, layers: Sequence[Site], bits: Mapping[str, int
             made[site.weight] = _quantize_weight(
                 model.graph, site, source, of_op(PER_CHANNEL, bits[site.weight])
             )
-        site.node.update_arg(list(site.node.args).index(source), made[site.weight])
+        site.node.replace_input_with(source, made[site.weight])
 
 
 def _quantize_weight(graph: fx.GraphModule, site: Site, source: fx.Node, form: Form) -> fx.Node:

@@ -25,7 +25,7 @@ from paredown.graph.model import Model
 from paredown.graph.quantized.forms import WEIGHT_FORMS, form_of
 from paredown.graph.quantized.quantizers import quantizers
 from paredown.graph.quantized.regions import INTEGER_KINDS, Regions, find_regions, prepare
-from paredown.graph.sites import sites
+from paredown.graph.sites import Site, sites
 from paredown.steps.quantization import mixed, saturation
 from paredown.steps.quantization.correct import correct_biases
 from paredown.steps.quantization.equalize import equalize
@@ -37,6 +37,11 @@ from paredown.targets.runtimes import runtime
 
 SCHEMES = ("int8", "int4", "int8-dynamic")
 SATURATION = ("safe", "vnni")
+SMOOTH = 0.5  # the half-way point between values and weights
+BLIND = (
+    "Without calibration data channels are not evened out (smooth=0) nor biases corrected "
+    "(correct_bias=False); Task(calibration=) opens both."
+)
 BITS = (8, 4)  # of the first and the last layer, and of tables
 
 
@@ -57,7 +62,7 @@ class Quantize(Step):
 
     Args:
         scheme: "int8", "int4" for weights of 4 bits, or "int8-dynamic", which needs no calibration
-            data where ``smooth`` is 0 and ``correct_bias`` is off.
+            data.
         ranges: how activation ranges are chosen from the calibration data: "lp", "minmax",
             "percentile" or "entropy".
         percentile: for ``ranges="percentile"``, the share of values kept, in per cent.
@@ -67,8 +72,10 @@ class Quantize(Step):
         exclude: names of weights, or patterns such as ``"head.*"``, that stay in float.
         smooth: how much of the difference in size between channels moves from values into the
             weights that read them, 0 to 1, wherever that changes nothing in float; 0 is off. Of a
-            model with shared weights, whose values it would part, nothing moves.
-        correct_bias: take back the mean shift of each layer's output by its bias.
+            model with shared weights, whose values it would part, nothing moves. None is 0.5 where
+            there is calibration data to see sizes on, else 0.
+        correct_bias: take back the mean shift of each layer's output by its bias; None is where
+            there is calibration data.
         saturation: x86 processors without VNNI add two products in 16 bits, in ONNX Runtime and
             OpenVINO. "safe" holds the weights of each layer whose products leave them on the
             calibration data within 7 bits; "vnni" keeps 8, and the file is right with VNNI and on
@@ -131,8 +138,8 @@ class Quantize(Step):
     edge_bits: int = 8
     embedding_bits: int = 8
     exclude: tuple[str, ...] = ()
-    smooth: float = 0.5
-    correct_bias: bool = True
+    smooth: float | None = None
+    correct_bias: bool | None = None
     saturation: str = "safe"
     max_drop: float | str | None = None
 
@@ -154,11 +161,11 @@ class Quantize(Step):
         if self.saturation not in SATURATION:
             known = " or ".join(f'"{name}"' for name in SATURATION)
             raise UserError(f"quantize: saturation must be {known}, got {self.saturation!r}.")
-        if not 0 <= self.smooth <= 1:
+        if self.smooth is not None and not 0 <= self.smooth <= 1:
             raise UserError(f"quantize: smooth must be in [0, 1], got {self.smooth!r}.")
         object.__setattr__(self, "exclude", names_of("exclude", self.exclude))
-        blind = self._dynamic and not self.smooth and not self.correct_bias
-        needs = set() if blind else {"calibration"}
+        seeing = not self._dynamic or self.smooth or self.correct_bias
+        needs = {"calibration"} if seeing else set()
         if self.max_drop is not None:
             parse_drop(self.max_drop)
             needs |= {"score", "validation"}
@@ -176,34 +183,38 @@ class Quantize(Step):
         forms = [form_of(node) for node in quantizers(model.graph)]
         if any(form is None or not form.follows for form in forms):
             raise UserError("quantize: the model is quantized already.")
-        if self.max_drop is not None:
-            return self.settle(model, task, setting).apply(model, task, setting)
+        settled = self.settle(model, task, setting)
+        if settled != self:
+            return settled.apply(model, task, setting)
         made = model.copy().eval()
         fold_computed_weights(made)
         prepare(made)
         fold_batch_norm(made.graph)
         regroup(made)
         skipped = self._skipped(made)
-        regions = find_regions(made, skipped)
-        if not regions.sites:
-            kinds = "linear layer" if self._dynamic else "convolution or linear layer"
-            raise UserError(f"quantize: no {kinds} is left to run on integers.")
+        regions, recurrent = find_regions(made, skipped), _recurrent(made, skipped)
+        if not regions.sites and not recurrent:
+            kinds = "linear" if self._dynamic else "convolution, linear"
+            raise UserError(f"quantize: no {kinds} or recurrent layer is left to run on integers.")
         with torch.no_grad(), channels_last(made):
-            if self.smooth and not made.shared:
-                equalize(made, task, [site.weight for site in regions.sites], self.smooth)
+            smooth = SMOOTH if self.smooth is None else self.smooth
+            if smooth and not made.shared:
+                equalize(made, task, [site.weight for site in regions.sites], smooth)
             found = {} if self._dynamic else self._ranges(made, task, regions)
             exact = _before(made)
-            if self._dynamic:
-                insert_dynamic(made, regions.sites)
-            else:
+            if not self._dynamic:
                 insert_quantizers(made, regions, found, self._bits(made))
+            insert_dynamic(made, [*(regions.sites if self._dynamic else ()), *recurrent])
             if self.embedding_bits:
                 insert_tables(made, self.embedding_bits, {*skipped, *made.shared})
             return self._fitted(made, exact, task, setting)
 
     def _fitted(self, made: Model, exact: Model, task: Task, setting: Setting) -> Model:
         """With biases corrected, and sums of products that fit the target's kernels."""
-        correct = partial(correct_biases, exact, made, task) if self.correct_bias else None
+        if _is_blind(task):
+            say(f"  {BLIND}")
+            made = replace(made, notes=(*made.notes, BLIND))
+        correct = None if self.correct_bias is False else partial(correct_biases, exact, made, task)
         name, safe = setting.target.runtime, self.saturation == "safe"
         pairs = runtime(name).PAIRS is not None
         if pairs and safe:
@@ -220,11 +231,17 @@ class Quantize(Step):
         return replace(made, notes=(*made.notes, told))
 
     def settle(self, model: Model, task: Task, setting: Setting) -> Quantize:
-        """The same step with the layers named that stay in float, so that it repeats.
+        """The same step with the layers named that stay in float, so that it repeats; without
+        calibration data, with nothing that looks at it.
 
         Raises:
             UserError: the score falls by more than ``max_drop`` with one layer quantized.
         """
+        if self._dynamic and _is_blind(task):
+            smooth, correct = self.smooth or 0.0, bool(self.correct_bias)
+            if (smooth, correct) != (self.smooth, self.correct_bias):
+                blind = replace(self, smooth=smooth, correct_bias=correct)
+                return blind.settle(model, task, setting)
         if self.max_drop is None:
             return self
         plain = replace(self, max_drop=None)
@@ -271,6 +288,11 @@ class Quantize(Step):
         )
 
 
+def _is_blind(task: Task | None) -> bool:
+    """Whether there is no calibration data."""
+    return task is None or bool(task.missing({"calibration"}))
+
+
 def _before(made: Model) -> Model:
     """The model as it is now, of which nothing changes as quantizers come into ``made``: low-bit
     weights and biases do so in place, others keep their values and need no copy."""
@@ -281,6 +303,12 @@ def _before(made: Model) -> Model:
         if parameter.dim() == 1:
             parameter.data = parameter.data.clone()
     return exact
+
+
+def _recurrent(model: Model, skipped: set[str]) -> list[Site]:
+    """The weights of recurrent layers, of which lookups have none."""
+    found = [site for site in sites(model.graph) if site.kind == "recurrent"]
+    return [site for site in found if site.weight not in skipped]
 
 
 def _layers(model: Model) -> list[str]:

@@ -21,7 +21,7 @@ from paredown.graph.quantized.quantizers import (
     hold_biases,
     quantizers,
 )
-from paredown.graph.quantized.saturation import SAFE, Watch, layers
+from paredown.graph.quantized.saturation import SAFE, Layer, Watch, layers, unseen
 from paredown.graph.quantized.scales import channel_scales
 from paredown.graph.state import set_buffer, tensor_of
 from paredown.targets.runtimes import runtime
@@ -32,18 +32,22 @@ SHOWN = 12  # layers by name
 def saturating(model: Model, task: Task) -> list[str]:
     """The weights of layers where the sum of a pair leaves 16 bits on the calibration data.
 
-    Without such data (ranges that are found at each inference need none) they are those where it
-    does on any input.
+    Without such data (ranges that are found at each inference need none), and of recurrent layers,
+    they are those where it does on any input.
     """
-    possible = list(dict.fromkeys(layer.site.weight for layer in layers(model.graph)))
+    hidden, possible = _weights(unseen(model.graph)), _weights(layers(model.graph))
     if not possible or task is None or task.missing({"calibration"}):
-        return possible
+        return hidden + possible
     watch = Watch(model.graph)
     for leaves in inputs(model, task):
         watch.run(leaves)
         if watch.done:
             break
-    return [name for name in possible if name in watch.found]
+    return hidden + [name for name in possible if name in watch.found]
+
+
+def _weights(found: Sequence[Layer]) -> list[str]:
+    return list(dict.fromkeys(layer.site.weight for layer in found))
 
 
 def keep_within(model: Model, task: Task, correct: Callable[[], None] | None) -> list[str]:

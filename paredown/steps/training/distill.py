@@ -76,7 +76,8 @@ class Distill(Step):
         Entry(
             call='Distill(student="small.py")',
             does="puts a small architecture of your own in the original's place, taught by it",
-            pays="where a tenth of the model can do it: the digits in a tenth of the bytes, half a point lower",
+            pays="where a tenth of the model can do it: the digits in a tenth of the bytes, half a "
+            "point lower",
             does_not="where the student is too small, or trained for too few epochs",
         ),
     )

@@ -40,7 +40,13 @@ INTEGER_OPS = frozenset(
         *("QLinearConv", "QLinearMatMul", "QGemm", "QLinearAdd", "QLinearMul", "QLinearConcat"),
         *("QLinearAveragePool", "QLinearGlobalAveragePool", "QLinearSigmoid", "QLinearLeakyRelu"),
         *("QLinearSoftmax", "QLinearWhere", "MatMulIntegerToFloat", "ConvInteger", "MatMulInteger"),
-        *("DynamicQuantizeMatMul", "QAttention", "MatMulNBits", "GatherBlockQuantized"),
+        *(
+            "DynamicQuantizeMatMul",
+            "DynamicQuantizeLSTM",
+            "QAttention",
+            "MatMulNBits",
+            "GatherBlockQuantized",
+        ),
     }
 )
 # Ops with an integer kernel; what only moves values is not counted.

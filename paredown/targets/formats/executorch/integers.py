@@ -93,6 +93,8 @@ def hold_integers(graph: fx.GraphModule, node: fx.Node) -> None:
         refuse_unfit(weight)
         made = _integer_weight(graph, node, weight)
     replace_by(node, made)
+    for user in list(made.users)[1:] if linear else []:  # each to one kernel with its own
+        user.replace_input_with(made, add_before(user, made.target, *made.args))
     remove_state(graph, weight.name)
 
 

@@ -34,6 +34,7 @@ from paredown.targets.formats.executorch.integers import (
     share_scale,
     turn_product,
 )
+from paredown.targets.formats.executorch.recurrent import unroll
 from paredown.targets.formats.rowwise import (
     add_before,
     args_of,
@@ -63,6 +64,7 @@ def shape_for_xnnpack(model: Model) -> Model:
     made = decompose(model)
     fold_computed_weights(made)
     prepare(made)
+    unroll(made)
     _part_shared_layers(made.graph)
     fold_batch_norm(made.graph)
     for targets, rewrite in REWRITES:

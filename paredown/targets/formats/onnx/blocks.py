@@ -25,7 +25,7 @@ from onnx.defs import OpSchema
 from onnxscript import values as onnxscript_values
 
 from paredown.graph.quantized.codes import to_bytes
-from paredown.graph.quantized.forms import of_grid
+from paredown.graph.quantized.forms import Rounded, of_grid
 from paredown.graph.quantized.grouped import PER_GROUP
 from paredown.targets.formats.onnx.bits import DOMAIN
 from paredown.targets.formats.onnx.edit import (
@@ -119,7 +119,7 @@ def lower(model: ir.Model, standard: bool = False) -> None:
     """
     graph = model.graph
     for node in [n for n in graph if n.op_type == OP]:
-        weight, value = _rounded(node), node.outputs[0]
+        weight, value = _laid(read(node)), node.outputs[0]
         products = _products(value, weight)
         lookups = [] if standard else _lookups(value, weight)
         shared = _shared_block(weight) if products and lookups else 0
@@ -137,17 +137,30 @@ def lower(model: ir.Model, standard: bool = False) -> None:
         model.opset_imports[MICROSOFT] = 1
 
 
-def _rounded(node: ir.Node) -> _Rounded:
+def read(node: ir.Node) -> Rounded:
+    """What a fake quantizer of groups makes of its weight."""
     weight, scale, zero = (array(value) for value in (*node.inputs, None)[:3])
     assert weight is not None and scale is not None and node.inputs[0] is not None
     axis, group, low, high = (attribute(node, key) for key in ("axis", "group", "low", "high"))
     w, s = torch.from_numpy(weight.copy()), torch.from_numpy(scale.copy())
     z = None if zero is None else torch.from_numpy(zero.copy())
     form, name = of_grid(PER_GROUP, low, high), str(node.inputs[0].name)
-    integers = form.read(name, w, s, z, axis, group, low, high).integers.numpy()
-    if zero is not None:
-        integers, zero = (a.astype(np.int16) - low for a in (integers, zero))
-    return _Rounded(name, integers, scale, zero, weight.shape, axis, group, form.bits)
+    return form.read(name, w, s, z, axis, group, low, high)
+
+
+def _laid(weight: Rounded) -> _Rounded:
+    """The same as a file holds it."""
+    integers, form, zero = weight.integers.numpy(), weight.form, None
+    if weight.zero_points is not None:
+        both = (integers, weight.zero_points.numpy())
+        integers, zero = (each.astype(np.int16) - form.low for each in both)
+    shape, scale = tuple(weight.weight.shape), weight.scales.numpy()
+    return _Rounded(weight.name, integers, scale, zero, shape, weight.axis, weight.group, form.bits)
+
+
+def folded(graph: ir.Graph, before: ir.Node, weight: Rounded) -> ir.Value:
+    """The weight in float, from ops on constants alone."""
+    return _folded(graph, before, _laid(weight))
 
 
 def _held(graph: ir.Graph, name: str, values: np.ndarray) -> ir.Value:
@@ -311,7 +324,6 @@ def _shared_product(graph: ir.Graph, node: ir.Node, weight: _Rounded) -> None:
 
 
 def _folded(graph: ir.Graph, node: ir.Node, weight: _Rounded) -> ir.Value:
-    """The weight in float, from ops on constants alone."""
     name = f"{weight.name}_integers"
     integers = _aligned(weight, weight.integers).astype(weight.kind)
     made = _float(graph, node, _held(graph, name, integers))

@@ -28,8 +28,13 @@ def initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
 
 
 def insert(graph: ir.Graph, before: ir.Node, node: ir.Node) -> ir.Value:
+    return insert_all(graph, before, node)[0]
+
+
+def insert_all(graph: ir.Graph, before: ir.Node, node: ir.Node) -> list[ir.Value]:
+    """All that the node makes."""
     graph.insert_before(before, node)
-    return node.outputs[0]
+    return list(node.outputs)
 
 
 def attribute(node: ir.Node, name: str) -> Any:
@@ -39,7 +44,11 @@ def attribute(node: ir.Node, name: str) -> Any:
 def replace(graph: ir.Graph, node: ir.Node, made: ir.Value) -> None:
     """Let all that reads the node's output read another value; one that leaves the graph hands
     its name on."""
-    old = node.outputs[0]
+    replace_value(graph, node.outputs[0], made)
+
+
+def replace_value(graph: ir.Graph, old: ir.Value, made: ir.Value) -> None:
+    """The same for one output of several."""
     for index, output in enumerate(graph.outputs):
         if output is old:
             made.name, old.name = output.name, f"{output.name}_replaced"

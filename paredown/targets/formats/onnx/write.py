@@ -10,12 +10,12 @@ import logging
 import warnings
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import onnx
 import onnx_ir as ir
 import torch
 from onnx.defs import OpSchema
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 from onnxscript import values as onnxscript_values
 from torch.export import ExportedProgram
 
@@ -23,18 +23,18 @@ from paredown.core.errors import UserError
 from paredown.graph import structure
 from paredown.graph.model import Model
 from paredown.graph.program import lowered
-from paredown.graph.quantized.forms import Rounded, of_grid
-from paredown.graph.quantized.per_channel import PER_CHANNEL
 from paredown.graph.quantized.quantizers import PER_TENSOR, weight_forms
-from paredown.targets.formats.onnx import attention, bits, blocks, dynamic, half, shared
-from paredown.targets.formats.onnx.edit import (
-    SIGNED,
-    array,
-    attribute,
-    initializer,
-    insert,
-    replace,
+from paredown.targets.formats.onnx import (
+    attention,
+    bits,
+    blocks,
+    channels,
+    dynamic,
+    half,
+    recurrent,
+    shared,
 )
+from paredown.targets.formats.onnx.edit import array, attribute, initializer, insert, replace
 from paredown.targets.formats.onnx.rewriter import exact_rules
 
 MAX_BYTES = 2**31 - 1
@@ -51,7 +51,8 @@ def encode(model: Model, standard: bool = False) -> bytes:
     exported = _export(attention.on_four_axes(shared.box(bits.fold_norms(model))))
     graph = exported.graph
     shared.unbox(graph)
-    _integer_weights(graph)
+    recurrent.lower(graph, standard)
+    channels.lower(graph)
     _quantize_activations(graph)
     dynamic.lower(graph, standard)
     bits.pack_weights(exported)
@@ -60,6 +61,7 @@ def encode(model: Model, standard: bool = False) -> bytes:
         half.widen_transposes(graph)
     blocks.lower(exported, standard)
     _pool_by_name(graph)
+    RemoveUnusedNodesPass()(exported)
     _strip(exported)
     _name_dimensions(graph, model)
     if any(item.limits for item in model.inputs):
@@ -79,17 +81,13 @@ def encode(model: Model, standard: bool = False) -> bytes:
 @functools.cache
 def _register_placeholders() -> None:
     """Opaque ops that carry the fake quantizers through the exporter's optimiser."""
-    blocks.register()
-    dynamic.register()
+    for each in (channels, blocks, dynamic, recurrent):
+        each.register()
     kinds = OpSchema.AttrType
     shapes: dict[str, tuple[list[str], dict[str, Any]]] = {
         "FakeQuantize": (
             ["x"],
             {"scale": kinds.FLOAT, "zero_point": kinds.INT, "low": kinds.INT, "high": kinds.INT},
-        ),
-        "FakeQuantizeChannel": (
-            ["x", "scale"],
-            {"axis": kinds.INT, "low": kinds.INT, "high": kinds.INT},
         ),
         "Keep": (["x"], {}),
         **dict.fromkeys(bits.KINDS, (["x"], {"axis": kinds.INT})),
@@ -113,11 +111,6 @@ def _fake_quantize(x: Any, scale: float, zero_point: int, low: int, high: int) -
     return op.FakeQuantize(x, scale=scale, zero_point=zero_point, low=low, high=high)
 
 
-def _fake_quantize_channel(x: Any, scale: Any, axis: int, low: int, high: int) -> Any:
-    op = onnxscript_values.Opset(bits.DOMAIN, 1)
-    return op.FakeQuantizeChannel(x, scale, axis=axis, low=low, high=high)
-
-
 def _export(model: Model) -> ir.Model:
     outputs = [name.replace(".", "_") or "output" for name in structure.names(model.outputs)]
     inputs = [item.name for item in model.inputs]
@@ -137,7 +130,8 @@ def _export(model: Model) -> ir.Model:
                 output_names=outputs,
                 custom_translation_table={
                     PER_TENSOR: _fake_quantize,
-                    PER_CHANNEL: _fake_quantize_channel,
+                    **channels.TRANSLATIONS,
+                    **recurrent.TRANSLATIONS,
                     **bits.TRANSLATIONS,
                     **blocks.TRANSLATIONS,
                     **dynamic.TRANSLATIONS,
@@ -181,51 +175,6 @@ def _root_cause(error: BaseException) -> str:
     return str(error).strip().splitlines()[0]
 
 
-def _integer_weights(graph: ir.Graph) -> None:
-    """Weights behind a fake quantizer become integer initializers and a DequantizeLinear."""
-    for node in [n for n in graph if n.op_type == "FakeQuantizeChannel"]:
-        weight = _read(node)
-        axis, name, scale = weight.axis, weight.name, weight.scales[:, 0].numpy()
-        integers = weight.shaped().numpy().astype(SIGNED[weight.form.bits])
-        for user in [usage.node for usage in node.outputs[0].uses()]:
-            if user.op_type == "Transpose":
-                order = list(attribute(user, "perm"))
-                turned = np.ascontiguousarray(integers.transpose(order))
-                made = _dequantize(graph, user, f"{name}_t", turned, scale, order.index(axis))
-                user.outputs[0].replace_all_uses_with(made)
-                graph.remove(user, safe=True)
-        if node.outputs[0].uses():
-            made = _dequantize(graph, node, name, integers, scale, axis)
-            node.outputs[0].replace_all_uses_with(made)
-        graph.remove(node, safe=True)
-
-
-def _read(node: ir.Node) -> Rounded:
-    """What a fake quantizer of channels makes of its weight."""
-    weight, scale = array(node.inputs[0]), array(node.inputs[1])
-    assert weight is not None and scale is not None and node.inputs[0] is not None
-    axis, low, high = (attribute(node, key) for key in ("axis", "low", "high"))
-    form = of_grid(PER_CHANNEL, low, high)
-    w, s = torch.from_numpy(weight.copy()), torch.from_numpy(scale.copy())
-    return form.read(str(node.inputs[0].name), w, s, axis, low, high)
-
-
-def _dequantize(
-    graph: ir.Graph, before: ir.Node, name: str, integers: np.ndarray, scale: np.ndarray, axis: int
-) -> ir.Value:
-    stored = initializer(graph, f"{name}_quantized", integers)
-    if integers.dtype == ml_dtypes.int4:  # int8 once a session has loaded it, with its kernels
-        cast = ir.node("Cast", [stored], {"to": ir.DataType.INT8}, name=f"{name}_cast")
-        stored = insert(graph, before, cast)
-    inputs = [stored, initializer(graph, f"{name}_scale", scale.astype(np.float32))]
-    if integers.dtype != np.int32:  # a matrix product fuses only with its zero points written out
-        zeros = np.zeros(scale.shape, np.int8)
-        inputs.append(initializer(graph, f"{name}_zero_point", zeros))
-    node = ir.node("DequantizeLinear", inputs, {"axis": axis}, name=f"{name}_dequantize")
-    node.outputs[0].name = f"{name}_dequantized"
-    return insert(graph, before, node)
-
-
 def _quantize_activations(graph: ir.Graph) -> None:
     for node in [n for n in graph if n.op_type == "FakeQuantize"]:
         value, name = node.inputs[0], str(node.outputs[0].name)
@@ -263,7 +212,7 @@ def _integer_biases(graph: ir.Graph) -> None:
         scale = (x_scale * weight_scale).astype(np.float32)
         integers = np.clip(np.rint(values.astype(np.float64) / scale), -(2**31), 2**31 - 1)
         name = f"{node.inputs[2].name}_{node.name}"
-        made = _dequantize(graph, node, name, integers.astype(np.int32), scale, 0)
+        made = channels.dequantize(graph, node, name, integers.astype(np.int32), scale, 0)
         node.replace_input_with(2, made)
 
 
@@ -297,7 +246,7 @@ def _rank_through(value: ir.Value) -> int:
 
 
 def _strip(model: ir.Model) -> None:
-    """Leave weights and graph: no source lines, shapes, documentation or unused tensors."""
+    """Leave weights and graph: no source lines, shapes or documentation."""
     graph = model.graph
     model.metadata_props.clear()
     model.producer_name, model.producer_version = "paredown", None
@@ -314,10 +263,8 @@ def _strip(model: ir.Model) -> None:
                 value.shape = value.type = None
     for value in [*graph.inputs, *graph.outputs]:
         value.metadata_props.clear()
-    for name, value in list(graph.initializers.items()):
+    for value in graph.initializers.values():
         value.metadata_props.clear()
-        if not value.uses() and not value.is_graph_output():
-            del graph.initializers[name]
 
 
 def _name_dimensions(graph: ir.Graph, model: Model) -> None:
