@@ -340,14 +340,14 @@ def test_what_the_system_refuses_is_a_sentence(paredown_cli, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device", "/tmp/x")
 
-    monkeypatch.setattr(cli, "load_run", full)
+    monkeypatch.setattr(cli.Run, "load", full)
     code, _, err = paredown_cli("report", "r")
     assert (code, err) == (1, "error: /tmp/x: No space left on device.\n")
 
     def none(*_):
         raise MemoryError
 
-    monkeypatch.setattr(cli, "load_run", none)
+    monkeypatch.setattr(cli.Run, "load", none)
     code, _, err = paredown_cli("report", "r")
     assert code == 1 and err.startswith("error: out of memory. Use a smaller batch_size")
 

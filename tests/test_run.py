@@ -29,7 +29,6 @@ from paredown.graph.doors.python_file import load as load_user
 from paredown.report.page import render
 from paredown.run import compress
 from paredown.run import stages as stages_of_runs
-from paredown.run.folder import load_run
 from paredown.run.ledger import RECORDS, Ledger
 from paredown.run.preflight import check, unrepeated
 from paredown.run.stages import State
@@ -210,7 +209,7 @@ def paredown_cli(here, monkeypatch, capsys):
 
 
 def load(folder):
-    return load_run(folder)
+    return Run.load(folder)
 
 
 def stages(folder):

@@ -4,22 +4,31 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
+from paredown.core.errors import UserError
 from paredown.core.goals import GoalCheck
 from paredown.core.measurement import Comparison, Measurement
+
+FILES = ("artifact", "original")  # of a run
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """An exported file: what to ship."""
+    """An exported file: what to ship.
+
+    Attributes:
+        path: where it lies; in ``run.json`` its name in the run's folder.
+        recipe: what made it, as TOML.
+    """
 
     path: str
     runtime: str
     sha256: str
     size_bytes: int
-    recipe: str  # the recipe that made it, as TOML
+    recipe: str
 
 
 @dataclass(frozen=True)
@@ -64,14 +73,41 @@ class Run:
     details: dict[str, Any]  # layers, histograms, per-class scores, flips, latency samples, notes
 
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True, allow_nan=False)
+        """The text of ``run.json``, which may be moved with its folder."""
+        raw = dataclasses.asdict(self)
+        for name in FILES:
+            if raw[name]:
+                raw[name]["path"] = Path(raw[name]["path"]).name
+        return json.dumps(raw, indent=1, sort_keys=True, allow_nan=False)
+
+    @staticmethod
+    def load(folder: str | Path) -> Run:
+        """The finished run of a folder, its files by where they lie.
+
+        Raises:
+            UserError: no finished run there, or a damaged one.
+        """
+        path = Path(folder) / "run.json"
+        if not path.is_file():
+            raise UserError(f"{folder}: holds no finished run (no run.json).")
+        try:
+            return Run.from_json(path.read_text()).within(path.parent)
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(f"{path}: is damaged: {error}.") from error
+
+    def within(self, folder: Path) -> Run:
+        """This run with the paths of its files in a folder, whatever the current one may become."""
+        found = {name: getattr(self, name) for name in FILES if getattr(self, name)}
+        there = folder.absolute()
+        moved = {n: replace(a, path=str(there / Path(a.path).name)) for n, a in found.items()}
+        return replace(self, **moved)
 
     @staticmethod
     def from_json(text: str) -> Run:
         raw = json.loads(text)
         raw["baseline"] = Measurement(**raw["baseline"])
         raw["trials"] = [_trial(trial) for trial in raw["trials"]]
-        for name in ("artifact", "original"):
+        for name in FILES:
             raw[name] = raw[name] and Artifact(**raw[name])
         raw["on_device"] = {name: Measurement(**m) for name, m in raw["on_device"].items()}
         raw["comparison"] = raw["comparison"] and Comparison(**raw["comparison"])

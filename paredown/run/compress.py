@@ -78,8 +78,7 @@ def compress(
             run = Run.from_json(text)  # as a later call finds it
             ledger.finish(FINISHED, {"stage": ledger.put(text.encode(), RUN), "suffix": RUN})
         shutil.rmtree(folder / "scratch", ignore_errors=True)
-        write(run, folder, *_files(ledger, run))
-    return run
+        return write(run, folder, *_files(ledger, run))
 
 
 def _finished(ledger: Ledger) -> Run | None:

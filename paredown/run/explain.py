@@ -13,7 +13,7 @@ from paredown.core.task import Task
 from paredown.explain.explanation import Explanation, explain_file
 from paredown.graph import machine
 from paredown.graph.model import Model
-from paredown.run.folder import changed_task, load_run
+from paredown.run.folder import changed_task
 from paredown.run.ledger import FINISHED, MODEL, RUN, Ledger
 from paredown.steps import recipe
 from paredown.targets.artifact import digest
@@ -39,7 +39,7 @@ def explain(folder: str | Path, task: Task, seconds: float = SECONDS) -> Explana
             run's.
     """
     folder = Path(folder)
-    run = load_run(folder)
+    run = Run.load(folder)
     stage, artifact = run.details.get("stage_sha256"), run.artifact
     if artifact is None or not stage:
         raise UserError(
@@ -54,7 +54,7 @@ def explain(folder: str | Path, task: Task, seconds: float = SECONDS) -> Explana
         original = _model(ledger, run.details["model_sha256"])
         compressed = _model(ledger, stage)
         steps = recipe.from_toml(artifact.recipe, "the run's recipe")
-        file, name = _file(folder, artifact), artifact.runtime
+        file, name = _file(artifact), artifact.runtime
         found = explain_file(original, compressed, file, name, task, steps, seconds)
         _keep(ledger, run, found)
     return found
@@ -67,8 +67,8 @@ def _model(ledger: Ledger, sha256: str) -> Model:
     return Model.decode(path.read_bytes(), str(path))
 
 
-def _file(folder: Path, artifact: Artifact) -> Path:
-    path = folder / artifact.path
+def _file(artifact: Artifact) -> Path:
+    path = Path(artifact.path)
     if not path.is_file() or digest(path) != artifact.sha256:
         raise UserError(f"{path}: is not the file that the run exported; run it again.")
     return path

@@ -53,7 +53,7 @@ def print_run(finished: Run) -> None:
     console.print(f"[bold {colour}]{escape(finished.verdict)}[/]", highlight=False)
     if finished.artifact is not None:
         folder = Path(finished.details["folder"])
-        shipped = [str(path) for path in parts(folder / finished.artifact.path)]
+        shipped = [str(path) for path in parts(folder / Path(finished.artifact.path).name)]
         for name, paths in (("Artifact", shipped), ("Report", [str(folder / "report.html")])):
             line = f"{name + ':':9} {escape(' and '.join(paths))}"
             console.print(line, highlight=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""A predictor over any artifact, packed or not."""
+"""A predictor over any artifact, packed or not, or over that of a run."""
 
 from __future__ import annotations
 
@@ -7,28 +7,48 @@ import weakref
 from pathlib import Path
 
 from paredown.core.errors import UserError
-from paredown.targets.runtimes import RUNTIMES, Predictor, ready, runtime
+from paredown.core.results import Run
+from paredown.core.settings import check_count
+from paredown.ship.predictor import Predictor
+from paredown.targets.runtimes import RUNTIMES, ready, runtime
 
 PACKED = ".pare"  # what `paredown.pack` writes
 
 
 def open(path: str | Path, threads: int = 1) -> Predictor:
-    """A predictor over an artifact, packed or not: one array per input in, a tuple of arrays out.
+    """A predictor over an artifact, packed or not, or over the artifact of a run's folder.
 
     Raises:
         UserError: no such file, no runtime opens files of its kind or that one is not installed,
-            or a damaged container.
+            or a damaged file or container; a folder without a finished run.
     """
+    check_count("threads", threads)
     path = Path(path)
+    if path.is_dir():
+        artifact = Run.load(path).artifact
+        if artifact is None:
+            raise UserError(f"{path}: its run has no artifact.")
+        path = Path(artifact.path)
     if not path.is_file():
         raise UserError(f"{path}: no such file.")
     if path.suffix == PACKED:
         return _open_packed(path, threads)
     for name in RUNTIMES:
-        chosen = runtime(name)
-        if path.suffix == chosen.SUFFIX:
-            return ready(name).open(path, threads)
+        if path.suffix == runtime(name).SUFFIX:
+            return _opened(path, name, threads)
     raise UserError(f"{path}: no runtime opens {path.suffix or 'such'} files.")
+
+
+def _opened(path: Path, name: str, threads: int) -> Predictor:
+    chosen = ready(name)
+    try:
+        predictor = chosen.open(path, threads)
+    except UserError:
+        raise
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"{path}: opening it in {chosen.version()} failed: {reason}") from error
+    return Predictor(predictor, path, chosen.version(), threads)
 
 
 def _open_packed(path: Path, threads: int) -> Predictor:
