@@ -233,7 +233,7 @@ def test_a_whole_run(undisturbed, monkeypatch):
     written = {"model.onnx", "original.onnx", "recipe.toml", "report.html", "run.json"}
     assert set(names("whole")) == written | {".lock", "identity.json", "ledger.jsonl", "stages"}
     run = load("whole")
-    assert Run.from_json(run.to_json()) == run
+    assert Run.from_json(run.to_json()).within(Path("whole")) == run
     assert run.met and run.verdict == "Every goal is met by the exported file."
     assert run.artifact.size_bytes == Path("whole/model.onnx").stat().st_size
     assert run.artifact.size_bytes <= 0.25 * run.original.size_bytes
@@ -345,7 +345,7 @@ def test_without_training_data_int8_is_all_there_is(user, paredown_cli):
 def test_the_runtime_pytorch(user, paredown_cli):
     code, _, _ = paredown_cli("run", user(), "--runtime", "pytorch", "--size", "0.6x", "--out", "r")
     run = load("r")
-    assert code == 0 and run.artifact.path == "model.safetensors"
+    assert code == 0 and Path(run.artifact.path).name == "model.safetensors"
     assert run.artifact.runtime == "pytorch" and "torch" in run.baseline.where["runtime"]
     assert run.met and paredown_cli("replay", "r")[0] == 0
 

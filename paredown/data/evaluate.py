@@ -46,17 +46,33 @@ def _scores(model: Model, task: Task, batch: Any) -> Tensor:
     return scored(task, output, batch[1], count).float()
 
 
+def postprocessed(task: Task, output: Any) -> Any:
+    """What the task makes of a batch's output.
+
+    Raises:
+        UserError: ``task.postprocess`` fails.
+    """
+    assert task.postprocess is not None
+    try:
+        return task.postprocess(output)
+    except Exception as error:
+        raise UserError(f"task.postprocess failed: {type(error).__name__}: {error}") from error
+
+
 def scored(task: Task, output: Any, target: Any, count: int) -> Tensor:
     """The scores of a batch of ``count`` examples, (B,) float64 on the CPU.
 
     Raises:
-        UserError: ``task.score`` fails, or does not give one finite number for each example.
+        UserError: ``task.score`` or ``task.postprocess`` fails, or the score does not give one
+            finite number for each example.
 
     Example:
         >>> task = Task((torch.zeros(1, 2),), score=lambda out, y: out.argmax(1) == y)
         >>> scored(task, torch.eye(2), torch.tensor([0, 0]), 2).tolist()
         [1.0, 0.0]
     """
+    if task.postprocess is not None:
+        output = postprocessed(task, output)
     try:
         given = task.score(output, target)
         scores = torch.as_tensor(given).detach().cpu()

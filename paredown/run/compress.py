@@ -16,6 +16,7 @@ from paredown.core.goals import GoalCheck, Goals
 from paredown.core.results import Run, Trial
 from paredown.core.task import Target, Task
 from paredown.core.units import GOALS
+from paredown.data import splits
 from paredown.explain.explanation import within_run
 from paredown.graph import machine
 from paredown.graph.capture import capture
@@ -63,7 +64,7 @@ def compress(
     Raises:
         UserError: a problem with the model, the task, the goals or the folder; nothing is lost.
     """
-    target = target or Target()
+    target, task = target or Target(), splits.prepared(task)
     captured = capture(model, task.example, task.dynamic)
     found = problems(captured, task, target, steps or [])
     if found:
@@ -187,6 +188,7 @@ def _run(state: State, steps: Sequence[Step] | None, identity: dict[str, Any], c
         details={
             "model_sha256": identity["model"],
             "batch_size": identity["batch_size"],
+            "outputs": state.original.outputs,
             **ignore_of(state.task),
             "files": identity["files"],
             "stage_sha256": best.stage,

@@ -10,6 +10,7 @@ from paredown.core.errors import UserError
 from paredown.core.files import write_atomically
 from paredown.core.results import Artifact, Run
 from paredown.core.task import Task
+from paredown.data import splits
 from paredown.explain.explanation import Explanation, explain_file
 from paredown.graph import machine
 from paredown.graph.model import Model
@@ -39,7 +40,7 @@ def explain(folder: str | Path, task: Task, seconds: float = SECONDS) -> Explana
             run's.
     """
     folder = Path(folder)
-    run = Run.load(folder)
+    run, task = Run.load(folder), splits.prepared(task)
     stage, artifact = run.details.get("stage_sha256"), run.artifact
     if artifact is None or not stage:
         raise UserError(

@@ -20,6 +20,7 @@ from paredown.core.task import SPLITS, Target, Task
 from paredown.core.units import human
 from paredown.data import batches, evaluate, feed, splits
 from paredown.data.feed import Batch
+from paredown.data.reading import Split
 from paredown.graph import structure
 from paredown.graph.capture import capture
 from paredown.graph.doors.python_file import load_file, made_model, made_task
@@ -90,7 +91,7 @@ def _check(
     target: Target,
     steps: Sequence[Step],
 ) -> None:
-    model = None
+    model, task = None, splits.prepared(task)
     if module is not None:
         model = found.tried("capture", lambda: capture(module, task.example, task.dynamic))
     _ask(found, model, task, target, steps)
@@ -123,7 +124,7 @@ def unrepeated(task: Task) -> list[str]:
 def problems(model: Model, task: Task, target: Target, steps: Sequence[Step] = ()) -> list[str]:
     """What a run would stumble over, one sentence each; the export aside, this is quick."""
     found = Found()
-    _ask(found, model, task, target, steps)
+    _ask(found, model, splits.prepared(task), target, steps)
     return found.problems
 
 
@@ -143,10 +144,18 @@ def _ask(
     fits = [name for name in whole if found.tried(name, partial(_fits, model, task, name))]
     if "validation" in fits and task.score is not None:
         if found.tried("task.score", lambda: _score(model, task)) is not None:
-            found.facts.append("scored one batch of validation")
+            found.facts.append(f"{_around(task)}scored one batch of validation")
     if "train" in fits and task.loss is not None:
         if found.tried("task.loss", lambda: _differentiate(model, task)) is not None:
             found.facts.append("loss and gradients of one training batch are finite")
+
+
+def _around(task: Task) -> str:
+    """What was done to a batch that was scored, besides."""
+    data = splits.split(task, "validation")
+    before = isinstance(data, Split) and data.preprocess is not None
+    done = "preprocessed, " * before + "postprocessed, " * (task.postprocess is not None)
+    return f"{done[:-2]} and " if done else ""
 
 
 def _size(task: Task, split: str) -> int:

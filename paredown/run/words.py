@@ -24,7 +24,9 @@ def measurement_rows(m: Measurement) -> list[tuple[str, str]]:
         ("size on disk", human("size", m.size_bytes)),
         (f"score on {m.split} ({m.examples})", score),
     ]
-    for name, value in (("latency p50", m.latency_ms_p50), ("latency p90", m.latency_ms_p90)):
+    timed = [("latency p50", m.latency_ms_p50), ("latency p90", m.latency_ms_p90)]
+    timed += [("preprocessing", m.preprocess_ms), ("postprocessing", m.postprocess_ms)]
+    for name, value in [*timed, ("end to end", m.end_to_end_ms)]:
         if value is not None:
             rows.append((name, human("latency", value)))
     for name in ("throughput", "memory"):

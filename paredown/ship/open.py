@@ -5,30 +5,46 @@ from __future__ import annotations
 import tempfile
 import weakref
 from pathlib import Path
+from typing import overload
 
 from paredown.core.errors import UserError
 from paredown.core.results import Run
 from paredown.core.settings import check_count
+from paredown.core.task import Task
+from paredown.ship.pipeline import Pipeline
 from paredown.ship.predictor import Predictor
 from paredown.targets.runtimes import RUNTIMES, ready, runtime
 
 PACKED = ".pare"  # what `paredown.pack` writes
 
 
-def open(path: str | Path, threads: int = 1) -> Predictor:
+@overload
+def open(path: str | Path, threads: int = 1, task: None = None) -> Predictor: ...
+@overload
+def open(path: str | Path, threads: int = 1, *, task: Task) -> Pipeline: ...
+def open(path: str | Path, threads: int = 1, task: Task | None = None) -> Predictor | Pipeline:
     """A predictor over an artifact, packed or not, or over the artifact of a run's folder.
+
+    Args:
+        task: whose preprocessing and postprocessing are run around it: then it takes examples as
+            the task's splits give them.
 
     Raises:
         UserError: no such file, no runtime opens files of its kind or that one is not installed,
             or a damaged file or container; a folder without a finished run.
     """
     check_count("threads", threads)
-    path = Path(path)
+    path, outputs = Path(path), None
     if path.is_dir():
-        artifact = Run.load(path).artifact
-        if artifact is None:
+        run = Run.load(path)
+        if run.artifact is None:
             raise UserError(f"{path}: its run has no artifact.")
-        path = Path(artifact.path)
+        path, outputs = Path(run.artifact.path), run.details.get("outputs")
+    predictor = _predictor(path, threads)
+    return predictor if task is None else Pipeline(predictor, task, outputs)
+
+
+def _predictor(path: Path, threads: int) -> Predictor:
     if not path.is_file():
         raise UserError(f"{path}: no such file.")
     if path.suffix == PACKED:
@@ -56,6 +72,6 @@ def _open_packed(path: Path, threads: int) -> Predictor:
     from paredown.ship.pack.container import unpack
 
     folder = tempfile.TemporaryDirectory(prefix="paredown-")
-    predictor = open(unpack(path, folder.name), threads)
+    predictor = _predictor(unpack(path, folder.name), threads)
     weakref.finalize(predictor, folder.cleanup)
     return predictor

@@ -64,6 +64,7 @@ class Predictor:
 
     Attributes:
         input_names, output_names: as they stand in the file.
+        path: where the file lies.
         runtime: what runs it, with its version.
         threads: of one inference.
 
@@ -82,7 +83,7 @@ class Predictor:
     """
 
     def __init__(self, opened: Opened, path: Path, runtime: str, threads: int) -> None:
-        self._opened, self._path = opened, path
+        self._opened, self.path = opened, path
         self.runtime, self.threads = runtime, threads
         self.input_names, self.output_names = opened.input_names, opened.output_names
 
@@ -106,13 +107,13 @@ class Predictor:
         except Exception as error:
             reason = str(error).strip().split("\n")[0]
             raise UserError(
-                f"{self._path}: running it in {self.runtime} failed: {reason}"
+                f"{self.path}: running it in {self.runtime} failed: {reason}"
             ) from error
         return Outputs(tuple(outputs), tuple(self.output_names))
 
     def __repr__(self) -> str:
         threads = "1 thread" if self.threads == 1 else f"{self.threads} threads"
-        lines = [f"<paredown.Predictor {self._path}", f"runtime: {self.runtime}, {threads}"]
+        lines = [f"<paredown.Predictor {self.path}", f"runtime: {self.runtime}, {threads}"]
         for item in self._opened.signature:
             shape = "" if item["shape"] is None else f" {_told(item['shape'])}"
             lines.append(f"input:   {item['name']} {item['dtype'] or '?'}{shape}")
