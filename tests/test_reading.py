@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
 import paredown
 from paredown.core.errors import UserError
@@ -84,7 +84,7 @@ def test_data_are_decoded_once_and_training_sees_them_once_more(workers):
     task = task_of(data, validation=data, workers=workers)
     for _ in range(3):
         splits.fingerprint(task.train)
-        assert splits.problems(dataclasses.replace(task, validation=None)) == []
+        assert splits.problems(dataclasses.replace(task, validation=None), {}) == []
         values(splits.split(task, "calibration"))
     assert data.reads.value == 12
     values(task.train, shuffle=True, seed=1)
@@ -286,3 +286,88 @@ def test_they_are_timed_apart_and_with_the_model(tmp_path):
         pipeline("x")
     with pytest.raises(UserError, match=r"input 'input': expected shape \(batch, 3\), got"):
         pipeline("1 2")
+
+
+class Looked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table, self.head = nn.Embedding(10, 3), nn.Linear(3, 3)
+
+    def forward(self, ids):
+        return self.head(self.table(ids).mean(1))
+
+
+def put(tensor, place, value):
+    made = tensor.clone()
+    made[place] = value
+    return made
+
+
+@pytest.mark.parametrize(
+    ("where", "place", "value", "said"),
+    [
+        ("ids", (70, 2), 12, "with its least and largest inputs (0 in example 0, 12 in example 70"),
+        ("ids", (80, 1), -1, "least and largest inputs (-1 in example 80, 9 in example 9): the mo"),
+        ("labels", 90, 7, "least and largest labels (0 in example 0, 7 in example 90): task.loss"),
+        ("labels", 90, -3, "Target -3 is out of bounds; it was given an output of float32 (64, 3)"),
+    ],
+)
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_numbers_beyond_a_table_or_the_classes_are_told_wherever_they_stand(
+    where, place, value, said, split
+):
+    ids = torch.arange(100)[:, None].expand(100, 4) % 10
+    labels = torch.arange(100) % 3
+    good = TensorDataset(ids, labels)
+    ids, labels = (
+        put(tensor, place, value) if where == name else tensor
+        for name, tensor in (("ids", ids), ("labels", labels))
+    )
+    task = Task((ids[:1],), paredown.accuracy, nn.functional.cross_entropy, good, None, good, good)
+    model = paredown.capture(Looked().eval(), task.example)
+    assert preflight.problems(model, task, paredown.Target("pytorch")) == []
+    task = dataclasses.replace(task, **{split: TensorDataset(ids, labels)})
+    [problem] = preflight.problems(model, task, paredown.Target("pytorch"))
+    assert problem.startswith(f"{split}: ") and said in problem
+
+
+def test_a_loss_that_wants_other_targets_than_the_score_is_no_problem():
+    rows = torch.randn(8, 3)
+    train = TensorDataset(rows, rows.argmax(1))
+    scored = TensorDataset(rows, torch.eye(3, dtype=torch.long)[rows.argmax(1)])
+    task = Task(
+        (rows[:1],),
+        score=lambda output, target: target.gather(1, output.argmax(1)[:, None])[:, 0],
+        loss=nn.functional.cross_entropy,
+        train=train,
+        validation=scored,
+        test=scored,
+    )
+    model = paredown.capture(identity(), task.example)
+    assert preflight.problems(model, task, paredown.Target("pytorch")) == []
+
+
+def test_what_a_score_or_a_loss_was_given_is_told():
+    rows = torch.randn(8, 3)
+    data = TensorDataset(rows, rows.argmax(1).float())
+    task = Task((rows[:1],), lambda output, target: None, nn.functional.cross_entropy, data)
+    task = dataclasses.replace(task, validation=TensorDataset(rows), test=TensorDataset(rows))
+    model = paredown.capture(identity(), task.example)
+    found = preflight.problems(model, task, paredown.Target("pytorch"))
+    assert found == [
+        "task.score: expected one number for each example, shape (8,), got NoneType; do not average"
+        " over the batch, return for example (output.argmax(1) == target).float().",
+        "task.loss failed: RuntimeError: expected target dtype to be Long or Byte, but got Float; "
+        "it was given an output of float32 (8, 3) and a target of float32 (8,).",
+    ]
+
+
+@pytest.mark.parametrize("seed", [2**62, -1, 1.0, True])
+def test_a_seed_is_one_that_all_generators_take(seed):
+    said = "seed: expected a whole number from 0 to 4294967295, got"
+    for step in (paredown.FineTune, paredown.HashWeights, paredown.PruneChannels):
+        with pytest.raises(UserError, match=said):
+            step(seed=seed)
+    task = Task(EXAMPLE, paredown.accuracy)
+    with pytest.raises(UserError, match=said):
+        paredown.compress(identity(), task, paredown.Goals(size="1x"), seed=seed)

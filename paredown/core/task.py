@@ -81,6 +81,8 @@ class Task:
         for name in ("score", "loss", "preprocess", "postprocess"):
             given = getattr(self, name)
             require(name, given, given is None or callable(given), "a function")
+        told = isinstance(self.classes, str)
+        require("classes", self.classes, not told, 'a tuple of names, such as ("cat", "dog")')
 
     def missing(self, needs: set[str] | frozenset[str]) -> list[str]:
         """The fields among ``needs`` that this task does not provide, sorted."""

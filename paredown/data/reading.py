@@ -66,7 +66,7 @@ class Split(Dataset[Any]):
     def raw(self, index: int) -> Any:
         """An example's inputs as the user's data give them, before any preprocessing."""
         with machine.same_numbers():
-            return pair(examples(self.data, [index], 0)[0])[0]
+            return pair(examples(self.data, [index], 0)[0], self.name)[0]
 
     def read(
         self, indices: Sequence[int], seed: int, places: Sequence[int], again: bool = False
@@ -129,7 +129,7 @@ class Split(Dataset[Any]):
     def _ready(self, row: Any, index: int) -> Any:
         if self.preprocess is None:
             return row
-        inputs, target = pair(row)
+        inputs, target = pair(row, self.name)
         with _told(self.name, f"example {index}", "task.preprocess failed on it"):
             made = self.preprocess(inputs)
         return (made,) if target is None else (made, target)
@@ -257,7 +257,7 @@ def _depth(kind: type, name: str) -> int | None:
     return next(found, None)
 
 
-def pair(item: Any) -> tuple[Any, Any]:
+def pair(item: Any, name: str = "task") -> tuple[Any, Any]:
     """Inputs and target of an example, or of a batch; None where there is no target.
 
     Raises:
@@ -266,7 +266,7 @@ def pair(item: Any) -> tuple[Any, Any]:
     if isinstance(item, (tuple, list)) and len(item) in (1, 2):
         return item[0], item[1] if len(item) == 2 else None
     raise UserError(
-        "task: a split must give (inputs, target) pairs, inputs being a tensor, a tuple or a "
+        f"{name}: a split must give (inputs, target) pairs, inputs being a tensor, a tuple or a "
         f"dict; it gives {_describe(item)}."
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -90,14 +90,15 @@ def batches(
     tensors = reading.tensors(data)
     if tensors is not None:
         found = _tensor_batches(tensors, batch_size, shuffle, generator)
-        yield from itertools.islice(found, most)
+        for item in itertools.islice(found, most):
+            yield reading.pair(item, reading.named(data))
         return
     count = size(data)
     torch.empty((), dtype=torch.int64).random_(generator=generator)  # as torch's loader does
     order = torch.randperm(count, generator=generator) if shuffle else torch.arange(count)
     chosen = [each.tolist() for each in order.split(batch_size)[:most]]
     for item in loader.batches(data, chosen, seed, again):
-        inputs, target = reading.pair(item)
+        inputs, target = reading.pair(item, reading.named(data))
         _check_numbers(data, inputs)
         yield inputs, target
 
@@ -126,11 +127,11 @@ def example(data: Dataset[Any], index: int) -> Any:
 
 def _tensor_batches(
     tensors: tuple[Tensor, ...], batch_size: int, shuffle: bool, generator: torch.Generator
-) -> Iterator[tuple[Any, Any]]:
+) -> Iterator[list[Tensor]]:
     count = len(tensors[0])
     order = torch.randperm(count, generator=generator) if shuffle else torch.arange(count)
     for chosen in order.split(batch_size):
-        yield reading.pair([tensor[chosen] for tensor in tensors])
+        yield [tensor[chosen] for tensor in tensors]
 
 
 def arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -166,28 +167,78 @@ def unrepeated(data: Dataset[Any], batch_size: int) -> int | None:
     return None
 
 
-def problems(task: Task) -> list[str]:
-    """Everything wrong with the splits: empty, one example, NaN or infinite inputs."""
+@dataclass
+class Survey:
+    """What all of a split holds.
+
+    Attributes:
+        bad: examples with NaN or infinite inputs.
+        ends: of each tensor of whole numbers, its least and its largest number and in which
+            example each stands: ``(number, example)`` by what it is, such as ("label", "largest").
+    """
+
+    bad: int = 0
+    ends: dict[tuple[str, str], tuple[int, int]] = field(default_factory=dict)
+
+    def add(self, inputs: Any, target: Any, start: int) -> None:
+        """One batch more, whose first example is that one of the split."""
+        leaves = structure.flatten(inputs)[0]
+        finite = [torch.isfinite(t).reshape(len(t), -1).all(1) for t in leaves if _floats(t)]
+        self.bad += int((~torch.stack(finite).all(0)).sum()) if finite else 0
+        for name, tensors in (("input", leaves), ("label", structure.flatten(target)[0])):
+            for place, tensor in enumerate(tensors):
+                if tensor.numel() and tensor.dim() and not _floats(tensor):
+                    self._ends(f"{name} {place}", tensor.reshape(len(tensor), -1), start)
+
+    def _ends(self, name: str, rows: Tensor, start: int) -> None:
+        for which, best in (("least", rows.amin(1).argmin()), ("largest", rows.amax(1).argmax())):
+            row = rows[best]
+            number, example = int(row.min() if which == "least" else row.max()), start + int(best)
+            now = self.ends.get((name, which))
+            beyond = now is None or (number < now[0] if which == "least" else number > now[0])
+            if beyond:
+                self.ends[name, which] = number, example
+
+
+def _floats(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def survey(task: Task, name: str) -> Survey:
+    """What all of a split holds, in one reading of it.
+
+    Raises:
+        UserError: it is empty, or an example cannot be read.
+    """
+    data, found, start = split(task, name), Survey(), 0
+    for inputs, target in batches(data, task.batch_size):
+        found.add(inputs, target, start)
+        start += len(structure.flatten(inputs)[0][0])
+    return found
+
+
+def problems(task: Task, surveys: dict[str, Survey]) -> list[str]:
+    """Everything wrong with the splits: empty, one example, NaN or infinite inputs.
+
+    Args:
+        surveys: of the splits that could be read, where they are put.
+    """
     found = []
     for name in SPLITS:
         data = getattr(task, name)
         if data is None:
             continue
-        count = size(data)
-        if count < 2:
-            found.append(f"task: its {name} split has {count} examples; at least 2 are needed.")
+        try:
+            count = size(data)
+            if count < 2:
+                few = f"task: its {name} split has {count} examples; at least 2 are needed."
+                found.append(few)
+                continue
+            surveys[name] = survey(task, name)
+        except UserError as error:
+            found.append(str(error))
             continue
-        bad = _bad_examples(data, task.batch_size)
+        bad = surveys[name].bad
         if bad:
             found.append(f"task: {bad} of {count} examples of {name} hold NaN or infinite inputs.")
     return found
-
-
-def _bad_examples(data: Dataset[Any], batch_size: int) -> int:
-    bad = 0
-    for inputs, _ in batches(data, batch_size):
-        floats = [t for t in structure.flatten(inputs)[0] if t.is_floating_point()]
-        finite = [torch.isfinite(t).reshape(len(t), -1).all(1) for t in floats]
-        if finite:
-            bad += int((~torch.stack(finite).all(0)).sum())
-    return bad

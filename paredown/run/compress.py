@@ -14,6 +14,7 @@ from paredown.core import progress
 from paredown.core.errors import UserError
 from paredown.core.goals import GoalCheck, Goals
 from paredown.core.results import Run, Trial
+from paredown.core.settings import check_seed
 from paredown.core.task import Target, Task
 from paredown.core.units import GOALS
 from paredown.data import splits
@@ -64,6 +65,7 @@ def compress(
     Raises:
         UserError: a problem with the model, the task, the goals or the folder; nothing is lost.
     """
+    check_seed("seed", seed)
     target, task = target or Target(), splits.prepared(task)
     captured = capture(model, task.example, task.dynamic)
     found = problems(captured, task, target, steps or [])
