@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import html
 import json
+import textwrap
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 from paredown.core.errors import UserError
 from paredown.core.goals import GoalCheck
 from paredown.core.measurement import Comparison, Measurement
+from paredown.core.units import GOALS, human
 
 FILES = ("artifact", "original")  # of a run
 
@@ -72,6 +75,34 @@ class Run:
     verdict: str
     details: dict[str, Any]  # layers, histograms, per-class scores, flips, latency samples, notes
 
+    def __repr__(self) -> str:
+        """Verdict, figures and artifact, in lines of at most 60 columns but for the last."""
+        rows = [("", "original", "compressed"), *self._figures()]
+        lines = [f"Run {self.name!r}", *textwrap.wrap(self.verdict, 58)]
+        lines += [f"{name:12} {before:>14} {after:>14}" for name, before, after in rows]
+        return "\n  ".join([*lines, *([self.artifact.path] if self.artifact else [])])
+
+    def _repr_html_(self) -> str:
+        """The same for notebooks."""
+        row = "<tr><th>{}</th><td>{}</td><td>{}</td></tr>"
+        cells = [row.format(*each) for each in self._figures()]
+        where = html.escape(self.artifact.path) if self.artifact else ""
+        return (
+            f"<p><b>{html.escape(self.name)}</b>: {html.escape(self.verdict)}</p><table>"
+            f"<tr><th></th><th>original</th><th>compressed</th></tr>{''.join(cells)}</table>"
+            f"<p><code>{where}</code></p>"
+        )
+
+    def _figures(self) -> list[tuple[str, str, str]]:
+        """What was measured of both files on the test split, in words."""
+        both = [self.on_device.get(name) for name in ("original", "compressed")]
+        found = [("score", _score(both[0]), _score(both[1]))]
+        for goal in GOALS:
+            values = [m.quantity(goal) if m else None for m in both]
+            before, after = ("" if v is None else human(goal, v) for v in values)
+            found.append((goal, before, after))
+        return [row for row in found if any(row[1:])]
+
     def to_json(self) -> str:
         """The text of ``run.json``, which may be moved with its folder."""
         raw = dataclasses.asdict(self)
@@ -113,6 +144,12 @@ class Run:
         raw["comparison"] = raw["comparison"] and Comparison(**raw["comparison"])
         raw["checks"] = [GoalCheck(**check) for check in raw["checks"]]
         return Run(**raw)
+
+
+def _score(m: Measurement | None) -> str:
+    if m is None or m.score is None:
+        return ""
+    return f"{m.score:.2%}" if m.score_in_points else f"{m.score:.4g}"
 
 
 def _trial(raw: dict[str, Any]) -> Trial:

@@ -17,6 +17,8 @@ from paredown.report.table import comparison
 from paredown.run.identity import versions
 from paredown.targets.artifact import parts
 
+NARROW = 75  # columns, below which goals stand under the table
+
 
 def measurement_rows(m: Measurement) -> list[tuple[str, str]]:
     score = f"{m.score:.2%}" if m.score_in_points else f"{m.score:.5g}"
@@ -42,12 +44,17 @@ def print_run(finished: Run) -> None:
     table = Table(
         title="The exported file beside the original, on the test split", title_justify="left"
     )
-    for name in ("", "original", "compressed", "ratio", "goal", "met?"):
+    narrow = console.width < NARROW
+    for name in ("", "original", "compressed", "ratio", *(() if narrow else ("goal", "met?"))):
         table.add_column(name, justify="left" if not name else "right")
     for row in comparison(finished):
         met = {True: "[green]yes[/]", False: "[red]no[/]", None: ""}[row["met"]]
-        table.add_row(row["name"], *row["figures"], row["change"], row["goal"], met)
+        cells = (row["name"], *row["figures"], row["change"], row["goal"], met)
+        table.add_row(*cells[: len(table.columns)])
     console.print(table)
+    for check in finished.checks if narrow else ():
+        colour, word = ("green", "met") if check.met else ("red", "missed")
+        console.print(f"[{colour}]{word}[/]: {escape(check.sentence)}", highlight=False)
     if finished.comparison is not None:
         console.print(f"Score: {finished.comparison.verdict}", highlight=False)
         console.print(f"Speed: {finished.comparison.speed}", highlight=False)
