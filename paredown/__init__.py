@@ -5,6 +5,7 @@ from typing import Any
 from paredown.core.errors import UserError
 from paredown.core.goals import Goals
 from paredown.core.measurement import Measurement
+from paredown.core.progress import shown as progress
 from paredown.core.results import Artifact, Run
 from paredown.core.task import Target, Task
 from paredown.core.units import Limit
@@ -47,6 +48,7 @@ __all__ = [
     "open",
     "pack",
     "plan",
+    "progress",
     "replay",
     "report",
     "squared_error",

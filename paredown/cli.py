@@ -20,6 +20,7 @@ from paredown.core import progress
 from paredown.core.console import output, print_json
 from paredown.core.errors import UserError
 from paredown.core.goals import Goals
+from paredown.core.results import Run
 from paredown.core.task import Target, Task
 from paredown.core.terminal import WIDEST
 from paredown.explain.inspect import inspect_model, shown
@@ -33,7 +34,6 @@ from paredown.report.page import report
 from paredown.run import preflight
 from paredown.run.compress import compress
 from paredown.run.explain import explain
-from paredown.run.folder import load_run
 from paredown.run.replay import replay
 from paredown.run.words import file_of, measurement_rows, print_run, why
 from paredown.search.plan import as_asked, plan
@@ -314,7 +314,7 @@ def report_verb(
     folder: Annotated[Path, typer.Argument(help="Run folder.")], as_json: Json = False
 ) -> None:
     """Write the report page of a run again."""
-    path = report(load_run(folder), folder / "report.html")
+    path = report(Run.load(folder), folder / "report.html")
     if as_json:
         print_json({"report": str(path)})
     else:
@@ -334,10 +334,10 @@ def explain_verb(
 
     The report is written again with the explanation.
     """
-    run = load_run(folder)
+    run = Run.load(folder)
     with _working(as_json):
         found = explain(folder, python_file.load_task(file or file_of(run, "explain")))
-        report(load_run(folder), folder / "report.html")
+        report(Run.load(folder), folder / "report.html")
     if as_json:
         print_json(found.to_json())
         return
@@ -355,7 +355,7 @@ def replay_verb(
     as_json: Json = False,
 ) -> None:
     """Make a run's artifact again from its recipe, and compare the two files' SHA-256."""
-    run = load_run(folder)
+    run = Run.load(folder)
     with _working(as_json):
         artifact, digest = replay(folder, *python_file.load(file or file_of(run, "replay")))
     same = digest == artifact.sha256

@@ -17,6 +17,7 @@ from torch.utils.data import Dataset, TensorDataset
 import paredown
 from paredown import FineTune, PruneChannels, PruneWeights, Quantize
 from paredown.core.errors import UserError
+from paredown.core.results import Run
 from paredown.core.task import Target, Task
 from paredown.explain import explanation
 from paredown.explain.cause import KINDS
@@ -24,7 +25,6 @@ from paredown.explain.explanation import explain_file
 from paredown.explain.noise import Outputs
 from paredown.graph.quantized.runner import Runner
 from paredown.graph.sites import sites
-from paredown.run import folder
 from tests.architectures import ARCHITECTURES, make
 from tests.test_run import NO_TRAIN, here, paredown_cli, user  # noqa: F401
 
@@ -287,7 +287,7 @@ RUN = ("run", "net.py", "--size", "0.5x", "--out", "r")
 def test_explain_on_the_command_line(user, paredown_cli):
     user(NO_TRAIN)
     paredown_cli(*RUN)
-    first = folder.load_run("r").details["explanation"]
+    first = Run.load("r").details["explanation"]
     assert first["source"] == "file" and len(first["layers"]) == 4
     code, out, err = paredown_cli("explain", "r", "--top", "2")
     assert (code, err) == (0, "")
@@ -296,10 +296,10 @@ def test_explain_on_the_command_line(user, paredown_cli):
     code, out, _ = paredown_cli("explain", "r", "--json")
     found = json.loads(out)
     assert code == 0 and len(found["ranking"]["restored"]) == 4
-    assert folder.load_run("r").details["explanation"] == found
+    assert Run.load("r").details["explanation"] == found
     assert "Where the score went" in Path("r/report.html").read_text()
     assert "This run is finished" in paredown_cli(*RUN)[1]  # and the explanation is still there
-    assert folder.load_run("r").details["explanation"] == found
+    assert Run.load("r").details["explanation"] == found
 
 
 def test_what_cannot_be_explained_is_said(user, paredown_cli):

@@ -458,3 +458,15 @@ def test_speedup_sentences(interval: Interval, sentence: str) -> None:
 def test_errors_say_what_was_wrong(call: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        (-1e-6, -3e-6, "score fell by 0.0000020 (95 % interval -0.0000020 to -0.0000020 over 50"),
+        (-1e-13, -3e-13, "score fell by 2e-13 (95 % interval -2e-13 to -2e-13 over 50"),
+    ],
+)
+def test_a_verdict_on_tiny_scores_is_not_all_zeros(before, after, said):
+    verdict = stats.non_inferior([before] * 50, [after] * 50, 1e-3, name="score")
+    assert verdict.sentence.startswith(said)

@@ -12,7 +12,9 @@ class Measurement:
 
     ``score`` is the mean over ``examples`` examples of ``split`` with its interval; sizes and
     memory are bytes, latencies milliseconds per inference at the deployed batch, throughput
-    examples per second, energy millijoules per inference.
+    examples per second, energy millijoules per inference. What the task does before and behind the
+    model, where it does something, is the median of as many examples; end to end is the sum of the
+    three medians.
     """
 
     size_bytes: int
@@ -26,6 +28,9 @@ class Measurement:
     latency_ms_p90: float | None = None
     latency_ms_p99: float | None = None
     latency_samples: int = 0
+    preprocess_ms: float | None = None
+    postprocess_ms: float | None = None
+    end_to_end_ms: float | None = None
     throughput_per_s: float | None = None
     memory_bytes: int | None = None
     energy_mj: float | None = None

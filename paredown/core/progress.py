@@ -21,8 +21,19 @@ _bar: ContextVar[Progress | None] = ContextVar("bar", default=None)
 
 
 @contextlib.contextmanager
-def shown(console: Console) -> Iterator[None]:
-    """Show progress on ``console`` within the block."""
+def shown(console: Console | None = None) -> Iterator[None]:
+    """Show within the block what is being done, as ``paredown.progress``.
+
+    Args:
+        console: where; the error stream, or the notebook, by default.
+
+    Example:
+        >>> from rich.console import Console
+        >>> with shown(Console(no_color=True)):
+        ...     say("half done")
+        half done
+    """
+    from rich.console import Console as Where
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -31,6 +42,7 @@ def shown(console: Console) -> Iterator[None]:
         TimeRemainingColumn,
     )
 
+    console = console or Where(stderr=True)
     columns = (
         TextColumn("  {task.description}"),
         BarColumn(),

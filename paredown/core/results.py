@@ -3,23 +3,35 @@
 from __future__ import annotations
 
 import dataclasses
+import html
 import json
-from dataclasses import dataclass, field
+import textwrap
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
+from paredown.core.errors import UserError
 from paredown.core.goals import GoalCheck
 from paredown.core.measurement import Comparison, Measurement
+from paredown.core.units import GOALS, human
+
+FILES = ("artifact", "original")  # of a run
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """An exported file: what to ship."""
+    """An exported file: what to ship.
+
+    Attributes:
+        path: where it lies; in ``run.json`` its name in the run's folder.
+        recipe: what made it, as TOML.
+    """
 
     path: str
     runtime: str
     sha256: str
     size_bytes: int
-    recipe: str  # the recipe that made it, as TOML
+    recipe: str
 
 
 @dataclass(frozen=True)
@@ -77,20 +89,81 @@ class Run:
         unsure = any(check.unproven for check in self.checks) or self.details.get("useless")
         return "open" if unsure else "met"
 
+    def __repr__(self) -> str:
+        """Verdict, figures and artifact, in lines of at most 60 columns but for the last."""
+        rows = [("", "original", "compressed"), *self._figures()]
+        lines = [f"Run {self.name!r}", *textwrap.wrap(self.verdict, 58)]
+        lines += [f"{name:12} {before:>14} {after:>14}" for name, before, after in rows]
+        return "\n  ".join([*lines, *([self.artifact.path] if self.artifact else [])])
+
+    def _repr_html_(self) -> str:
+        """The same for notebooks."""
+        row = "<tr><th>{}</th><td>{}</td><td>{}</td></tr>"
+        cells = [row.format(*each) for each in self._figures()]
+        where = html.escape(self.artifact.path) if self.artifact else ""
+        return (
+            f"<p><b>{html.escape(self.name)}</b>: {html.escape(self.verdict)}</p><table>"
+            f"<tr><th></th><th>original</th><th>compressed</th></tr>{''.join(cells)}</table>"
+            f"<p><code>{where}</code></p>"
+        )
+
+    def _figures(self) -> list[tuple[str, str, str]]:
+        """What was measured of both files on the test split, in words."""
+        both = [self.on_device.get(name) for name in ("original", "compressed")]
+        found = [("score", _score(both[0]), _score(both[1]))]
+        for goal in GOALS:
+            values = [m.quantity(goal) if m else None for m in both]
+            before, after = ("" if v is None else human(goal, v) for v in values)
+            found.append((goal, before, after))
+        return [row for row in found if any(row[1:])]
+
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True, allow_nan=False)
+        """The text of ``run.json``, which may be moved with its folder."""
+        raw = dataclasses.asdict(self)
+        for name in FILES:
+            if raw[name]:
+                raw[name]["path"] = Path(raw[name]["path"]).name
+        return json.dumps(raw, indent=1, sort_keys=True, allow_nan=False)
+
+    @staticmethod
+    def load(folder: str | Path) -> Run:
+        """The finished run of a folder, its files by where they lie.
+
+        Raises:
+            UserError: no finished run there, or a damaged one.
+        """
+        path = Path(folder) / "run.json"
+        if not path.is_file():
+            raise UserError(f"{folder}: holds no finished run (no run.json).")
+        try:
+            return Run.from_json(path.read_text()).within(path.parent)
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(f"{path}: is damaged: {error}.") from error
+
+    def within(self, folder: Path) -> Run:
+        """This run with the paths of its files in a folder, whatever the current one may become."""
+        found = {name: getattr(self, name) for name in FILES if getattr(self, name)}
+        there = folder.absolute()
+        moved = {n: replace(a, path=str(there / Path(a.path).name)) for n, a in found.items()}
+        return replace(self, **moved)
 
     @staticmethod
     def from_json(text: str) -> Run:
         raw = json.loads(text)
         raw["baseline"] = Measurement(**raw["baseline"])
         raw["trials"] = [_trial(trial) for trial in raw["trials"]]
-        for name in ("artifact", "original"):
+        for name in FILES:
             raw[name] = raw[name] and Artifact(**raw[name])
         raw["on_device"] = {name: Measurement(**m) for name, m in raw["on_device"].items()}
         raw["comparison"] = raw["comparison"] and Comparison(**raw["comparison"])
         raw["checks"] = [GoalCheck(**check) for check in raw["checks"]]
         return Run(**raw)
+
+
+def _score(m: Measurement | None) -> str:
+    if m is None or m.score is None:
+        return ""
+    return f"{m.score:.2%}" if m.score_in_points else f"{m.score:.4g}"
 
 
 def _trial(raw: dict[str, Any]) -> Trial:

@@ -41,6 +41,23 @@ def check_count(name: str, value: Any, least: int = 1) -> None:
     require(name, value, whole and value >= least, f"a whole number from {least} up")
 
 
+def check_seed(name: str, value: Any) -> None:
+    """Refuse what is no seed: a whole number that all generators take.
+
+    Raises:
+        UserError: says what was expected, and what came.
+
+    Example:
+        >>> check_seed("seed", 2**62)
+        Traceback (most recent call last):
+            ...
+        paredown.core.errors.UserError: seed: expected a whole number from 0 to 4294967295, got \
+4611686018427387904.
+    """
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    require(name, value, whole and 0 <= value < 2**32, f"a whole number from 0 to {2**32 - 1}")
+
+
 def check_choice(name: str, value: object, known: Sequence[str]) -> None:
     """Refuse a setting that is none of those that are known.
 

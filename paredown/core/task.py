@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from paredown.core.errors import UserError
+from paredown.core.settings import check_count, require
 
 SPLITS = ("train", "calibration", "validation", "test")
 
@@ -23,6 +24,11 @@ class Task:
     Each example is what its ``__getitem__`` gives, wherever it is read; what that draws at random
     from ``torch``, ``numpy.random`` or ``random`` is seeded for each example and epoch.
 
+    ``preprocess`` and ``postprocess`` are what surrounds the model as deployed: where there is a
+    ``preprocess``, the splits give inputs as they come in, and every reader of them, training
+    included, runs it on each example; ``score`` gets what ``postprocess`` makes of an output, and
+    ``loss`` the output itself. A run times both beside the model.
+
     Args:
         example: inputs as deployed, batch dimension first: a tuple of positional inputs, or a
             dict of keyword inputs. Latency is measured on exactly these shapes.
@@ -31,12 +37,16 @@ class Task:
         train, calibration, validation, test: the splits. Steps learn from ``train``, gather
             ranges from ``calibration`` (default: the start of ``train``), decisions are made on
             ``validation`` and the final claim on ``test``, which no decision has seen.
+        preprocess: ``preprocess(inputs) -> inputs``, from those of one example of a split to those
+            of the model, without a batch dimension; ``example`` is given as it leaves them.
+        postprocess: ``postprocess(output) -> anything``, of a batch, before ``score``.
         dynamic: dimensions besides the batch that vary, in the shape of ``example``: for each
             input ``{dim: "name"}`` or None.
         classes: names of the classes, for the report.
         batch_size: examples per batch wherever the data is run.
         student: a small model for the plan to put in the original's place, taught by it: what
             `Distill` takes as its ``student``.
+        workers: processes that read and preprocess the splits; 0 is the program's own.
         ignore: the label, or labels, that ``loss`` and ``score`` do not count, such as 255 or -1,
             so that a teacher's outputs are not compared there either. None finds it out: the one
             value outside the classes in all of a split, or -100.
@@ -66,6 +76,16 @@ class Task:
     batch_size: int = 64
     ignore: int | tuple[int, ...] | None = None
     student: str | nn.Module | None = None
+    workers: int = 0
+
+    def __post_init__(self) -> None:
+        check_count("batch_size", self.batch_size)
+        check_count("workers", self.workers, 0)
+        for name in ("score", "loss", "preprocess", "postprocess"):
+            given = getattr(self, name)
+            require(name, given, given is None or callable(given), "a function")
+        told = isinstance(self.classes, str)
+        require("classes", self.classes, not told, 'a tuple of names, such as ("cat", "dog")')
 
     def missing(self, needs: set[str] | frozenset[str]) -> list[str]:
         """The fields among ``needs`` that this task does not provide, sorted."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -59,12 +58,6 @@ def padded(batch: Any, size: int) -> Any:
         return batch
     chosen = torch.arange(size).clamp(max=len(leaves[0]) - 1)
     return structure.unflatten([leaf[chosen] for leaf in leaves], nesting)
-
-
-def first(found: Iterator[Any], number: int) -> Iterator[Any]:
-    """At most so many batches."""
-    for _, batch in zip(range(number), found, strict=False):
-        yield batch
 
 
 def per_epoch(examples: int, batch: int, fixed: int | None) -> int:

@@ -12,7 +12,7 @@ from paredown.core import progress
 from paredown.core.errors import UserError
 from paredown.core.task import Task
 from paredown.data import batches, feed
-from paredown.graph import machine
+from paredown.graph import machine, structure
 from paredown.graph.model import Model
 
 
@@ -46,22 +46,66 @@ def _scores(model: Model, task: Task, batch: Any) -> Tensor:
     return scored(task, output, batch[1], count).float()
 
 
+def postprocessed(task: Task, output: Any) -> Any:
+    """What the task makes of a batch's output.
+
+    Raises:
+        UserError: ``task.postprocess`` fails.
+    """
+    assert task.postprocess is not None
+    try:
+        return task.postprocess(output)
+    except Exception as error:
+        raise UserError(f"task.postprocess failed: {type(error).__name__}: {error}") from error
+
+
+def failed(what: str, error: Exception, output: Any, target: Any) -> str:
+    """That a function of the user's failed, in a sentence with what it was given.
+
+    Example:
+        >>> failed("task.loss", IndexError("of 3."), torch.zeros(2, 3), torch.tensor([0, 7]))[:29]
+        'task.loss failed: IndexError:'
+    """
+    reason = f"{type(error).__name__}: {error}".split("\n")[0].rstrip(".")
+    both = f"an output of {_described(output)} and a target of {_described(target)}"
+    return f"{what} failed: {reason}; it was given {both}."
+
+
+def _described(value: Any) -> str:
+    """Dtype and shape of all tensors in it, and the ends of whole numbers."""
+    leaves = structure.flatten(value)[0]
+    if not leaves:
+        return "None" if value is None else type(value).__name__
+    told = []
+    for leaf in leaves[:4]:
+        whole = not leaf.is_floating_point() and not leaf.is_complex() and leaf.numel()
+        ends = f" from {int(leaf.min())} to {int(leaf.max())}" if whole else ""
+        told.append(f"{str(leaf.dtype).removeprefix('torch.')} {tuple(leaf.shape)}{ends}")
+    return ", ".join(told)
+
+
 def scored(task: Task, output: Any, target: Any, count: int) -> Tensor:
     """The scores of a batch of ``count`` examples, (B,) float64 on the CPU.
 
     Raises:
-        UserError: ``task.score`` fails, or does not give one finite number for each example.
+        UserError: ``task.score`` or ``task.postprocess`` fails, or the score does not give one
+            finite number for each example.
 
     Example:
         >>> task = Task((torch.zeros(1, 2),), score=lambda out, y: out.argmax(1) == y)
         >>> scored(task, torch.eye(2), torch.tensor([0, 0]), 2).tolist()
         [1.0, 0.0]
     """
+    if task.postprocess is not None:
+        output = postprocessed(task, output)
     try:
         given = task.score(output, target)
-        scores = torch.as_tensor(given).detach().cpu()
     except Exception as error:
-        raise UserError(f"task.score failed: {type(error).__name__}: {error}") from error
+        raise UserError(failed("task.score", error, output, target)) from error
+    try:
+        scores = torch.as_tensor(given).detach().cpu()
+    except Exception:
+        scores = torch.zeros(0)  # of no shape that fits
     if scores.shape != (count,) or scores.is_complex():
         got: Any = tuple(scores.shape) if isinstance(given, Tensor) else type(given).__name__
         got = scores.dtype if scores.is_complex() else got

@@ -7,7 +7,6 @@ of its last example; where examples are only looked at (`whole`), what does not 
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -70,8 +69,10 @@ class Feed:
 
     def __iter__(self) -> Iterator[Batch]:
         """The batches, inputs and targets as the split gives them, on its device."""
-        found = splits.batches(self.data, self.size, shuffle=self.shuffle, seed=self.seed)
-        for inputs, target in itertools.islice(found, self.total):
+        found = splits.batches(
+            self.data, self.size, shuffle=self.shuffle, seed=self.seed, most=self.total
+        )
+        for inputs, target in found:
             count = batches.count(inputs)
             if self.model.fixed_batch:
                 inputs = batches.padded(inputs, self.size)

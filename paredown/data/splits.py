@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from typing import Any, TypeGuard
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import (
-    DataLoader,
-    Dataset,
-    IterableDataset,
-    StackDataset,
-    Subset,
-    TensorDataset,
-    default_collate,
-)
+from torch.utils import _pytree as pytree
+from torch.utils.data import Dataset, Subset
 
 from paredown.core.errors import UserError
 from paredown.core.task import SPLITS, Task
+from paredown.data import loader, reading
+from paredown.data.reading import Split
 from paredown.graph import machine, structure
 
 CALIBRATION_EXAMPLES = 512
@@ -46,123 +43,95 @@ def ignored(task: Task) -> tuple[int, ...] | None:
     return (task.ignore,) if isinstance(task.ignore, int) else task.ignore
 
 
+def prepared(task: Task) -> Task:
+    """The task with every split under its name, its ``preprocess`` being run as it is read; for as
+    long as this lives, examples that fit the memory are read once. Idempotent.
+    """
+    given = {name: getattr(task, name) for name in SPLITS}
+    named: dict[str, Any] = {
+        name: Split(data, name, task.preprocess, task.workers)
+        for name, data in given.items()
+        if data is not None and not isinstance(data, Split)
+    }
+    return replace(task, **named, preprocess=None)
+
+
 def size(data: Dataset[Any]) -> int:
-    try:
-        return len(data)  # type: ignore[arg-type]
-    except TypeError as error:
-        raise UserError(
-            "task: a split must have a length and an index, as torch's TensorDataset has."
-        ) from error
+    return reading.size(data)
 
 
 def batches(
-    data: Dataset[Any], batch_size: int, *, shuffle: bool = False, seed: int = 0
+    data: Dataset[Any],
+    batch_size: int,
+    *,
+    shuffle: bool = False,
+    seed: int = 0,
+    most: int | None = None,
+    again: bool = False,
 ) -> Iterator[tuple[Any, Any]]:
     """``(inputs, target)`` batches; target is None where the data has no labels.
 
     The order of a shuffled pass depends on ``seed`` alone, and so do the numbers that the dataset
-    draws for an example from torch, numpy and Python; the caller's are left alone. Every example is
-    what the dataset's own ``__getitem__`` gives, or its ``__getitems__``, whichever is the more
-    derived.
+    draws for an example from torch, numpy and Python; the caller's are left alone.
+
+    Args:
+        most: batches, at most.
+        again: read every example, whatever was kept of it.
+
+    Raises:
+        UserError: an example cannot be read, or some have no common shape; names it.
 
     Example:
         >>> x, y = torch.arange(6.0).reshape(3, 2), torch.arange(3)
-        >>> [target.tolist() for _, target in batches(TensorDataset(x, y), 2)]
+        >>> [target.tolist() for _, target in batches(torch.utils.data.TensorDataset(x, y), 2)]
         [[0, 1], [2]]
     """
     generator = torch.Generator().manual_seed(seed)
-    if _only_indexes(data):
-        yield from _tensor_batches(data.tensors, batch_size, shuffle, generator)
+    tensors = reading.tensors(data)
+    if tensors is not None:
+        found = _tensor_batches(tensors, batch_size, shuffle, generator)
+        for item in itertools.islice(found, most):
+            yield reading.pair(item, reading.named(data))
         return
-    source = data if isinstance(data, IterableDataset) else _Read(data, seed)
-    loader = DataLoader(
-        source, batch_size, shuffle=shuffle, generator=generator, collate_fn=default_collate
-    )
-    for item in loader:
-        yield pair(item)
+    count = size(data)
+    torch.empty((), dtype=torch.int64).random_(generator=generator)  # as torch's loader does
+    order = torch.randperm(count, generator=generator) if shuffle else torch.arange(count)
+    chosen = [each.tolist() for each in order.split(batch_size)[:most]]
+    for item in loader.batches(data, chosen, seed, again):
+        inputs, target = reading.pair(item, reading.named(data))
+        _check_numbers(data, inputs)
+        yield inputs, target
 
 
-def _only_indexes(data: Dataset[Any]) -> TypeGuard[TensorDataset]:
-    """Whether its examples are rows of its tensors, with nothing of the user's done to them."""
-    methods = ("__getitem__", "__len__")
-    return isinstance(data, TensorDataset) and all(
-        getattr(type(data), name) is getattr(TensorDataset, name) for name in methods
-    )
+def _check_numbers(data: Dataset[Any], inputs: Any) -> None:
+    """Refuse inputs that hold text or other things than tensors of numbers."""
+    leaves, form = structure.flatten(inputs)
+    other = structure.opaque(form).values()
+    if not leaves or other:
+        kind = next(iter(other), "text" if "str" in str(_kinds(inputs)) else "no tensor")
+        raise UserError(
+            f"{reading.named(data)}: expected inputs of numbers, got {kind}; make tensors of them "
+            "in the dataset, or in Task(preprocess=)."
+        )
 
 
-class _Read(Dataset[Any]):
-    """A split whose lists of examples are those that its own ``__getitem__`` would give: torch
-    takes an inherited or delegated ``__getitems__``, which passes by what a subclass has changed.
-    """
-
-    def __init__(self, data: Dataset[Any], seed: int) -> None:
-        self.data, self.seed = data, seed
-
-    def __len__(self) -> int:
-        return size(self.data)
-
-    def __getitems__(self, indices: list[int]) -> list[Any]:
-        with machine.same_numbers():
-            return _examples(self.data, indices, self.seed)
+def _kinds(value: Any) -> set[str]:
+    return {type(leaf).__name__ for leaf in pytree.tree_leaves(value)}
 
 
 def example(data: Dataset[Any], index: int) -> Any:
     """One example, as `batches` reads it."""
     with machine.same_numbers():
-        return _examples(data, [index], 0)[0]
-
-
-def _one(data: Any, index: int, place: int, seed: int) -> Any:
-    """An example of a dataset, by what is drawn for its place in the split."""
-    machine.seed_reading((seed * 2_654_435_761 + place * 40_503) % 2**32)
-    return data[index]
-
-
-def _examples(
-    data: Any, indices: Sequence[int], seed: int, places: Sequence[int] | None = None
-) -> list[Any]:
-    places = indices if places is None else places
-    pairs = zip(indices, places, strict=True)
-    kind = type(data)
-    item, items = (_depth(kind, name) for name in ("__getitem__", "__getitems__"))
-    if items is None or (item is not None and item < items):
-        return [_one(data, index, place, seed) for index, place in pairs]
-    if kind.__getitems__ is Subset.__getitems__:  # it asks what it holds as torch does
-        return _examples(data.dataset, [data.indices[n] for n in indices], seed, places)
-    if kind.__getitems__ is StackDataset.__getitems__:  # likewise
-        return [_one(data, index, place, seed) for index, place in pairs]
-    machine.seed_reading((seed * 2_654_435_761 + places[0] * 40_503) % 2**32)
-    return list(data.__getitems__(list(indices)))
-
-
-def _depth(kind: type, name: str) -> int | None:
-    """How far up a class inherits a method from; None where it has none."""
-    found = (depth for depth, each in enumerate(kind.__mro__) if name in vars(each))
-    return next(found, None)
+        return reading.examples(data, [index], 0)[0]
 
 
 def _tensor_batches(
     tensors: tuple[Tensor, ...], batch_size: int, shuffle: bool, generator: torch.Generator
-) -> Iterator[tuple[Any, Any]]:
+) -> Iterator[list[Tensor]]:
     count = len(tensors[0])
     order = torch.randperm(count, generator=generator) if shuffle else torch.arange(count)
     for chosen in order.split(batch_size):
-        yield pair([tensor[chosen] for tensor in tensors])
-
-
-def pair(item: Any) -> tuple[Any, Any]:
-    if isinstance(item, (tuple, list)) and len(item) in (1, 2):
-        return item[0], item[1] if len(item) == 2 else None
-    raise UserError(
-        "task: a split must give (inputs, target) pairs, inputs being a tensor, a tuple or a "
-        f"dict; it gives {_describe(item)}."
-    )
-
-
-def _describe(item: Any) -> str:
-    if isinstance(item, (tuple, list)):
-        return f"a {type(item).__name__} of {len(item)}"
-    return f"a {type(item).__name__}"
+        yield [tensor[chosen] for tensor in tensors]
 
 
 def arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -184,48 +153,92 @@ def fingerprint(data: Dataset[Any], batch_size: int = 256) -> str:
 
 def unrepeated(data: Dataset[Any], batch_size: int) -> int | None:
     """The first example that is another one when it is read again; None where there is none."""
-    if _only_indexes(data):
+    if reading.tensors(data) is not None:
         return None
     start = 0
-    for pair_ in zip(batches(data, batch_size), batches(data, batch_size), strict=True):
+    twice = (batches(data, batch_size, again=True) for _ in range(2))
+    for pair_ in zip(*twice, strict=True):
         once, again = (structure.flatten(item)[0] for item in pair_)
         for place in range(len(once[0]) if once else 0):
-            if not all(map(_same, (t[place] for t in once), (t[place] for t in again))):
+            pairs = zip((t[place] for t in once), (t[place] for t in again), strict=True)
+            if not all(reading.same(*each) for each in pairs):
                 return start + place
         start += len(once[0]) if once else 0
     return None
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors have the same bits; NaN is NaN."""
-    if torch.equal(one, other):
-        return True
-    floats = one.shape == other.shape and one.is_floating_point()
-    return floats and torch.equal(one.nan_to_num(), other.nan_to_num())
+@dataclass
+class Survey:
+    """What all of a split holds.
+
+    Attributes:
+        bad: examples with NaN or infinite inputs.
+        ends: of each tensor of whole numbers, its least and its largest number and in which
+            example each stands: ``(number, example)`` by what it is, such as ("label", "largest").
+    """
+
+    bad: int = 0
+    ends: dict[tuple[str, str], tuple[int, int]] = field(default_factory=dict)
+
+    def add(self, inputs: Any, target: Any, start: int) -> None:
+        """One batch more, whose first example is that one of the split."""
+        leaves = structure.flatten(inputs)[0]
+        finite = [torch.isfinite(t).reshape(len(t), -1).all(1) for t in leaves if _floats(t)]
+        self.bad += int((~torch.stack(finite).all(0)).sum()) if finite else 0
+        for name, tensors in (("input", leaves), ("label", structure.flatten(target)[0])):
+            for place, tensor in enumerate(tensors):
+                if tensor.numel() and tensor.dim() and not _floats(tensor):
+                    self._ends(f"{name} {place}", tensor.reshape(len(tensor), -1), start)
+
+    def _ends(self, name: str, rows: Tensor, start: int) -> None:
+        for which, best in (("least", rows.amin(1).argmin()), ("largest", rows.amax(1).argmax())):
+            row = rows[best]
+            number, example = int(row.min() if which == "least" else row.max()), start + int(best)
+            now = self.ends.get((name, which))
+            beyond = now is None or (number < now[0] if which == "least" else number > now[0])
+            if beyond:
+                self.ends[name, which] = number, example
 
 
-def problems(task: Task) -> list[str]:
-    """Everything wrong with the splits: empty, one example, NaN or infinite inputs."""
+def _floats(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def survey(task: Task, name: str) -> Survey:
+    """What all of a split holds, in one reading of it.
+
+    Raises:
+        UserError: it is empty, or an example cannot be read.
+    """
+    data, found, start = split(task, name), Survey(), 0
+    for inputs, target in batches(data, task.batch_size):
+        found.add(inputs, target, start)
+        start += len(structure.flatten(inputs)[0][0])
+    return found
+
+
+def problems(task: Task, surveys: dict[str, Survey]) -> list[str]:
+    """Everything wrong with the splits: empty, one example, NaN or infinite inputs.
+
+    Args:
+        surveys: of the splits that could be read, where they are put.
+    """
     found = []
     for name in SPLITS:
         data = getattr(task, name)
         if data is None:
             continue
-        count = size(data)
-        if count < 2:
-            found.append(f"task: its {name} split has {count} examples; at least 2 are needed.")
+        try:
+            count = size(data)
+            if count < 2:
+                few = f"task: its {name} split has {count} examples; at least 2 are needed."
+                found.append(few)
+                continue
+            surveys[name] = survey(task, name)
+        except UserError as error:
+            found.append(str(error))
             continue
-        bad = _bad_examples(data, task.batch_size)
+        bad = surveys[name].bad
         if bad:
             found.append(f"task: {bad} of {count} examples of {name} hold NaN or infinite inputs.")
     return found
-
-
-def _bad_examples(data: Dataset[Any], batch_size: int) -> int:
-    bad = 0
-    for inputs, _ in batches(data, batch_size):
-        floats = [t for t in structure.flatten(inputs)[0] if t.is_floating_point()]
-        finite = [torch.isfinite(t).reshape(len(t), -1).all(1) for t in floats]
-        if finite:
-            bad += int((~torch.stack(finite).all(0)).sum())
-    return bad

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -71,6 +73,25 @@ def seed_reading(number: int) -> None:
     torch.default_generator.manual_seed(number)
     random.seed(number)
     np.random.seed(number % 2**32)
+
+
+def drawn(number: int) -> bool:
+    """Whether anything was drawn since `seed_reading` of that number."""
+
+    def ahead() -> tuple[float, ...]:
+        return float(torch.rand(())), random.random(), float(np.random.random())
+
+    found = ahead()
+    seed_reading(number)
+    return found != ahead()
+
+
+def free_bytes() -> int:
+    """Memory that is free, as the system says; all there is where it does not."""
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return 1024 * int(next(each for each in lines if "MemAvailable" in each).split()[1])
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def random_state(used: torch.device) -> list[torch.Tensor]:

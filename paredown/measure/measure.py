@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,11 +17,11 @@ from paredown.core.task import Target, Task
 from paredown.data import splits
 from paredown.graph import structure
 from paredown.graph.model import Model
-from paredown.measure import speedups, stats, timing
+from paredown.measure import around, speedups, stats, timing
 from paredown.measure.inputs import deployed, deployed_batch
 from paredown.measure.scoring import Scoring, score_files
 from paredown.targets.artifact import size_bytes
-from paredown.targets.devices.device import TIMEOUT_S, Opened
+from paredown.targets.devices.device import TIMEOUT_S, Opened, write_batches
 
 
 @dataclass(frozen=True)
@@ -66,12 +67,14 @@ def measure(
             data does not fit the model; or ``task.score`` does not give one finite number per
             example.
     """
+    task = splits.prepared(task)
     examples = splits.split(task, split)
     with timing.opened(files, target, timeout_s) as probes:
         _check_signatures(probes, model)
         scorings = score_files(probes, model, task, split)
         places = {name: probe.describe() for name, probe in probes.items()}
-    batches, inputs = deployed(model, examples, split)
+        batches, inputs = deployed(model, examples, split)
+        surrounded = _around(probes, model, task, split, batches)
     batch = deployed_batch(model)
     where = {"batch": str(batch), "inputs": inputs}
     timings = timing.interleaved(files, target, batches, rounds, timeout_s=timeout_s)
@@ -83,7 +86,12 @@ def measure(
     return {
         name: _measured(
             Measurement(
-                size_bytes(file), score_in_points=in_points, split=split, where=places[name] | where
+                size_bytes(file),
+                score_in_points=in_points,
+                split=split,
+                where=places[name] | where,
+                preprocess_ms=surrounded[name][0],
+                postprocess_ms=surrounded[name][1],
             ),
             timings[name],
             scorings[name],
@@ -91,6 +99,27 @@ def measure(
         )
         for name, file in files.items()
     }
+
+
+def _around(
+    probes: dict[str, Opened],
+    model: Model,
+    task: Task,
+    split: str,
+    batches: list[list[np.ndarray]],
+) -> dict[str, tuple[float | None, float | None]]:
+    """What the task does before and behind each file, in ms, on what the latency is measured on."""
+    before = around.preprocess_ms(task, model, split)
+    found = {}
+    with tempfile.TemporaryDirectory(prefix="paredown-") as folder:
+        given, made = Path(folder) / "inputs.npz", Path(folder) / "outputs.npz"
+        if task.postprocess is not None:
+            write_batches(given, batches)
+        for name, probe in probes.items():
+            outputs = probe.run(given, made) if task.postprocess is not None else []
+            behind = around.postprocess_ms(task, model, outputs)
+            found[name] = before, behind
+    return found
 
 
 def compare(original: Measured, candidate: Measured, max_drop: float | None) -> Comparison:
@@ -153,8 +182,10 @@ def _measured(start: Measurement, timed: timing.Timing, scoring: Scoring, batch:
     scores = torch.cat(scoring.scores)
     mean = stats.mean_interval(scores.numpy())
     latency = speedups.quantiles(np.concatenate(timed.rounds))
+    own = [ms for ms in (start.preprocess_ms, start.postprocess_ms) if ms is not None]
     measurement = dataclasses.replace(
         start,
+        end_to_end_ms=sum(own, latency.p50) if own else None,
         score=mean.estimate,
         score_low=mean.low,
         score_high=mean.high,

@@ -272,6 +272,9 @@ def _needed(before: Floats, after: Floats, max_drop: float, confidence: float) -
 # The words
 
 
+MOST_PLACES = 9  # of a number that is not written with an exponent
+
+
 def _sentence(
     verdict: Verdict, one_sided: Interval, n: int, max_drop: float, name: str, unit: str | None
 ) -> str:
@@ -279,9 +282,12 @@ def _sentence(
     scale, unit = (100.0, "points") if unit is None else (1.0, unit)
     difference, needed = verdict.difference, verdict.needed
     width = scale * (difference.high - difference.low)
-    places = min(9, max(0, 1 - math.floor(math.log10(width)))) if width > 0 else 3
+    told = width or scale * abs(difference.estimate)  # all differences may be the same
+    places = max(0, 1 - math.floor(math.log10(told))) if told else 3
 
     def number(value: float, sign: str = "+") -> str:
+        if places > MOST_PLACES:
+            return f"{scale * value:{sign}.2g}"
         return f"{round(scale * value, places) + 0.0:{sign},.{places}f}"
 
     interval = f"{number(difference.low)} to {number(difference.high)}"

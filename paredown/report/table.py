@@ -24,6 +24,7 @@ def comparison(run: Run) -> list[dict[str, Any]]:
         ("Latency, median", "latency", "latency_ms_p50", "latency"),
         ("Latency, 90th percentile", "latency", "latency_ms_p90", ""),
         ("Latency, 99th percentile", "latency", "latency_ms_p99", ""),
+        ("End to end, median", "latency", "end_to_end_ms", ""),
         ("Throughput", "throughput", "throughput_per_s", "throughput"),
         ("Peak memory", "memory", "memory_bytes", "memory"),
         ("Energy per inference", "energy", "energy_mj", "energy"),
@@ -35,6 +36,8 @@ def comparison(run: Run) -> list[dict[str, Any]]:
             row = _row(run, name, goal, values, checks.get(asked))
             if goal == "energy":
                 row["notes"] = [m.energy_source if m else "" for m in (a, b)]
+            if field == "end_to_end_ms":
+                row["notes"] = [_around(m) for m in (a, b)]
             rows.append(row)
     packed = run.details.get("packed_bytes")
     if packed:
@@ -72,6 +75,19 @@ def met(check: GoalCheck | None) -> str:
     if check is None:
         return ""
     return "not proven" if check.unproven else "yes" if check.met else "no"
+
+
+def _around(m: Measurement | None) -> str:
+    """What of the end to end is the task's own.
+
+    Example:
+        >>> _around(Measurement(1, preprocess_ms=0.5, postprocess_ms=0.25))
+        'preprocessing 0.5 ms, postprocessing 0.25 ms'
+    """
+    if m is None:
+        return ""
+    both = {"preprocessing": m.preprocess_ms, "postprocessing": m.postprocess_ms}
+    return ", ".join(f"{name} {quantity(ms, 'latency')}" for name, ms in both.items() if ms)
 
 
 def _score_row(

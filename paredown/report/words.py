@@ -40,10 +40,12 @@ def score(value: float | None, points: bool) -> str:
     Example:
         >>> score(0.9124, True), score(-31.25, False)
         ('91.24%', '−31.25')
+        >>> score(2e-06, True), score(0.0, True)
+        ('0.0002%', '0.00%')
     """
     if value is None:
         return "–"
-    return (f"{100 * value:.2f}%" if points else f"{value:.4g}").replace("-", "−")
+    return (f"{_hundredths(value)}%" if points else f"{value:.4g}").replace("-", "−")
 
 
 def change(value: float | None, points: bool, unit: bool = True) -> str:
@@ -52,13 +54,21 @@ def change(value: float | None, points: bool, unit: bool = True) -> str:
     Example:
         >>> change(-0.0042, True), change(0.5, False), change(0.0, True, unit=False)
         ('−0.42 points', '+0.5', '0.00')
+        >>> change(-3e-06, True)
+        '−0.0003 points'
     """
     if value is None:
         return "–"
-    words = f"{100 * value:+.2f}" if points else f"{value:+.3g}"
+    words = _hundredths(value, "+") if points else f"{value:+.3g}"
     if not float(words):
         words = words.lstrip("+-")
     return words.replace("-", "−") + (" points" if points and unit else "")
+
+
+def _hundredths(value: float, sign: str = "") -> str:
+    """With two places; what these would make zero has two digits."""
+    words = f"{100 * value:{sign}.2f}"
+    return f"{100 * value:{sign}.2g}" if value and not float(words) else words
 
 
 def times(ratio: float) -> str:

@@ -15,7 +15,9 @@ from paredown.core import progress
 from paredown.core.errors import UserError
 from paredown.core.goals import Goals
 from paredown.core.results import Run, Trial
+from paredown.core.settings import check_seed
 from paredown.core.task import Target, Task
+from paredown.data import splits
 from paredown.explain.explanation import within_run
 from paredown.graph import machine
 from paredown.graph.capture import capture
@@ -66,7 +68,8 @@ def compress(
     Raises:
         UserError: a problem with the model, the task, the goals or the folder; nothing is lost.
     """
-    target = target or Target()
+    check_seed("seed", seed)
+    target, task = target or Target(), splits.prepared(task)
     captured = capture(model, task.example, task.dynamic)
     found = problems(captured, task, target, steps or [])
     if found:
@@ -90,8 +93,7 @@ def compress(
             run = Run.from_json(text)  # as a later call finds it
             ledger.finish(key, {"stage": ledger.put(text.encode(), RUN), "suffix": RUN})
         shutil.rmtree(folder / "scratch", ignore_errors=True)
-        write(run, folder, *_files(ledger, run))
-    return run
+        return write(run, folder, *_files(ledger, run))
 
 
 def _finished(ledger: Ledger, key: str) -> Run | None:
@@ -229,6 +231,7 @@ def _details(
     """What there is to say of the artifact besides its figures."""
     made = state.original, best.model(state), state.task, measured, best.file, state.target
     return {
+        "outputs": state.original.outputs,
         **ignore_of(state.task),
         "files": recipe.contents(best.steps, state.task),
         "stage_sha256": best.stage,

@@ -10,10 +10,11 @@ from paredown.core.errors import UserError
 from paredown.core.files import write_atomically
 from paredown.core.results import Artifact, Run
 from paredown.core.task import Task
+from paredown.data import splits
 from paredown.explain.explanation import Explanation, explain_file
 from paredown.graph import machine
 from paredown.graph.model import Model
-from paredown.run.folder import changed_task, load_run
+from paredown.run.folder import changed_task
 from paredown.run.ledger import MODEL, RUN, Ledger
 from paredown.steps import recipe
 from paredown.targets.artifact import digest
@@ -39,7 +40,7 @@ def explain(folder: str | Path, task: Task, seconds: float = SECONDS) -> Explana
             run's.
     """
     folder = Path(folder)
-    run = load_run(folder)
+    run, task = Run.load(folder), splits.prepared(task)
     stage, artifact = run.details.get("stage_sha256"), run.artifact
     if artifact is None or not stage:
         raise UserError(
@@ -54,7 +55,7 @@ def explain(folder: str | Path, task: Task, seconds: float = SECONDS) -> Explana
         original = _model(ledger, run.details["model_sha256"])
         compressed = _model(ledger, stage)
         steps = recipe.from_toml(artifact.recipe, "the run's recipe")
-        file, name = _file(folder, artifact), artifact.runtime
+        file, name = _file(artifact), artifact.runtime
         found = explain_file(original, compressed, file, name, task, steps, seconds)
         _keep(ledger, run, found)
     return found
@@ -67,8 +68,8 @@ def _model(ledger: Ledger, sha256: str) -> Model:
     return Model.decode(path.read_bytes(), str(path))
 
 
-def _file(folder: Path, artifact: Artifact) -> Path:
-    path = folder / artifact.path
+def _file(artifact: Artifact) -> Path:
+    path = Path(artifact.path)
     if not path.is_file() or digest(path) != artifact.sha256:
         raise UserError(f"{path}: is not the file that the run exported; run it again.")
     return path

@@ -1,4 +1,4 @@
-"""What a finished run leaves in its folder, and reading it again."""
+"""What a finished run leaves in its folder, and whether it is of the same task."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from paredown.core import progress
-from paredown.core.errors import UserError
 from paredown.core.files import write_atomically, write_together
 from paredown.core.results import Artifact, Run
 from paredown.core.task import Target, Task
@@ -19,9 +18,9 @@ from paredown.steps.step import Step
 from paredown.targets.artifact import digest, parts, size_bytes
 
 
-def write(run: Run, folder: Path, artifact: Path, original: Path) -> None:
+def write(run: Run, folder: Path, artifact: Path, original: Path) -> Run:
     """The folder's results: artifact and original, recipe, run.json, report.html; each whole or not
-    there."""
+    there. Returns the run by where its files lie."""
     assert run.artifact is not None and run.original is not None
     progress.say(f"Results in {folder}")
     run.details["folder"] = str(folder)
@@ -35,21 +34,7 @@ def write(run: Run, folder: Path, artifact: Path, original: Path) -> None:
     write_atomically(folder / "recipe.toml", run.artifact.recipe.encode())
     write_atomically(folder / "run.json", run.to_json().encode())
     report(run, folder / "report.html")
-
-
-def load_run(folder: str | Path) -> Run:
-    """The Run of a run folder.
-
-    Raises:
-        UserError: no finished run there.
-    """
-    path = Path(folder) / "run.json"
-    if not path.is_file():
-        raise UserError(f"{folder}: holds no finished run (no run.json).")
-    try:
-        return Run.from_json(path.read_text())
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path}: is damaged: {error}.") from error
+    return run.within(folder)
 
 
 def changed_task(run: Run, task: Task) -> Iterator[str]:

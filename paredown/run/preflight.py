@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,8 @@ from paredown.core.task import SPLITS, Target, Task
 from paredown.core.units import human
 from paredown.data import batches, evaluate, feed, splits
 from paredown.data.feed import Batch
+from paredown.data.reading import Split
+from paredown.data.splits import Survey
 from paredown.graph import structure
 from paredown.graph.capture import capture
 from paredown.graph.doors.python_file import load_file, made_model, made_task
@@ -34,6 +37,7 @@ from paredown.steps.training.distill import Distill
 from paredown.targets.artifact import size_bytes
 from paredown.targets.devices import device
 from paredown.targets.runtimes import RUNTIMES, ready
+from paredown.train.objective import task_loss
 
 NEEDED = {
     "validation": "decisions are made on it",
@@ -91,7 +95,7 @@ def _check(
     target: Target,
     steps: Sequence[Step],
 ) -> None:
-    model = None
+    model, task = None, splits.prepared(task)
     if module is not None:
         model = found.tried("capture", lambda: capture(module, task.example, task.dynamic))
     _ask(found, model, task, target, steps)
@@ -124,7 +128,7 @@ def unrepeated(task: Task) -> list[str]:
 def problems(model: Model, task: Task, target: Target, steps: Sequence[Step] = ()) -> list[str]:
     """What a run would stumble over, one sentence each; the export aside, this is quick."""
     found = Found()
-    _ask(found, model, task, target, steps)
+    _ask(found, model, splits.prepared(task), target, steps)
     return found.problems
 
 
@@ -134,21 +138,32 @@ def _ask(
     """Everything that can be asked of task, target and recipe, and one batch of each split."""
     lacking = task.missing(set(NEEDED))
     found.problems += [f"task: has no {name}; {NEEDED[name]}." for name in lacking]
-    found.tried("the data", lambda: found.problems.extend(splits.problems(task)))
+    surveys: dict[str, Survey] = {}
+    found.tried("the data", lambda: found.problems.extend(splits.problems(task, surveys)))
     found.tried("runtime", lambda: ready(target.runtime))
     found.problems += recipe.problems(steps, task, target if target.runtime in RUNTIMES else None)
     found.tried("device", lambda: device.device(target.device))
     found.problems += _students(model, task, steps)
     if model is None:
         return
-    whole = [name for name in SPLITS if _size(task, name) > 1]
-    fits = [name for name in whole if found.tried(name, partial(_fits, model, task, name))]
+    fits = [name for name in surveys if found.tried(name, partial(_fits, model, task, name))]
     if "validation" in fits and task.score is not None:
         if found.tried("task.score", lambda: _score(model, task)) is not None:
-            found.facts.append("scored one batch of validation")
+            found.facts.append(f"{_around(task)}scored one batch of validation")
     if "train" in fits and task.loss is not None:
         if found.tried("task.loss", lambda: _differentiate(model, task)) is not None:
             found.facts.append("loss and gradients of one training batch are finite")
+    if found.problems == []:
+        for name in fits:
+            found.tried(name, partial(_ends, model, task, name, surveys[name]))
+
+
+def _around(task: Task) -> str:
+    """What was done to a batch that was scored, besides."""
+    data = splits.split(task, "validation")
+    before = isinstance(data, Split) and data.preprocess is not None
+    done = "preprocessed, " * before + "postprocessed, " * (task.postprocess is not None)
+    return f"{done[:-2]} and " if done else ""
 
 
 def _students(model: Model | None, task: Task, steps: Sequence[Step]) -> list[str]:
@@ -200,15 +215,51 @@ def _differentiate(model: Model, task: Task) -> torch.Tensor | None:
     feed.check_fills(model, splits.split(task, "train"), "train")
     with torch.random.fork_rng(devices=[]):
         copied = model.copy().train()
-        loss = task.loss(batches.call(copied, batch.inputs), batch.target)
-        if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
-            got = tuple(loss.shape) if isinstance(loss, torch.Tensor) else type(loss).__name__
-            raise UserError(f"task.loss: expected one number, a tensor of shape (), got {got}.")
+        loss = task_loss(task, batches.call(copied, batch.inputs), batch.target)
         loss.backward()
     grads = [p.grad for p in copied.parameters() if p.grad is not None]
     if not bool(torch.isfinite(loss)) or not all(bool(torch.isfinite(g).all()) for g in grads):
         raise UserError("task: the loss or its gradient on one training batch is NaN or infinite.")
     return loss.detach()
+
+
+def _ends(model: Model, task: Task, name: str, survey: Survey) -> None:
+    """Run the examples with the least and the largest numbers, where a table or the classes may
+    have ended before."""
+    data = splits.split(task, name)
+    held = list(dict.fromkeys(example for _, example in survey.ends.values()))
+    size = feed.size(model, task.batch_size)
+    others = (n for n in range(splits.size(data)) if n not in held)
+    chosen = [*held, *itertools.islice(others, max(0, size - len(held)))] if held else []
+    with torch.random.fork_rng(devices=[]):
+        for batch in feed.every(model, Subset(data, chosen), size):
+            doing = "input"
+            try:
+                output = batches.call(model, batch.inputs)
+                doing, target = "label", batches.padded(batch.target, batch.size)
+                if name in ("validation", "test"):
+                    evaluate.scored(task, output, target, batch.size)
+                if task.loss is not None and target is not None:
+                    task_loss(task, output, target)
+            except Exception as error:
+                if name != "train" and doing == "label" and not _is_index(error):
+                    continue  # a loss may want other targets than those of the score
+                raise UserError(_beyond(name, doing, survey, error)) from error
+
+
+def _is_index(error: Exception) -> bool:
+    """Whether it says that a number is beyond what it is an index of, or comes from the score."""
+    return isinstance(error.__cause__, IndexError) or "task.score" in str(error)
+
+
+def _beyond(name: str, kind: str, survey: Survey, error: Exception) -> str:
+    """What failed on the ends of which numbers."""
+    ends = sorted(end for (what, _), end in survey.ends.items() if what.startswith(kind))
+    told = ", ".join(f"{number} in example {example}" for number, example in ends)
+    reason = str(error).split("\n")[0].rstrip(".")
+    if not isinstance(error, UserError):
+        reason = f"the model failed: {type(error).__name__}: {reason}"
+    return f"{name}: with its least and largest {kind}s ({told}): {reason}."
 
 
 def _export(model: Model, target: Target) -> str:

@@ -12,11 +12,12 @@ from paredown.core import progress
 from paredown.core.errors import UserError
 from paredown.core.results import Artifact, Run
 from paredown.core.task import Target, Task
+from paredown.data import splits
 from paredown.graph import machine
 from paredown.graph.capture import capture
 from paredown.graph.model import Model
 from paredown.graph.store import encode
-from paredown.run.folder import changed_task, load_run
+from paredown.run.folder import changed_task
 from paredown.run.identity import model_digest
 from paredown.steps import recipe
 from paredown.steps.step import Setting
@@ -32,7 +33,7 @@ def replay(
     Raises:
         UserError: the folder holds no finished run, or model or data are not those of the run.
     """
-    run = load_run(folder)
+    run, task = Run.load(folder), splits.prepared(task)
     assert run.artifact is not None
     captured = capture(model, task.example, task.dynamic)
     changed = next(_changed(run, captured, task), None)

@@ -17,6 +17,8 @@ from paredown.report.table import comparison
 from paredown.run.identity import versions
 from paredown.targets.artifact import parts
 
+NARROW = 75  # columns, below which goals stand under the table
+
 
 def measurement_rows(m: Measurement) -> list[tuple[str, str]]:
     score = f"{m.score:.2%}" if m.score_in_points else f"{m.score:.5g}"
@@ -24,7 +26,9 @@ def measurement_rows(m: Measurement) -> list[tuple[str, str]]:
         ("size on disk", human("size", m.size_bytes)),
         (f"score on {m.split} ({m.examples})", score),
     ]
-    for name, value in (("latency p50", m.latency_ms_p50), ("latency p90", m.latency_ms_p90)):
+    timed = [("latency p50", m.latency_ms_p50), ("latency p90", m.latency_ms_p90)]
+    timed += [("preprocessing", m.preprocess_ms), ("postprocessing", m.postprocess_ms)]
+    for name, value in [*timed, ("end to end", m.end_to_end_ms)]:
         if value is not None:
             rows.append((name, human("latency", value)))
     for name in ("throughput", "memory"):
@@ -40,7 +44,8 @@ def print_run(finished: Run) -> None:
     table = Table(
         title="The exported file beside the original, on the test split", title_justify="left"
     )
-    for name in ("", "original", "compressed", "ratio", "goal", "met?"):
+    narrow = console.width < NARROW
+    for name in ("", "original", "compressed", "ratio", *(() if narrow else ("goal", "met?"))):
         table.add_column(name, justify="left" if not name else "right")
     for row in comparison(finished):
         met = {
@@ -48,8 +53,12 @@ def print_run(finished: Run) -> None:
             "no": "[red]no[/]",
             "not proven": "[yellow]not proven[/]",
         }.get(row["met"], row["met"])
-        table.add_row(row["name"], *row["figures"], row["change"], row["goal"], met)
+        cells = (row["name"], *row["figures"], row["change"], row["goal"], met)
+        table.add_row(*cells[: len(table.columns)])
     console.print(table)
+    for check in finished.checks if narrow else ():
+        colour, word = ("green", "met") if check.met else ("red", "missed")
+        console.print(f"[{colour}]{word}[/]: {escape(check.sentence)}", highlight=False)
     if finished.comparison is not None:
         console.print(f"Score: {finished.comparison.verdict}", highlight=False)
         console.print(f"Speed: {finished.comparison.speed}", highlight=False)
@@ -59,7 +68,7 @@ def print_run(finished: Run) -> None:
         console.print(escape(finished.details["in_reach"]), highlight=False)
     if finished.artifact is not None:
         folder = Path(finished.details["folder"])
-        shipped = [str(path) for path in parts(folder / finished.artifact.path)]
+        shipped = [str(path) for path in parts(folder / Path(finished.artifact.path).name)]
         for name, paths in (("Artifact", shipped), ("Report", [str(folder / "report.html")])):
             line = f"{name + ':':9} {escape(' and '.join(paths))}"
             console.print(line, highlight=False, soft_wrap=True)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from paredown.core.goals import Goals
 from paredown.core.measurement import Measurement
 from paredown.core.task import Target, Task
+from paredown.data import splits
 from paredown.graph.model import Model
 from paredown.search.offers import offers
 from paredown.search.proposal import Attempt, Proposal
@@ -32,6 +33,7 @@ def plan(
     loss, else distillation from the original. Later proposals are tried only where the earlier ones
     miss a goal. ``seed`` is that of the training.
     """
+    task = splits.prepared(task)
     situation = Situation(model, task, goals, baseline, target or Target(), seed)
     return [proposal for offer in offers() for proposal in offer(situation)]
 

@@ -1,34 +1,70 @@
-"""A predictor over any artifact, packed or not."""
+"""A predictor over any artifact, packed or not, or over that of a run."""
 
 from __future__ import annotations
 
 import tempfile
 import weakref
 from pathlib import Path
+from typing import overload
 
 from paredown.core.errors import UserError
-from paredown.targets.runtimes import RUNTIMES, Predictor, ready, runtime
+from paredown.core.results import Run
+from paredown.core.settings import check_count
+from paredown.core.task import Task
+from paredown.ship.pipeline import Pipeline
+from paredown.ship.predictor import Predictor
+from paredown.targets.runtimes import RUNTIMES, ready, runtime
 
 PACKED = ".pare"  # what `paredown.pack` writes
 
 
-def open(path: str | Path, threads: int = 1) -> Predictor:
-    """A predictor over an artifact, packed or not: one array per input in, a tuple of arrays out.
+@overload
+def open(path: str | Path, threads: int = 1, task: None = None) -> Predictor: ...
+@overload
+def open(path: str | Path, threads: int = 1, *, task: Task) -> Pipeline: ...
+def open(path: str | Path, threads: int = 1, task: Task | None = None) -> Predictor | Pipeline:
+    """A predictor over an artifact, packed or not, or over the artifact of a run's folder.
+
+    Args:
+        task: whose preprocessing and postprocessing are run around it: then it takes examples as
+            the task's splits give them.
 
     Raises:
         UserError: no such file, no runtime opens files of its kind or that one is not installed,
-            or a damaged container.
+            or a damaged file or container; a folder without a finished run.
     """
-    path = Path(path)
+    check_count("threads", threads)
+    path, outputs = Path(path), None
+    if path.is_dir():
+        run = Run.load(path)
+        if run.artifact is None:
+            raise UserError(f"{path}: its run has no artifact.")
+        path, outputs = Path(run.artifact.path), run.details.get("outputs")
+    predictor = _predictor(path, threads)
+    return predictor if task is None else Pipeline(predictor, task, outputs)
+
+
+def _predictor(path: Path, threads: int) -> Predictor:
     if not path.is_file():
         raise UserError(f"{path}: no such file.")
     if path.suffix == PACKED:
         return _open_packed(path, threads)
     for name in RUNTIMES:
-        chosen = runtime(name)
-        if path.suffix == chosen.SUFFIX:
-            return ready(name).open(path, threads)
+        if path.suffix == runtime(name).SUFFIX:
+            return _opened(path, name, threads)
     raise UserError(f"{path}: no runtime opens {path.suffix or 'such'} files.")
+
+
+def _opened(path: Path, name: str, threads: int) -> Predictor:
+    chosen = ready(name)
+    try:
+        predictor = chosen.open(path, threads)
+    except UserError:
+        raise
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"{path}: opening it in {chosen.version()} failed: {reason}") from error
+    return Predictor(predictor, path, chosen.version(), threads)
 
 
 def _open_packed(path: Path, threads: int) -> Predictor:
@@ -36,6 +72,6 @@ def _open_packed(path: Path, threads: int) -> Predictor:
     from paredown.ship.pack.container import unpack
 
     folder = tempfile.TemporaryDirectory(prefix="paredown-")
-    predictor = open(unpack(path, folder.name), threads)
+    predictor = _predictor(unpack(path, folder.name), threads)
     weakref.finalize(predictor, folder.cleanup)
     return predictor

@@ -15,6 +15,7 @@ from torch import nn
 from paredown.core import progress
 from paredown.core.errors import UserError
 from paredown.core.task import Target, Task
+from paredown.data import splits
 from paredown.graph import machine
 from paredown.graph.capture import capture
 from paredown.graph.holds.every import HOLDS
@@ -47,6 +48,7 @@ def apply(
         >>> int((pruned.state_dict()["weight"] == 0).sum())
         4
     """
+    task = splits.prepared(task)
     made = capture(model, task.example, task.dynamic)
     found = problems(steps, task, target) or unfit(steps, made, task)
     if found:

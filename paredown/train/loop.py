@@ -117,10 +117,10 @@ def _one_epoch(
     keepers = [hold.keeper(model) for hold in HOLDS]
     weights = _weights(model)
     losses, rate = [], 0.0
-    order = splits.batches(split, state.batch, shuffle=True, seed=seed)
     steps = min(per_epoch, total - first)
+    given = splits.batches(split, state.batch, shuffle=True, seed=seed, most=steps)
     what = f"training, epoch {state.epoch + 1}"
-    for index, batch in enumerate(progress.track(batches.first(order, steps), what, steps)):
+    for index, batch in enumerate(progress.track(given, what, steps)):
         rate = learning_rate(first + index, total, settings.lr, settings.warmup)
         for group in state.optimizer.param_groups:
             group["lr"] = rate

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from paredown.core.errors import UserError
 from paredown.core.task import Task
 from paredown.data import batches
-from paredown.graph import structure
+from paredown.data.evaluate import failed
+from paredown.graph import machine, structure
 from paredown.graph.model import Model
 
 
@@ -68,10 +69,15 @@ def task_loss(task: Task, output: Any, target: Any) -> Tensor:
     """The task's loss of a batch.
 
     Raises:
-        UserError: it is not one number, or no gradient reaches the model through it.
+        UserError: it fails, is not one number, or no gradient reaches the model through it.
     """
     assert task.loss is not None
-    loss = task.loss(output, target)
+    try:
+        loss = task.loss(output, target)
+    except Exception as error:
+        if machine.no_memory(error):
+            raise
+        raise UserError(failed("task.loss", error, output, target)) from error
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
         raise UserError(f"task.loss: expected one number, a tensor of shape (), got {got}.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from paredown.core.settings import require
+from paredown.core.settings import check_seed, require
 from paredown.graph.holds import own_zeros
 from paredown.train import qat
 
@@ -76,6 +76,7 @@ class Training:
         require("patience", stop, stop is None or stop >= 1, "a whole number of epochs from 1 up")
         zeros = (own_zeros.KEEP, own_zeros.FREE)
         require("zeros", self.zeros, self.zeros in zeros, '"keep" or "free"')
+        check_seed("seed", self.seed)
         devices = ("cpu", "cuda", "auto")
         require("device", self.device, self.device in devices, '"cpu", "cuda" or "auto"')
 

@@ -85,7 +85,7 @@ def capture_module(module: nn.Module, example: Example, dynamic: Any) -> Model:
     args, kwargs = ((), dict(example)) if isinstance(example, dict) else (tuple(example), {})
     leaves, arguments = structure.flatten((args, kwargs))
     if not leaves:
-        raise UserError("example: holds no tensor; give the inputs as deployed.")
+        raise UserError("example: holds no tensor; give the inputs as deployed, as torch tensors.")
     names = input_names(module, args, kwargs)
     for name, leaf in zip(names, leaves, strict=True):
         if leaf.dtype is torch.bfloat16:

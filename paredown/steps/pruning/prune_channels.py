@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from paredown.core import progress
 from paredown.core.errors import UserError
-from paredown.core.settings import check_choice, check_count, names_of
+from paredown.core.settings import check_choice, check_count, check_seed, names_of
 from paredown.core.task import Task
 from paredown.core.units import human
 from paredown.graph.coupling.coupling import Choice, Coupling, analyze
@@ -113,6 +113,7 @@ class PruneChannels(Step):
         check_choice("attention", self.attention, ("heads", "head_dim"))
         check_choice("group_norm", self.group_norm, ("groups", "within"))
         check_count("min_width", self.min_width)
+        check_seed("seed", self.seed)
         if self.round_to is not None:
             check_count("round_to", self.round_to)
         object.__setattr__(self, "exclude", names_of("exclude", self.exclude))

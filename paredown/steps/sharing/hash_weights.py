@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from paredown.core import progress
 from paredown.core.errors import UserError
-from paredown.core.settings import names_of
+from paredown.core.settings import check_seed, names_of
 from paredown.core.task import Task
 from paredown.graph.computed import fold_computed_weights
 from paredown.graph.holds.shared import hold
@@ -70,8 +70,7 @@ class HashWeights(Step):
     def __post_init__(self) -> None:
         if not 0 < self.ratio < 1:
             raise UserError(f"ratio: expected above 0 and below 1, got {self.ratio!r}.")
-        if not isinstance(self.seed, int) or isinstance(self.seed, bool) or self.seed < 0:
-            raise UserError(f"seed: expected a whole number from 0 up, got {self.seed!r}.")
+        check_seed("seed", self.seed)
         object.__setattr__(self, "exclude", names_of("exclude", self.exclude))
 
     def apply(self, model: Model, task: Task, setting: Setting = ALONE) -> Model:

@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from paredown.core.errors import UserError
 from paredown.core.named import named
@@ -38,10 +38,17 @@ CORE = ("onnxruntime", "pytorch")  # installed with paredown; each other one has
 
 
 class Predictor(Protocol):
-    """An open file."""
+    """An open file, which takes what fits it; `paredown.open` checks that, and says what does not.
+
+    Attributes:
+        signature: of each input ``name``, ``dtype`` and ``shape``, a list of sizes; one that varies
+            is ``[name, least, most]``, most being None where there is no end. "" and None where the
+            file does not say. Sizes of one name are the same, but for "?".
+    """
 
     input_names: list[str]
     output_names: list[str]
+    signature: list[dict[str, Any]]
 
     def __call__(self, *arrays: np.ndarray) -> tuple[np.ndarray, ...]:
         """One array per input, the batch first -> one per output."""

@@ -48,6 +48,7 @@ class Predictor:
         self._load()
         self.input_names = [item["name"] for item in self._signature["inputs"]]
         self.output_names = list(self._signature["outputs"])
+        self.signature = [self._described(item) for item in self._signature["inputs"]]
         _alive.add(self)
 
     def __call__(self, *arrays: np.ndarray) -> tuple[np.ndarray, ...]:
@@ -76,6 +77,19 @@ class Predictor:
                     reason = _reason(said(), error)
                     raise RuntimeError(f"ExecuTorch cannot run it: {reason}") from error
         return tuple(output.numpy() for output in outputs)  # copies: the binding clones them
+
+    def _described(self, item: dict[str, Any]) -> dict[str, Any]:
+        """An input, its sizes that vary as name, least and most."""
+        if item["shape"] is None:
+            return item
+        sizes: list[Any] = []
+        for dim, size in enumerate(item["shape"]):
+            if not isinstance(size, int):
+                name, most, *least = size
+                unlimited = dim == 0 and self._signature["parts"]
+                size = [name, max([1, *least]), None if unlimited else most]
+            sizes.append(size)
+        return item | {"shape": sizes}
 
     def _load(self) -> None:
         binding = _binding()

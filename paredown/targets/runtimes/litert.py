@@ -69,6 +69,15 @@ class Predictor:
         self.output_names = facts.get("outputs") or [item["name"] for item in self._outputs]
         self._types = facts.get("types") or [np.dtype(i["dtype"]).name for i in self._outputs]
         self._batched: list[bool] | None = facts.get("batched")
+        takes = facts.get("takes") or [np.dtype(i["dtype"]).name for i in self._inputs]
+        self.signature = [
+            {"name": name, "dtype": dtype, "shape": self._sizes(item["shape"])}
+            for name, dtype, item in zip(self.input_names, takes, self._inputs, strict=True)
+        ]
+
+    def _sizes(self, shape: np.ndarray) -> list[Any]:
+        sizes: list[Any] = [int(size) for size in shape]
+        return sizes if self._batched is None else [["batch", 1, None], *sizes[1:]]
 
     def __call__(self, *arrays: np.ndarray) -> tuple[np.ndarray, ...]:
         if len(arrays) != len(self._inputs):

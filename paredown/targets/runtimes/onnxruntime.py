@@ -59,6 +59,7 @@ FUSABLE_OPS = frozenset(
 SINGLE_OPS = frozenset({"AveragePool", "GlobalAveragePool", "Sigmoid", "LeakyRelu", "MaxPool"})
 PACKED = frozenset({"int4", "uint4"})  # two to a byte
 ALWAYS_FUSED = frozenset({"Conv", "FusedConv", "Gemm", "FusedGemm"})  # whatever takes their output
+DTYPES = {"float": "float32", "double": "float64"}  # where NumPy has another name
 UNPACKED = (
     "ONNX Runtime unpacks {} weights when it opens the file: from there on memory and kernels are "
     "those of float weights, or of int8 ones where the layer's input is int8 too."
@@ -73,24 +74,23 @@ class Predictor:
         self.input_names = [item.name for item in session.get_inputs()]
         self.output_names = [item.name for item in session.get_outputs()]
         facts = session.get_modelmeta().custom_metadata_map
-        self._limits: list[dict[str, Any]] = json.loads(facts.get(LIMITS, "[]"))
+        limits = json.loads(facts.get(LIMITS, "[]")) or [{} for _ in self.input_names]
+        pairs = zip(session.get_inputs(), limits, strict=True)
+        self.signature = [_described(item, within) for item, within in pairs]
 
     def __call__(self, *arrays: np.ndarray) -> tuple[np.ndarray, ...]:
-        for place, limits in enumerate(self._limits):
-            self._check(place, limits, arrays[place].shape)
         feeds = dict(zip(self.input_names, arrays, strict=True))
         return tuple(self._session.run(None, feeds))
 
-    def _check(self, place: int, limits: dict[str, Any], shape: tuple[int, ...]) -> None:
-        """That the sizes of an input are those for which the model was captured."""
-        for dim, (least, most) in limits.items():
-            size = shape[int(dim)]
-            if size < least or (most is not None and size > most):
-                wanted = f"at least {least}" if most is None else f"{least} to {most}"
-                raise ValueError(
-                    f"input {self.input_names[place]!r}: dimension {dim} is {size}, and the model "
-                    f"was captured for {wanted}; give such a size, or capture it at this one"
-                )
+
+def _described(item: Any, limits: dict[str, Any]) -> dict[str, Any]:
+    """Name, dtype and shape of an input; ``limits`` are those of its sizes that vary."""
+    kind = item.type.removeprefix("tensor(").removesuffix(")")
+    sizes = [
+        size if isinstance(size, int) else [size or "?", *limits.get(str(dim), (1, None))]
+        for dim, size in enumerate(item.shape or ())
+    ]
+    return {"name": item.name, "dtype": DTYPES.get(kind, kind), "shape": sizes}
 
 
 def open(path: Path | str, threads: int = 1) -> Predictor:

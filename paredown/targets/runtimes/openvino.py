@@ -29,6 +29,8 @@ PAIRS = "within"  # of products, whose sums saturate at 16 bits on x86 without V
 INT8_BYTES = (4, 1950)  # of scales, and of the ops around a layer, as found in conv nets
 PACKAGES = ("openvino", "onnx", "onnxscript")
 
+SIZES = "paredown"  # a note in the file: names of the inputs' sizes that vary
+
 INTEGERS = ("u8", "i8")
 # Layers of the executed graph that compute; others move or convert values.
 COMPUTING = frozenset(
@@ -52,6 +54,7 @@ class Predictor:
         self._model, self._settings = model, settings(model, threads)
         self.input_names = [item.get_any_name() for item in model.inputs]
         self.output_names = [item.get_any_name() for item in model.outputs]
+        self.signature = _signature(model)
         self._first: Any = None  # for the shapes of the first call
         self._first_shapes: list[tuple[int, ...]] = []
         self._any: Any = None  # for all others
@@ -91,6 +94,24 @@ class Predictor:
         import openvino
 
         return openvino.compile_model(model, "CPU", self._settings).create_infer_request()
+
+
+def _signature(model: Any) -> list[dict[str, Any]]:
+    """Of each input its name, dtype and shape; the names of sizes that vary stand in the file."""
+    told = model.get_rt_info(SIZES).value if model.has_rt_info(SIZES) else ""
+    found = []
+    for place, item in enumerate(model.inputs):
+        names = told.split(";")[place].split(",") if told else []
+        sizes: list[Any] = []
+        for dim, size in enumerate(item.partial_shape):
+            most = None if size.get_max_length() in (-1, 2**63 - 1) else size.get_max_length()
+            name = names[dim] if names else "?"
+            varies = [name or "?", max(1, size.get_min_length()), most]
+            sizes.append(size.get_length() if size.is_static else varies)
+        dtype = _dtype(item.element_type.get_type_name())
+        dtype = "bool" if dtype == "boolean" else dtype
+        found.append({"name": item.get_any_name(), "dtype": dtype, "shape": sizes})
+    return found
 
 
 def open(path: Path | str, threads: int = 1) -> Predictor:

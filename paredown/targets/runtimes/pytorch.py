@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from paredown.core.measurement import Census
     from paredown.graph.model import Model
+    from paredown.graph.parts import Input
     from paredown.targets.runtimes import Batches, Inside
 
 
@@ -39,6 +40,7 @@ class Predictor:
 
         self._model = model
         self.input_names = [item.name for item in model.inputs]
+        self.signature = [_described(item) for item in model.inputs]
         self.output_names = [
             n.replace(".", "_") or "output" for n in structure.names(model.outputs)
         ]
@@ -46,14 +48,19 @@ class Predictor:
     def __call__(self, *arrays: np.ndarray) -> tuple[np.ndarray, ...]:
         import torch
 
-        from paredown.graph.model import check_shape
-
         leaves = [torch.from_numpy(array) for array in arrays]
-        for item, leaf in zip(self._model.inputs, leaves, strict=True):
-            check_shape(item, leaf)
         with torch.inference_mode():
             outputs = self._model.graph(*leaves)
         return tuple(_plain(output) for output in outputs)
+
+
+def _described(item: Input) -> dict[str, Any]:
+    sizes = [
+        [item.dynamic[dim], *item.limits.get(dim, (1, None))] if dim in item.dynamic else size
+        for dim, size in enumerate(item.example.shape)
+    ]
+    dtype = str(item.example.dtype).removeprefix("torch.")
+    return {"name": item.name, "dtype": dtype, "shape": sizes}
 
 
 def _plain(tensor: Any) -> np.ndarray:

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from paredown.core import progress
 from paredown.core.errors import UserError
 from paredown.core.units import human
-from paredown.data import splits
+from paredown.data import reading, splits
 from paredown.data.feed import Feed
 from paredown.graph import structure
 
@@ -36,7 +36,7 @@ class Taught(Dataset[Any]):
         return splits.size(self.split)
 
     def __getitem__(self, index: int) -> Any:
-        inputs, target = splits.pair(self.split[index])
+        inputs, target = reading.pair(self.split[index])
         rows = [torch.from_numpy(np.array(each[index])) for each in self.kept]
         labels = {} if target is None else {"target": target}
         return inputs, {TAUGHT: rows, **labels}
@@ -95,7 +95,7 @@ def _check_rows(array: Any, row: Tensor, count: int) -> None:
 def _check_repeats(split: Dataset[Any]) -> None:
     """That the first examples are the same when they are read again."""
     for index in range(min(8, splits.size(split))):
-        once, again = (structure.flatten(splits.pair(split[index])[0])[0] for _ in range(2))
+        once, again = (structure.flatten(reading.pair(split[index])[0])[0] for _ in range(2))
         if not all(map(torch.equal, once, again)):
             raise UserError(
                 "cache: the training data give another input each time (augmentation?), of which "

@@ -327,12 +327,15 @@ def names(model: Model) -> tuple[list[str], list[str]]:
 
 
 def _facts(model: Model) -> dict[str, Any]:
-    """The outputs' types, and which of them grow with the batch; None where the batch is fixed."""
+    """The inputs' and outputs' types, and which outputs grow with the batch; None where that
+    is fixed."""
     leaves = [item.example for item in model.inputs]
     outputs = _run(model, leaves)
-    types = [str(output.dtype).removeprefix("torch.") for output in outputs]
+    takes, types = (
+        [str(t.dtype).removeprefix("torch.") for t in each] for each in (leaves, outputs)
+    )
     if not all(0 in item.dynamic for item in model.inputs):
-        return {"types": types, "batched": None}
+        return {"takes": takes, "types": types, "batched": None}
     twice = _run(model, [torch.cat([leaf, leaf]) for leaf in leaves])
     grows = [
         new.dim() > 0 and new.shape[0] == 2 * old.shape[0] and new.shape[1:] == old.shape[1:]
@@ -340,7 +343,7 @@ def _facts(model: Model) -> dict[str, Any]:
     ]
     same = [new.shape == old.shape for old, new in zip(outputs, twice, strict=True)]
     whole = all(grow or keep for grow, keep in zip(grows, same, strict=True))
-    return {"types": types, "batched": grows if whole else None}
+    return {"takes": takes, "types": types, "batched": grows if whole else None}
 
 
 def _run(model: Model, leaves: list[Tensor]) -> list[Tensor]:

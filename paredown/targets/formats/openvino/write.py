@@ -43,7 +43,7 @@ def encode(model: Model) -> tuple[bytes, bytes]:
     with tempfile.TemporaryDirectory() as folder:
         graph, weights = Path(folder) / "model.xml", Path(folder) / "model.bin"
         _serialize(_converted(model), graph, weights)
-        return _squeezed(graph.read_bytes()), weights.read_bytes()
+        return _squeezed(graph.read_bytes(), _sizes(model)), weights.read_bytes()
 
 
 def without_inner_roundings(model: Model) -> Model:
@@ -97,6 +97,15 @@ def _converted(model: Model) -> Any:
     return graph
 
 
+def _sizes(model: Model) -> str:
+    """The names of the inputs' sizes that vary; "" where there are fewer than two."""
+    named = [
+        [item.dynamic.get(dim, "") for dim in range(item.example.dim())] for item in model.inputs
+    ]
+    several = sum(bool(name) for each in named for name in each) > 1
+    return ";".join(",".join(each) for each in named) if several else ""
+
+
 def _bounded(item: Input) -> Any:
     """An input's shape, of the sizes that vary the least and the most that they may be."""
     import openvino
@@ -141,7 +150,7 @@ def _serialize(graph: Any, path: Path, weights: Path) -> None:
     manager.run_passes(graph)
 
 
-def _squeezed(text: bytes) -> bytes:
+def _squeezed(text: bytes, sizes: str = "") -> bytes:
     """The graph without blanks, notes and inner names, without the shapes that are worked out
     again on reading, and with each number once: a fifth of the bytes for an int8 model.
 
@@ -158,6 +167,8 @@ def _squeezed(text: bytes) -> bytes:
     for body in [each for each in net.iter() if each.find("layers") is not None]:
         _name_by_number(body, outputs if body is net else set())
         _merge_constants(body)
+    if sizes:  # read by the predictor in paredown/targets/runtimes/openvino.py
+        ElementTree.SubElement(ElementTree.SubElement(net, "rt_info"), "paredown", value=sizes)
     return ElementTree.tostring(net).replace(b" />", b"/>")
 
 
