@@ -648,11 +648,13 @@ def test_calibration_falls_back_to_the_training_data(net, images):
 
 def integer_biases(path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Name -> the int32 biases of a file and the scales that they are stored with."""
-    stored = {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(str(path)).graph.initializer}
+    graph = onnx.load(str(path)).graph
+    stored = {t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer}
     return {
-        name: (array.astype(np.int64), stored[name.replace("_quantized", "_scale")])
-        for name, array in stored.items()
-        if array.dtype == np.int32 and name.endswith("_quantized")
+        node.input[0]: (stored[node.input[0]].astype(np.int64), stored[node.input[1]])
+        for node in graph.node
+        if node.op_type == "DequantizeLinear" and node.input[0] in stored
+        if stored[node.input[0]].dtype == np.int32
     }
 
 

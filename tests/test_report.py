@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import itertools
 import math
 import random
 import re
@@ -551,3 +552,55 @@ def test_labels_that_do_not_count_are_no_classes(ignore, names):
     rows = _classes(task, [0, 1, 255, -1, 0], torch.ones(5), torch.zeros(5))
     assert sorted(row["name"] for row in rows) == sorted(names)
     assert next(row["examples"] for row in rows if row["name"] == "cat") == 2
+
+
+def test_one_slow_inference_does_not_crush_the_latencies() -> None:
+    run = met_run()
+    samples = [0.34 + n / 10_000 for n in range(60)]
+    run.details["latency_samples_ms"] = {"original": samples, "compressed": [*samples[:-1], 9.0]}
+    page = render(run)
+    assert "1 of 120, the slowest, lies beyond the right edge, at 9 ms." in page
+    drawn = page.split('id="latency"')[1].split("</section>")[0]
+    ticks = [
+        float(each) for each in re.findall(r'text-anchor="middle" class="tick">([\d.]+)<', drawn)
+    ]
+    assert max(ticks) < 400  # microseconds, or milliseconds below one
+    run.details["latency_samples_ms"] = {"original": samples, "compressed": samples}
+    assert "All of them are shown." in render(run)
+
+
+def test_what_did_not_change_and_what_was_not_measured() -> None:
+    run = met_run()
+    bare = {"energy_mj": None, "energy_source": "unavailable"}
+    sides = {name: dataclasses.replace(m, **bare) for name, m in run.on_device.items()}
+    sides["compressed"] = dataclasses.replace(
+        sides["compressed"], memory_bytes=sides["original"].memory_bytes
+    )
+    page = words(render(dataclasses.replace(run, on_device=sides)))
+    assert "1× the same" not in page and "the same" in page
+    assert "Energy per inference" not in page
+
+
+def test_a_score_says_what_it_is() -> None:
+    run = met_run()
+    run.details["score"] = "minus the mean squared error"
+    assert "Score, minus the mean squared error, on 10,000 test examples" in words(render(run))
+
+
+def test_the_sizes_by_layer_add_to_the_files() -> None:
+    run = met_run()
+    page = words(render(run))
+    section = page.split("Size by layer")[1].split("Weights")[0]
+    assert "All else in the file" in section
+    together = section.split("Together")[1]
+    assert "1.23 MB" in together and "198 KB" in together
+
+
+@pytest.mark.parametrize("low, high", [(-0.4, 0.4), (-0.00021, 0.00034), (-12345.6, 9876.5)])
+def test_ticks_of_a_small_chart_do_not_touch(low: float, high: float) -> None:
+    edges = [low + (high - low) * n / 8 for n in range(9)]
+    drawn = charts.histogram("w", edges, [1.0] * 8, [2.0] * 8)
+    found = re.findall(r'<text x="([\d.-]+)" y="107.0"[^>]*>([^<]+)<', drawn)
+    spans = [(float(x) - 3.5 * len(w), float(x) + 3.5 * len(w)) for x, w in found]
+    assert spans and spans[0][0] >= 0 and spans[-1][1] <= 200
+    assert all(a[1] < b[0] for a, b in itertools.pairwise(spans))

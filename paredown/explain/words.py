@@ -40,6 +40,7 @@ def summary(found: Explanation) -> list[str]:
         >>> print("\\n".join(summary(found)))
         The outputs differ from the original's by 10% (20.0 dB) on 8 validation examples.
         Rounding alone makes 1% (40.0 dB); the rest came with what was cut and trained.
+        Training moves outputs too, also to better ones: the score says whether that is a loss.
         litert does not show inner values of its file: those of the graph stand for them.
         The file's outputs agree with the graph's at 41 dB.
     """
@@ -53,6 +54,11 @@ def summary(found: Explanation) -> list[str]:
         said.append(
             f"Rounding alone makes {percent(found.rounding_db)} ({found.rounding_db:.1f} dB); "
             "the rest came with what was cut and trained."
+        )
+    if found.output_db is not None and (found.rounding_db is None or cut_too(found)):
+        said.append(
+            "Training moves outputs too, also to better ones: "
+            "the score says whether that is a loss."
         )
     said.append(SOURCES[found.source].format(runtime=found.runtime))
     if found.agreement_db is not None:

@@ -6,6 +6,7 @@ so that they stretch with the page while text and strokes keep their size.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,9 @@ from statistics import median
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 CHARACTER = 7.0  # the width of a digit at the charts' font size, rounded up
+LETTER = 8.4  # and of a letter of a bold name
+BEYOND = 0.05  # the share of samples, the slowest, that may lie outside a latency's axis
+FAR = 3.0  # spreads of the middle half above it, from where on a sample is an outlier
 LINE = 13.0
 
 
@@ -231,7 +235,7 @@ def _touch(a: Box, b: Box) -> bool:
 
 def place(x: float, y: float, words: str, taken: list[Box], within: Box) -> str:
     """The label at the nearest spot that touches nothing drawn so far; far ones get a leader."""
-    width = len(words) * CHARACTER + 2
+    width = len(words) * (CHARACTER if words.isdigit() else LETTER) + 2
     for distance in range(14, 150, 8):
         for turn in range(16):
             angle = -math.pi / 2 + (turn + 1) // 2 * (-1) ** turn * math.pi / 8
@@ -278,8 +282,9 @@ def histogram(name: str, edges: Sequence[float], before: list[float], after: lis
         middle = min(max(x((edges[peak] + edges[peak + 1]) / 2), 28), 172)
         parts.append(text(middle, 11, f"{max(second):.0%} ↑", "middle", "cut"))
     for at, words in _few(x):
+        half = len(words) * CHARACTER / 2
         parts.append(line(at, 92, at, 95, "axis"))
-        parts.append(text(min(max(at, 14), 186), 107, words, "middle"))
+        parts.append(text(min(max(at, half), 200 - half), 107, words, "middle"))
     return svg(200, 112, f"Weights of {name}", parts)
 
 
@@ -287,17 +292,34 @@ def _few(x: Scale) -> list[tuple[float, str]]:
     """As many tick texts as fit side by side within a small chart."""
     for count in (5, 4, 3, 2, 1):
         found = [(x(value), number(value)) for value in ticks(x.low, x.high, count)]
-        if len(found) * max((len(w) for _, w in found), default=0) * CHARACTER < 160:
+        widest = max((len(words) for _, words in found), default=0) * CHARACTER
+        apart = min((b[0] - a[0] for a, b in itertools.pairwise(found)), default=200.0)
+        ends = 200 - widest if len(found) == 2 else 200.0  # the outer ones are moved inwards
+        if widest + 8 < min(apart, ends):
             return found
-    return []
+    return found[:1]
+
+
+def slowest(samples: Sequence[float]) -> float:
+    """Where the axis of some latencies may end: behind the last that is no outlier, and never
+    before the slowest twentieth.
+
+    Example:
+        >>> slowest([1.0, 1.1, 1.2, 1.3]), slowest([*(1 + n / 100 for n in range(39)), 90.0])
+        (1.3, 1.38)
+    """
+    ordered = sorted(samples)
+    first, third = (ordered[int(share * (len(ordered) - 1))] for share in (0.25, 0.75))
+    usual = [value for value in ordered if value <= third + FAR * (third - first)]
+    return max(usual[-1], ordered[math.ceil((1 - BEYOND) * len(ordered)) - 1])
 
 
 def latency(original: list[float], compressed: list[float], unit: str, width: int = 900) -> str:
-    """Both distributions over one axis, each with its median; the slowest 1% lie outside."""
+    """Both distributions over one axis, each with its median; outliers lie outside."""
     samples = {"original": sorted(original), "compressed": sorted(compressed)}
     samples = {name: values for name, values in samples.items() if values}
     low = min(values[0] for values in samples.values())
-    high = max(values[min(len(v := values) - 1, int(0.99 * len(v)))] for values in samples.values())
+    high = max(slowest(values) for values in samples.values())
     low, high = padded([low, high], 0.04)
     bins = 60
     edges = [low + (high - low) * n / bins for n in range(bins + 1)]

@@ -13,7 +13,7 @@ from paredown.report.words import change, quantity, ratio, score, times
 def comparison(run: Run) -> list[dict[str, Any]]:
     """The rows of the comparison table: name, figures (original, compressed), change, goal, met.
 
-    A row that neither file has is left out, energy is always there.
+    A row that neither file has is left out, but for one that a goal asks for.
     """
     a, b = run.on_device.get("original"), run.on_device.get("compressed")
     if a is None and b is None:
@@ -32,7 +32,7 @@ def comparison(run: Run) -> list[dict[str, Any]]:
     rows = []
     for name, goal, field, asked in quantities:
         values = [getattr(m, field) if m else None for m in (a, b)]
-        if values != [None, None] or goal == "energy":
+        if values != [None, None] or asked in checks:
             row = _row(run, name, goal, values, checks.get(asked))
             if goal == "energy":
                 row["notes"] = [m.energy_source if m else "" for m in (a, b)]
@@ -101,8 +101,10 @@ def _score_row(
         interval = f"paired, {low} to {change(both.score_difference_high, points, unit=False)}"
     difference = score_difference(run, a, b) if a and b else None
     some = b or a
+    meaning = run.details.get("score")
+    name = f"Score, {meaning}," if meaning else "Score"
     return {
-        "name": f"Score on {some.examples:,} {some.split} examples" if some else "Score",
+        "name": f"{name} on {some.examples:,} {some.split} examples" if some else name.strip(","),
         "figures": [score(m.score, points) if m else "–" for m in (a, b)],
         "notes": [_interval(m) for m in (a, b)],
         "change": change(difference, points),

@@ -93,7 +93,7 @@ def ratio(goal: str, before: float | None, after: float | None) -> tuple[str, st
         return "", "", ""
     gain = after / before if goal == "throughput" else before / after
     if 0.995 < gain < 1.005:
-        return "1×", "the same", ""
+        return "the same", "", ""
     better, worse = WORDS[goal]
     return (times(gain), better, "better") if gain > 1 else (times(1 / gain), worse, "worse")
 

@@ -43,10 +43,28 @@ def collect(
         "histograms": _histograms(original.graph, compressed.graph) if same else [],
         "census": dataclasses.asdict(runtime(target.runtime).census(file)),
         "instruction_sets": instruction_sets(compressed, task, target.runtime),
+        "score": _meaning(task),
         "notes": list(dict.fromkeys([*original.notes, *compressed.notes])),
         "latency_samples_ms": {name: _sampled(m) for name, m in measured.items()},
         **_examples(task, before, after),
     }
+
+
+MEANINGS = {
+    "accuracy": "accuracy",
+    "squared_error": "minus the mean squared error",
+    "multilabel_accuracy": "the share of labels that are right",
+    "token_accuracy": "the share of tokens that are right",
+}
+
+
+def _meaning(task: Task) -> str:
+    """What the task's score is, in words; the name of the user's own function."""
+    name = getattr(task.score, "__name__", "")
+    known = getattr(task.score, "__module__", "").startswith("paredown.")
+    if known:
+        return MEANINGS.get(name, "")
+    return "" if name.startswith("<") else name.replace("_", " ")
 
 
 def _layers(before: fx.GraphModule, after: fx.GraphModule) -> list[dict[str, Any]]:

@@ -95,7 +95,8 @@ def _ends(shown: Sequence[dict[str, Any]], x: charts.Scale, width: int) -> list[
         return []
     length = width // 18
     first, last = (short(row["name"], length) for row in (shown[0], shown[-1]))
-    return [charts.text(x.start, 272, first), charts.text(x.end, 272, last, "end")]
+    named = [charts.text(x.start, 272, first), charts.text(x.end, 272, last, "end")]
+    return named[: len(shown)]
 
 
 def _drawn(

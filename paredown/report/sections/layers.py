@@ -25,10 +25,28 @@ def facts(run: Run) -> dict[str, Any] | None:
     if rest:
         total = {key: sum(x[key] for x in rest) for key in ("bytes_before", "bytes_after")}
         rows.append(_layer({"name": f"{len(rest):,} more layers", **total}, top))
-    before = sum(x["bytes_before"] for x in layers)
-    after = sum(x["bytes_after"] for x in layers)
+    before, after = (sum(x[key] for x in layers) for key in ("bytes_before", "bytes_after"))
+    files = [run.on_device.get(name) for name in ("original", "compressed")]
+    sizes = [file.size_bytes if file else None for file in files]
+    beside = [
+        size - held if size else None for size, held in zip(sizes, (before, after), strict=True)
+    ]
+    if all(each is not None and each > 0 for each in beside):
+        rest_row = {"name": "All else in the file", "bytes_before": beside[0]}
+        rows.append(_layer({**rest_row, "bytes_after": beside[1], "op": _parts(run, after)}, top))
+        before, after = sizes
     ruler = Markup(charts.ruler(0, top, 0, lambda value: quantity(value, "size")))
     return {"rows": rows, "before": before, "after": after, "count": len(layers), "ruler": ruler}
+
+
+def _parts(run: Run, layers: int) -> str:
+    """What the rest of the compressed file is made of."""
+    tensors = sum(((run.details.get("census") or {}).get("bytes_by_dtype") or {}).values())
+    compressed = run.on_device["compressed"].size_bytes
+    if not layers < tensors < compressed:
+        return "biases, scales, the graph and names"
+    held, graph = (quantity(size, "size") for size in (tensors - layers, compressed - tensors))
+    return f"biases, scales and zero points {held} · graph, names and headers {graph}"
 
 
 def _layer(layer: dict[str, Any], top: float) -> dict[str, Any]:

@@ -23,6 +23,7 @@ RAW, ZSTD, XZ, XZ_TEXT, SYMBOLS, PALETTE, ZEROS, PLANES = range(8)
 NAMES = ("stored", "zstd", "xz", "xz", "symbols", "few values", "zeros apart", "byte planes")
 LEVEL = 19  # of zstandard, where it is used
 QUICK_LEVEL = 1  # to see whether repeats pay
+XZ_MOST = 1 << 22  # bytes above which xz is too slow
 XZ_SAMPLE = 1 << 14  # bytes by which one of its settings is chosen
 MAX_VALUES = 2048  # distinct ones that are worth a palette
 GROUP = 4  # neighbours whose zeros are coded together: finds 2:4 and coarser patterns
@@ -35,12 +36,14 @@ TEXT, BINARY = {"lc": 4, "pb": 0}, {"lc": 3, "pb": 2}  # of xz: letters follow l
 class Layout:
     """How a block of bytes reads: elements of ``width`` bytes, ``columns`` in a row.
 
-    ``floats`` says whether the elements are floating-point numbers.
+    ``floats`` says whether the elements are floating-point numbers. ``shapes`` are those of
+    quantized tensors behind each other, which the coder alone needs to know.
     """
 
     width: int = 1
     columns: int = 0  # 0: no rows
     floats: bool = False
+    shapes: tuple[tuple[int, ...], ...] = ()
 
 
 # --- coding ----------------------------------------------------------------------------------
@@ -57,12 +60,17 @@ def encode(data: np.ndarray, layout: Layout) -> bytes:
     """
     whole = len(data) // layout.width * layout.width
     if whole < len(data) or len(data) < 64:
-        return _repeats(data)
+        return repeats(data)
     elements = data.view(f"<u{layout.width}") if layout.width > 1 else data
     coded = _coded(elements, layout)
-    if len(_zstd(data, QUICK_LEVEL)) < WORTH * len(coded):
-        coded = min(coded, _repeats(data), key=len)
+    if len(quick(data)) < WORTH * len(coded):
+        coded = min(coded, repeats(data), key=len)
     return coded if len(coded) <= len(data) else _tagged(RAW, data.tobytes())
+
+
+def quick(data: np.ndarray) -> bytes:
+    """What finds repeats in a hurry, to see whether they pay."""
+    return _zstd(data, QUICK_LEVEL)
 
 
 def _coded(elements: np.ndarray, layout: Layout) -> bytes:
@@ -195,16 +203,16 @@ def _coded_or_raw(elements: np.ndarray, layout: Layout) -> bytes:
     return min(coded, _tagged(RAW, elements.tobytes()), key=len)
 
 
-def _repeats(data: np.ndarray) -> bytes:
-    """What finds repeated strings of bytes."""
+def repeats(data: np.ndarray) -> bytes:
+    """The shortest of what finds repeated strings of bytes; never longer than zstandard or xz."""
     raw = data.tobytes()
     packed = [_tagged(RAW, raw), _tagged(ZSTD, _zstd(data, LEVEL))]
-    if len(raw) < 1 << 22:  # above, it is slow
-        tags = [XZ, XZ_TEXT]
-        if len(raw) > 2 * XZ_SAMPLE:  # a part tells which
+    if len(raw) <= XZ_MOST:
+        tags = {XZ, XZ_TEXT}
+        if len(raw) > 2 * XZ_SAMPLE:  # a part tells whether the other is better
             part = raw[len(raw) // 2 :][:XZ_SAMPLE]
-            tags = [min(tags, key=lambda tag: len(_xz(part, tag)))]
-        packed += [_xz(raw, tag) for tag in tags]
+            tags = {XZ, min((XZ, XZ_TEXT), key=lambda tag: len(_xz(part, tag)))}
+        packed += [_xz(raw, tag) for tag in sorted(tags)]
     return min(packed, key=len)
 
 

@@ -19,15 +19,16 @@ import numpy as np
 from paredown.core import progress
 from paredown.core.errors import UserError
 from paredown.core.files import sync_folder
-from paredown.ship.pack import blocks, find
+from paredown.ship.pack import blocks, groups
 from paredown.ship.pack.belonging import belonging
 from paredown.ship.pack.blocks import Layout
 from paredown.ship.pack.entropy import Damaged
 from paredown.ship.pack.index import File, Index, Stream, head_bytes, read, write
+from paredown.ship.pack.streams import chunk_layout, gather, streams
 from paredown.targets.artifact import parts
 
 SUFFIX = ".pare"
-SMALL = 4096  # bytes of a tensor below which it is coded with others of its kind
+WHOLE = 1 << 22  # bytes of an artifact up to which it is also tried as one string of bytes
 UNBELIEVABLE = 2000  # a container that claims to grow by more than this is refused above 1 GB
 
 
@@ -170,12 +171,13 @@ def _file(path: Path) -> File:
 
 
 def _code(paths: Sequence[Path], files: Sequence[File], coded: IO[bytes]) -> list[Stream]:
-    """Write every stream's chunks, one in memory at a time."""
+    """Write every stream's chunks, one in memory at a time; of a small artifact, all in one where
+    that is shorter."""
     views = [
         np.memmap(path, np.uint8, "r") if file.size else np.empty(0, np.uint8)
         for path, file in zip(paths, files, strict=True)
     ]
-    plans = _streams(paths, views)
+    plans = streams(paths, views)
     made = []
     total = sum(len(plan.pieces()) for plan in plans)
     bar = progress.track(range(total), f"pack {paths[0].name}", total)
@@ -183,65 +185,30 @@ def _code(paths: Sequence[Path], files: Sequence[File], coded: IO[bytes]) -> lis
         chunks, at = [], 0
         for size in plan.pieces():
             next(bar)
-            chunk = blocks.encode(_gather(views, plan, at, size), plan.layout)
+            chunk = groups.encode(gather(views, plan, at, size), chunk_layout(plan.layout, size))
             coded.write(chunk)
             chunks.append(len(chunk))
             at += size
         made.append(Stream(plan.layout, plan.ranges, plan.copies, tuple(chunks)))
     next(bar, None)
+    if sum(file.size for file in files) <= WHOLE:
+        return _in_one(np.concatenate(views), files, made, coded)
     return made
 
 
-def _streams(paths: Sequence[Path], views: Sequence[np.ndarray]) -> list[Stream]:
-    """What is coded together: the files' structure, small tensors of a kind, each large tensor."""
-    together: dict[Layout, list[tuple[int, int]]] = {}
-    large: dict[tuple[Layout, bytes], list[tuple[int, int]]] = {}
-    base = 0
-    for path, view in zip(paths, views, strict=True):
-        at = 0
-        for tensor in find.tensors(path, view):
-            if tensor.start > at:
-                together.setdefault(Layout(), []).append((base + at, base + tensor.start))
-            at = tensor.end
-            place = (base + tensor.start, base + tensor.end)
-            if tensor.end - tensor.start < SMALL:
-                kind = Layout(tensor.layout.width, 0, tensor.layout.floats)
-                together.setdefault(kind, []).append(place)
-            else:
-                digest = hashlib.sha256(view[tensor.start : tensor.end].data).digest()
-                large.setdefault((tensor.layout, digest), []).append(place)
-        if at < len(view):
-            together.setdefault(Layout(), []).append((base + at, base + len(view)))
-        base += len(view)
-    small = [Stream(kind, tuple(ranges), False, ()) for kind, ranges in together.items()]
-    alone = [
-        Stream(layout, tuple(ranges), len(ranges) > 1, ()) for (layout, _), ranges in large.items()
-    ]
-    return [*small, *alone]
-
-
-def _gather(views: Sequence[np.ndarray], stream: Stream, at: int, size: int) -> np.ndarray:
-    """Bytes ``at`` to ``at + size`` of a stream, from wherever they lie in the files."""
-    found = []
-    for start, end in stream.ranges[: 1 if stream.copies else None]:
-        length = end - start
-        if at < length and size:
-            taken = min(size, length - at)
-            found += _slices(views, start + at, start + at + taken)
-            at, size = 0, size - taken
-        else:
-            at -= min(at, length)
-    return np.concatenate(found)
-
-
-def _slices(views: Sequence[np.ndarray], start: int, end: int) -> list[np.ndarray]:
-    found, base = [], 0
-    for view in views:
-        a, b = max(start - base, 0), min(end - base, len(view))
-        if a < b:
-            found.append(view[a:b])
-        base += len(view)
-    return found
+def _in_one(
+    data: np.ndarray, files: Sequence[File], made: list[Stream], coded: IO[bytes]
+) -> list[Stream]:
+    """One stream of all bytes (N,) instead of those made, where the container is shorter then."""
+    chunk = blocks.repeats(data)
+    one = [Stream(Layout(), ((0, len(data)),), False, (len(chunk),))]
+    apart = len(write(Index(tuple(files), tuple(made)))) + coded.tell()
+    if len(write(Index(tuple(files), tuple(one)))) + len(chunk) >= apart:
+        return made
+    coded.seek(0)
+    coded.truncate()
+    coded.write(chunk)
+    return one
 
 
 # --- unpacking -------------------------------------------------------------------------------
@@ -317,7 +284,7 @@ def _decode_streams(coded: IO[bytes], index: Index, made: IO[bytes]) -> None:
 
 def _decoded(data: bytes, size: int) -> np.ndarray:
     try:
-        return blocks.decode(data, size)
+        return groups.decode(data, size)
     except (ValueError, TypeError, IndexError, OverflowError, MemoryError) as error:
         raise Damaged(str(error) or "its coded bytes make no sense") from error
     except BaseException as error:  # a panic in the coder is no Exception
@@ -367,7 +334,7 @@ def _parts(coded: IO[bytes], index: Index) -> Iterator[Part]:
     for stream in index.streams:
         names = []
         for length in stream.chunks:
-            names.append(blocks.coding(coded.read(1)))
+            names.append(groups.coding(coded.read(1)))
             coded.seek(max(0, length - 1), os.SEEK_CUR)
         kind = f"float{8 * stream.layout.width}" if stream.layout.floats else "bytes"
         if not stream.layout.floats and stream.layout.width > 1:

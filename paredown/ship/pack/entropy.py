@@ -120,8 +120,8 @@ def encode(symbols: np.ndarray, how: Plan) -> bytes:
         rows = symbols[how.classes == table]
         if rows.size and np.count_nonzero(codes[table]) > 1:
             coder.encode_reverse(_dense(rows, codes[table]), _model(codes[table]))
-    tables = zlib.compress(codes.tobytes(), 9)
-    classes = zlib.compress(how.classes.tobytes(), 9) if len(codes) > 1 else b""
+    tables = deflate(codes.tobytes())
+    classes = deflate(how.classes.tobytes()) if len(codes) > 1 else b""
     head = _HEAD.pack(len(codes), codes.shape[1], len(tables), len(classes))
     return head + tables + classes + coder.get_compressed().astype("<u4").tobytes()
 
@@ -186,13 +186,19 @@ def _parts(data: bytes, rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     )
 
 
+def deflate(data: bytes) -> bytes:
+    """A bare deflate stream: what is small enough that a head of its own would tell."""
+    packer = zlib.compressobj(9, wbits=-15)
+    return packer.compress(data) + packer.flush()
+
+
 def inflate(data: bytes, size: int) -> bytes:
-    """Exactly so many bytes out of a zlib stream, and never more in memory.
+    """Exactly so many bytes out of a bare deflate stream, and never more in memory.
 
     Raises:
         Damaged: it holds something else.
     """
-    unpacker = zlib.decompressobj()
+    unpacker = zlib.decompressobj(wbits=-15)
     try:
         made = unpacker.decompress(data, size + 1)
     except zlib.error as error:

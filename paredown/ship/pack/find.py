@@ -10,6 +10,7 @@ import json
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -61,6 +62,9 @@ def _apart(found: list[Tensor], size: int) -> list[Tensor]:
 def _layout(width: int, floats: bool, shape: list[int], size: int) -> Layout:
     """Rows are the first dimension; where the size does not fit the shape there are none."""
     elements = size // width
+    if width == 1 and len(shape) > 1 and prod(shape) == size:
+        fits = 1 < shape[0] < size
+        return Layout(1, size // shape[0] if fits else 0, shapes=(tuple(shape),))
     rows = shape[0] if len(shape) > 1 and shape[0] > 0 else 1
     fits = rows > 1 and elements % rows == 0 and elements > rows
     return Layout(width, elements // rows if fits else 0, floats)
@@ -226,6 +230,16 @@ def _litert(view: memoryview) -> Iterator[Tensor]:
             width, floats = _LITERT.get(view[type_at] if type_at else 0, (1, False))
             if size:
                 yield Tensor(start, start + size, _layout(width, floats, shape, size))
+            if quantization := _field(view, tensor, 4):
+                yield from _scales(view, quantization + _u32(view, quantization))
+
+
+def _scales(view: memoryview, table: int) -> Iterator[Tensor]:
+    """The least, the most, the scales and the zero points of a QuantizationParameters table."""
+    for number, width, floats in ((0, 4, True), (1, 4, True), (2, 4, True), (3, 8, False)):
+        if at := _field(view, table, number):
+            start = at + _u32(view, at)
+            yield Tensor(start + 4, start + 4 + width * _u32(view, start), Layout(width, 0, floats))
 
 
 def _buffer(view: memoryview, buffer: int) -> tuple[int, int]:

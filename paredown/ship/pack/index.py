@@ -2,7 +2,7 @@
 
     4 bytes   "PARE"            1 byte   version
     u32       bytes of the index, deflated     u32   CRC-32 of them
-    u64       bytes of the index, inflated
+    u32       bytes of the index, inflated     the same number: it is not deflated
 
 The index is a row of whole numbers (LEB128) and names; the coded chunks follow it. All is
 little-endian. It can be read without decoding a single tensor.
@@ -16,12 +16,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from paredown.ship.pack.blocks import Layout
-from paredown.ship.pack.entropy import Damaged, inflate
+from paredown.ship.pack.entropy import Damaged, deflate, inflate
+from paredown.ship.pack.whole_numbers import Reader, number
 
-MAGIC, VERSION = b"PARE", 1
+MAGIC, VERSION = b"PARE", 2
 CHUNK = 1 << 23  # bytes that are coded at a time, so that memory stays bounded
 MAX_INDEX = 1 << 28
-_HEAD = struct.Struct("<4sBIIQ")
+_HEAD = struct.Struct("<4sBIII")
 
 
 @dataclass(frozen=True)
@@ -78,21 +79,21 @@ def write(index: Index) -> bytes:
         >>> read(write(index))[0] == index
         True
     """
-    body = bytearray(_number(len(index.files)))
+    body = bytearray(number(len(index.files)))
     for file in index.files:
         name = file.name.encode()
-        body += _number(len(name)) + name + _number(file.size) + file.sha256
-    body += _number(len(index.streams))
+        body += number(len(name)) + name + number(file.size) + file.sha256
+    body += number(len(index.streams))
     for stream in index.streams:
         layout = stream.layout
         flags = layout.width | layout.floats << 4 | stream.copies << 5
-        body += b"".join(map(_number, (flags, layout.columns, len(stream.ranges))))
+        body += b"".join(map(number, (flags, layout.columns, len(stream.ranges))))
         last = 0
         for start, end in stream.ranges:
-            body += _number(start - last) + _number(end - start)
+            body += number(start - last) + number(end - start)
             last = end
-        body += b"".join(map(_number, stream.chunks))
-    packed = zlib.compress(bytes(body), 9)
+        body += b"".join(map(number, stream.chunks))
+    packed = min(bytes(body), deflate(bytes(body)), key=len)
     return _HEAD.pack(MAGIC, VERSION, len(packed), zlib.crc32(packed), len(body)) + packed
 
 
@@ -107,7 +108,7 @@ def read(data: bytes) -> tuple[Index, int]:
     _, _, _, crc, size = _HEAD.unpack_from(data)
     if len(data) < length or zlib.crc32(packed) != crc:
         raise Damaged("its index is cut off or changed")
-    numbers = _Reader(inflate(packed, size))
+    numbers = Reader(packed if len(packed) == size else inflate(packed, size))
     files = tuple(_file(numbers) for _ in range(numbers.count()))
     streams = tuple(_stream(numbers) for _ in range(numbers.count()))
     numbers.finish()
@@ -132,48 +133,7 @@ def head_bytes(data: bytes) -> int:
     return _HEAD.size + int(packed)
 
 
-class _Reader:
-    """Whole numbers and names, one after the other."""
-
-    def __init__(self, data: bytes) -> None:
-        self._data, self._at = data, 0
-
-    def number(self) -> int:
-        value = 0
-        for shift in range(0, 63, 7):
-            byte = self.bytes(1)[0]
-            value |= (byte & 127) << shift
-            if byte < 128:
-                return value
-        raise Damaged("its index holds a number without an end")
-
-    def count(self) -> int:
-        """A number of entries, each at least a byte of what is left."""
-        value = self.number()
-        if value > len(self._data) - self._at:
-            raise Damaged("its index promises more than it holds")
-        return value
-
-    def bytes(self, count: int) -> bytes:
-        if self._at + count > len(self._data):
-            raise Damaged("its index is cut off")
-        self._at += count
-        return self._data[self._at - count : self._at]
-
-    def finish(self) -> None:
-        if self._at != len(self._data):
-            raise Damaged("its index holds more than it should")
-
-
-def _number(value: int) -> bytes:
-    made = bytearray()
-    while value > 127:
-        made.append(value & 127 | 128)
-        value >>= 7
-    return bytes([*made, value])
-
-
-def _file(numbers: _Reader) -> File:
+def _file(numbers: Reader) -> File:
     try:
         name = numbers.bytes(numbers.count()).decode()
     except UnicodeDecodeError as error:
@@ -184,7 +144,7 @@ def _file(numbers: _Reader) -> File:
     return File(name, numbers.number(), numbers.bytes(32))
 
 
-def _stream(numbers: _Reader) -> Stream:
+def _stream(numbers: Reader) -> Stream:
     flags, columns, ranges = numbers.number(), numbers.number(), numbers.count()
     layout = Layout(flags & 15, columns, bool(flags >> 4 & 1))
     if layout.width not in (1, 2, 4, 8) or flags >> 6 or not ranges:
@@ -197,15 +157,10 @@ def _stream(numbers: _Reader) -> Stream:
     bare = Stream(layout, tuple(found), bool(flags >> 5 & 1), ())
     if bare.copies and len({end - start for start, end in found}) > 1:
         raise Damaged("its index repeats what has different sizes")
-    if -(-bare.size // CHUNK) > numbers_left(numbers):
+    if -(-bare.size // CHUNK) > numbers.left:
         raise Damaged("its index promises more than it holds")
     chunks = tuple(numbers.number() for _ in bare.pieces())
     return Stream(layout, bare.ranges, bare.copies, chunks)
-
-
-def numbers_left(numbers: _Reader) -> int:
-    """At most so many numbers can still come."""
-    return len(numbers._data) - numbers._at
 
 
 def _check_cover(index: Index) -> None:

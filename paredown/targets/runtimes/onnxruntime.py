@@ -31,7 +31,7 @@ FORMS = frozenset(
 )
 SYMMETRIC: frozenset[int] = frozenset()
 PAIRS = "across"  # of products, whose sums saturate at 16 bits on x86 without VNNI
-INT8_BYTES = (8, 1050)  # of scales, and of nodes and their names, as found in conv nets
+INT8_BYTES = (8, 600)  # of scales, and of nodes and zero points, as found in conv nets
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 # What an operator of the optimised graph computes in; the others move or cast data.
@@ -130,10 +130,10 @@ def lower(model: Model, path: Path | str, data: Batches = ()) -> Path:
     from paredown.core.files import write_atomically
     from paredown.targets import parity
     from paredown.targets.devices import first
-    from paredown.targets.formats.onnx import values, write
+    from paredown.targets.formats.onnx import names, values, write
 
     path = Path(path)
-    write_atomically(path, write.encode(model))
+    write_atomically(path, names.shortened(write.encode(model)))
     try:
         with first.opened(path, __file__) as predictor:
             parity.confirm(model, path, predictor, values.worst_tensor, data, PAIRS)
@@ -180,13 +180,16 @@ def census(path: Path | str) -> Census:
         counts[node.op_type] = counts.get(node.op_type, 0) + 1
     notes = (UNPACKED.format(" and ".join(sorted(set(low.values())))),) if low else ()
     names = {tensor.name for tensor in loaded.initializer}
-    return Census(integer, floating, weights, tuple(_unfused(nodes, names)), notes)
+    layers = {tensor.name for tensor in loaded.initializer if len(tensor.dims) > 1}
+    return Census(integer, floating, weights, tuple(unfused(nodes, names, layers)), notes)
 
 
-def _unfused(nodes: list[Any], held: set[str]) -> list[str]:
+def unfused(nodes: list[Any], held: set[str], layers: set[str]) -> list[str]:
     """Ops that could run on integers and do not; weights of the file, ``held`` in it as integers,
-    that are dequantized at every inference."""
+    that are dequantized at every inference. They are called by the weight that they read, where it
+    is one of ``layers``: other names in the file say nothing."""
     made_by = {output: node.op_type for node in nodes for output in node.output}
+    read_by = {output: node.input for node in nodes for output in node.output}
     used_by: dict[str, set[str]] = {}
     for node in nodes:
         for name in node.input:
@@ -203,5 +206,7 @@ def _unfused(nodes: list[Any], held: set[str]) -> list[str]:
         between = node.op_type in ALWAYS_FUSED or users == {"QuantizeLinear"}
         integers = len(sources) >= operands and set(sources) == {"DequantizeLinear"}
         if integers and between:
-            found.append(f"{node.op_type} {node.output[0]}")
+            read = [*node.input, *(each for name in node.input for each in read_by.get(name, ()))]
+            weight = next((name for name in read if name in layers), node.output[0])
+            found.append(f"{node.op_type} {weight.removesuffix('_quantized')}")
     return found

@@ -12,6 +12,8 @@ from torch import Tensor, fx
 
 from paredown.graph.model import Model
 from paredown.graph.quantized.quantizers import PER_TENSOR, quantizers
+from paredown.targets.formats.onnx import write
+from paredown.targets.formats.onnx.names import shortened
 from paredown.targets.parity import stretches
 
 Values = tuple[list[Tensor], dict[str, Tensor]]  # the outputs; graph node -> its value
@@ -22,10 +24,11 @@ def open_inside(
 ) -> Callable[[Sequence[Tensor]], Values]:
     """What runs the file on the inputs' tensors and gives its outputs and the named inner values.
 
-    A quantized value is taken as the integers that the file holds, so that its kernels stay those
+    The file's names are short: what it runs is written once more, with names. A quantized value is
+    taken as the integers that the file holds, so that its kernels stay those
     that ship. A value that the file does not hold under the node's name is left out.
     """
-    loaded = onnx.load(str(path))
+    loaded = _with_names(model, path)
     made = {name for node in loaded.graph.node for name in node.output}
     results = [
         arg for node in model.graph.graph.nodes if node.op == "output" for arg in node.args[0]
@@ -68,6 +71,14 @@ def _float(quantizer: fx.Node, integers: Tensor) -> Tensor:
     return (integers.float() - zero_point) * scale
 
 
+def _with_names(model: Model, path: Path) -> onnx.ModelProto:
+    """The file with the names of the graph it was made of; as it is where it is of another."""
+    encoded = write.encode(model)
+    if shortened(encoded) != path.read_bytes():
+        return onnx.load(str(path))
+    return onnx.load_from_string(encoded)
+
+
 def _session(loaded: onnx.ModelProto, names: Sequence[str]) -> Any:
     """A session of a file some of whose inner values are outputs too."""
     import onnxruntime
@@ -85,7 +96,7 @@ def _session(loaded: onnx.ModelProto, names: Sequence[str]) -> Any:
 def worst_tensor(model: Model, path: Path) -> tuple[float, str] | None:
     """Agreement in dB and name of the inner tensor that differs most, each stretch between two
     quantizers being compared on the file's own values before it; None where none can be."""
-    loaded = onnx.load(str(path))
+    loaded = _with_names(model, path)
     made = {name for node in loaded.graph.node for name in node.output}
     shown = shown_values(model.graph, made)
     if not shown:
