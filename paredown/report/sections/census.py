@@ -8,7 +8,7 @@ from typing import Any
 from markupsafe import Markup
 
 from paredown.core.results import Run
-from paredown.report import charts
+from paredown.report import strips
 
 
 def facts(run: Run) -> dict[str, Any] | None:
@@ -22,7 +22,7 @@ def facts(run: Run) -> dict[str, Any] | None:
     kinds = _ranked(census.get("bytes_by_dtype") or {})
     if not columns and not kinds:
         return None
-    bar = Markup(charts.stacked([size for _, size in kinds], "Bytes by type")) if kinds else ""
+    bar = Markup(strips.stacked([size for _, size in kinds], "Bytes by type")) if kinds else ""
     same = run.details.get("instruction_sets")
     notes = [str(note) for note in [*(census.get("notes") or []), *([same] if same else [])]]
     return {"columns": columns, "kinds": kinds, "bar": bar, "notes": notes}

@@ -7,7 +7,7 @@ from typing import Any
 from markupsafe import Markup
 
 from paredown.core.results import Run
-from paredown.report import charts
+from paredown.report import charts, strips
 from paredown.report.words import change, score
 
 CLASSES = 40
@@ -29,13 +29,13 @@ def facts(run: Run) -> dict[str, Any] | None:
         air = max(0.0, 0.05 - (high - low)) / 2
         low, high = max(low - air, 0.0), min(high + air, 1.0)
     rows = [_class(x, low, high, points) for x in chosen]
-    ruler = charts.ruler(low, high, 2, lambda v: f"{100 * v:g}%" if points else charts.number(v))
+    ruler = strips.ruler(low, high, 2, lambda v: f"{100 * v:g}%" if points else charts.number(v))
     return {"rows": rows, "count": len(found), "ruler": Markup(ruler)}
 
 
 def _class(x: dict[str, Any], low: float, high: float, points: bool) -> dict[str, Any]:
     before, after = score(x["before"], points), score(x["after"], points)
-    chart = charts.dumbbell(x["before"], x["after"], low, high, f"{before} before, {after} after")
+    chart = strips.dumbbell(x["before"], x["after"], low, high, f"{before} before, {after} after")
     return {
         "name": str(x["name"])[:200],
         "examples": x.get("examples"),

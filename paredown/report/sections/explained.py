@@ -21,7 +21,7 @@ from paredown.explain.words import (
     tried,
     won,
 )
-from paredown.report import charts
+from paredown.report import charts, strips
 from paredown.report.words import short
 
 RESTORED, CAUSES, NAMED = 8, 12, 3
@@ -153,7 +153,7 @@ def _restored(told: Explanation, points: bool) -> dict[str, Any]:
     return {
         "more": len(every) - len(rows),
         "rows": [_restored_row(row, told.ranking["compressed"], low, high, points) for row in rows],
-        "ruler": Markup(charts.ruler(low, high, 0, lambda value: f"{charts.number(value)} dB")),
+        "ruler": Markup(strips.ruler(low, high, 0, lambda value: f"{charts.number(value)} dB")),
     }
 
 
@@ -161,7 +161,7 @@ def _restored_row(
     row: dict[str, Any], now: dict[str, Any], low: float, high: float, points: bool
 ) -> dict[str, Any]:
     outputs, score, loss, cost = (word.replace("-", "−") for word in won(row, now, points))
-    bar = charts.gain(row["won_db"] or 0.0, low, high, f"{outputs} won")
+    bar = strips.gain(row["won_db"] or 0.0, low, high, f"{outputs} won")
     changed = {"score": score, "loss": loss}
     return {
         "name": names(row["layers"], 2)[:200],

@@ -7,7 +7,7 @@ from typing import Any
 from markupsafe import Markup
 
 from paredown.core.results import Run
-from paredown.report import charts
+from paredown.report import strips
 from paredown.report.words import quantity
 
 LAYERS = 40
@@ -35,7 +35,7 @@ def facts(run: Run) -> dict[str, Any] | None:
         rest_row = {"name": "All else in the file", "bytes_before": beside[0]}
         rows.append(_layer({**rest_row, "bytes_after": beside[1], "op": _parts(run, after)}, top))
         before, after = sizes
-    ruler = Markup(charts.ruler(0, top, 0, lambda value: quantity(value, "size")))
+    ruler = Markup(strips.ruler(0, top, 0, lambda value: quantity(value, "size")))
     return {"rows": rows, "before": before, "after": after, "count": len(layers), "ruler": ruler}
 
 
@@ -60,5 +60,5 @@ def _layer(layer: dict[str, Any], top: float) -> dict[str, Any]:
         "facts": " · ".join(x for x in (layer.get("op") or "", shape, " → ".join(known)) if x),
         "before": before,
         "after": after,
-        "bars": Markup(charts.pair(before, after, top, words)),
+        "bars": Markup(strips.pair(before, after, top, words)),
     }
