@@ -46,7 +46,7 @@ def _parts(run: Run, layers: int) -> str:
     if not layers < tensors < compressed:
         return "biases, scales, the graph and names"
     held, graph = (quantity(size, "size") for size in (tensors - layers, compressed - tensors))
-    return f"biases, scales and zero points {held} · graph, names and headers {graph}"
+    return f"biases, scales {held} · graph, names {graph}"
 
 
 def _layer(layer: dict[str, Any], top: float) -> dict[str, Any]:
