@@ -28,6 +28,7 @@ BENCHMARKS: dict[str, tuple[str, ...]] = {
     "distill-code": ("distill", "code_lm"),
     "sharing": ("sharing",),
     "low-rank": ("low_rank",),
+    "forks": ("forks",),
 }
 PEERS = ("nncf", "openvino", "torch_pruning", "torchao", "ai_edge_quantizer", "tensorly")
 

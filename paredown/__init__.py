@@ -1,69 +1,96 @@
 """paredown pares a trained model down to a budget, and proves it."""
 
-from typing import Any
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
-from paredown.core.errors import UserError
-from paredown.core.goals import Goals
-from paredown.core.measurement import Measurement
-from paredown.core.progress import shown as progress
-from paredown.core.results import Artifact, Run
-from paredown.core.task import Target, Task
-from paredown.core.units import Limit
-from paredown.data.scores import accuracy, multilabel_accuracy, squared_error, token_accuracy
-from paredown.graph.capture import capture
-from paredown.graph.coupling.verify import Exactness, verify
-from paredown.graph.model import Model
-from paredown.measure.measure import measure
-from paredown.report.page import report
-from paredown.run.compress import compress
-from paredown.run.replay import replay
-from paredown.search.plan import plan
-from paredown.ship.open import open
-from paredown.ship.pack.container import pack, unpack
+from paredown.core.named import named
 from paredown.steps import public_names, step_class
-from paredown.steps.recipe import apply
-from paredown.steps.step import Step
-from paredown.targets.artifact import export
 
+if TYPE_CHECKING:
+    from paredown.core.errors import UserError as UserError
+    from paredown.core.goals import Goals as Goals
+    from paredown.core.measurement import Measurement as Measurement
+    from paredown.core.progress import shown as progress  # noqa: F401
+    from paredown.core.results import Artifact as Artifact
+    from paredown.core.results import Run as Run
+    from paredown.core.task import Target as Target
+    from paredown.core.task import Task as Task
+    from paredown.core.units import Limit as Limit
+    from paredown.data.scores import accuracy as accuracy
+    from paredown.data.scores import multilabel_accuracy as multilabel_accuracy
+    from paredown.data.scores import squared_error as squared_error
+    from paredown.data.scores import token_accuracy as token_accuracy
+    from paredown.graph.capture import capture as capture
+    from paredown.graph.coupling.verify import Exactness as Exactness
+    from paredown.graph.coupling.verify import verify as verify
+    from paredown.graph.model import Model as Model
+    from paredown.measure.measure import measure as measure
+    from paredown.report.page import report as report
+    from paredown.run.compress import compress as compress
+    from paredown.run.replay import replay as replay
+    from paredown.search.plan import plan as plan
+    from paredown.ship.open import open as open
+    from paredown.ship.pack.container import pack as pack
+    from paredown.ship.pack.container import unpack as unpack
+    from paredown.steps.recipe import apply as apply
+    from paredown.steps.step import Step as Step
+    from paredown.targets.artifact import export as export
+
+# Each is imported when it is first asked for: `paredown --help` needs no PyTorch.
+NAMES = {
+    "Artifact": "paredown.core.results:Artifact",
+    "Exactness": "paredown.graph.coupling.verify:Exactness",
+    "Goals": "paredown.core.goals:Goals",
+    "Limit": "paredown.core.units:Limit",
+    "Measurement": "paredown.core.measurement:Measurement",
+    "Model": "paredown.graph.model:Model",
+    "Run": "paredown.core.results:Run",
+    "Step": "paredown.steps.step:Step",
+    "Target": "paredown.core.task:Target",
+    "Task": "paredown.core.task:Task",
+    "UserError": "paredown.core.errors:UserError",
+    "accuracy": "paredown.data.scores:accuracy",
+    "apply": "paredown.steps.recipe:apply",
+    "capture": "paredown.graph.capture:capture",
+    "compress": "paredown.run.compress:compress",
+    "export": "paredown.targets.artifact:export",
+    "measure": "paredown.measure.measure:measure",
+    "multilabel_accuracy": "paredown.data.scores:multilabel_accuracy",
+    "open": "paredown.ship.open:open",
+    "pack": "paredown.ship.pack.container:pack",
+    "plan": "paredown.search.plan:plan",
+    "progress": "paredown.core.progress:shown",
+    "replay": "paredown.run.replay:replay",
+    "report": "paredown.report.page:report",
+    "squared_error": "paredown.data.scores:squared_error",
+    "token_accuracy": "paredown.data.scores:token_accuracy",
+    "unpack": "paredown.ship.pack.container:unpack",
+    "verify": "paredown.graph.coupling.verify:verify",
+}
 _STEPS = public_names()
-__all__ = [
-    "Artifact",
-    "Exactness",
-    "Goals",
-    "Limit",
-    "Measurement",
-    "Model",
-    "Run",
-    "Step",
-    "Target",
-    "Task",
-    "UserError",
-    "accuracy",
-    "apply",
-    "capture",
-    "compress",
-    "export",
-    "measure",
-    "multilabel_accuracy",
-    "open",
-    "pack",
-    "plan",
-    "progress",
-    "replay",
-    "report",
-    "squared_error",
-    "token_accuracy",
-    "unpack",
-    "verify",
-    *_STEPS,
-]
+__all__ = [*NAMES, *_STEPS]
+
+
+class _Package(ModuleType):
+    """Where a room is called as a public name is, the name stays what it is: `paredown.measure` is
+    the function, whoever has imported a module of the room."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (name in NAMES and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> Any:
-    """The class of a step, imported when it is first asked for."""
-    if name not in _STEPS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return step_class(_STEPS[name])
+    if name in NAMES:
+        found = globals()[name] = named(NAMES[name])
+        return found
+    if name in _STEPS:
+        return step_class(_STEPS[name])
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

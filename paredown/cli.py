@@ -9,41 +9,25 @@ import sys
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from paredown.core import progress
-from paredown.core.console import output, print_json
+from paredown.core.console import output, print_json, wide
 from paredown.core.errors import UserError
 from paredown.core.goals import Goals
 from paredown.core.results import Run
 from paredown.core.task import Target, Task
-from paredown.core.terminal import WIDEST
-from paredown.explain.inspect import inspect_model, shown
-from paredown.explain.words import shown as shown_explanation
-from paredown.graph.capture import capture
-from paredown.graph.coupling.coupling import analyze
-from paredown.graph.doors import python_file
-from paredown.graph.doors.other_files import told
-from paredown.graph.model import Model
-from paredown.report.page import report
-from paredown.run import preflight
-from paredown.run.compress import compress
-from paredown.run.explain import explain
-from paredown.run.replay import replay
-from paredown.run.words import file_of, measurement_rows, print_run, why
-from paredown.search.plan import as_asked, plan
-from paredown.search.words import print_plan
-from paredown.ship.pack.container import pack, unpack
-from paredown.ship.pack.words import print_contents
-from paredown.steps import recipe
 from paredown.targets.devices.device import DEVICES
 from paredown.targets.runtimes import RUNTIMES
 
+if TYPE_CHECKING:
+    from paredown.graph.model import Model
+
+# What a verb needs is imported within it: `paredown --help` waits for no PyTorch.
 FAILED, MISSED, DIFFERS, UNPROVEN, INTERRUPTED = 1, 3, 4, 5, 130
 
 app = typer.Typer(
@@ -75,6 +59,9 @@ Energy = Annotated[str | None, typer.Option(help='Energy per inference: "5mJ", "
 Runtime = Annotated[str, typer.Option(help=f"Runtime of the artifact: {', '.join(RUNTIMES)}.")]
 Device = Annotated[str, typer.Option(help=f"Where to measure: {', '.join(DEVICES)}.")]
 Threads = Annotated[int, typer.Option(help="Threads of the runtime.")]
+Rounds = Annotated[
+    int, typer.Option(help="Times that each file is opened and timed, at most; fewer are quicker.")
+]
 RecipeFile = Annotated[
     Path | None, typer.Option("--recipe", help="A recipe of your own, instead of the plan's.")
 ]
@@ -130,6 +117,9 @@ def _working(as_json: bool, quiet: bool = False) -> Iterator[None]:
 
 
 def _captured(file: Path) -> tuple[Model, Task]:
+    from paredown.graph.capture import capture
+    from paredown.graph.doors import python_file
+
     module, task = python_file.load(file)
     return capture(module, task.example, task.dynamic), task
 
@@ -137,25 +127,28 @@ def _captured(file: Path) -> tuple[Model, Task]:
 @app.command()
 def check(
     file: File,
+    size: Size = None,
+    memory: Memory = None,
+    energy: Energy = None,
     runtime: Runtime = "onnxruntime",
     recipe_file: Annotated[
         Path | None, typer.Option("--recipe", help="Also check that this recipe can run.")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Capture, export and dry-run one batch; name every problem at once, change nothing."""
+    """Capture, export and dry-run one batch; name every problem at once, change nothing.
+
+    Of goals it says which nothing can meet here.
+    """
+    from paredown.run import preflight, words
+
+    goals = Goals(size=size, memory=memory, energy=energy)
     with _working(as_json):
-        found = preflight.check_file(file, Target(runtime=runtime), recipe_file)
+        found = preflight.check_file(file, Target(runtime=runtime), recipe_file, goals)
     if as_json:
         print_json(dataclasses.asdict(found))
     else:
-        console = output(False)
-        for note in found.notes:
-            console.print(f"note: {escape(note)}", highlight=False)
-        for problem in found.problems:
-            console.print(f"[red]problem:[/] {escape(problem)}", highlight=False)
-        for fact in found.facts:
-            console.print(f"[green]ok[/] {escape(fact)}", highlight=False)
+        words.print_found(found.problems, found.notes, found.facts)
     if found.problems:
         raise typer.Exit(FAILED)
 
@@ -168,19 +161,16 @@ def baseline(
     threads: Threads = 1,
     as_json: Json = False,
 ) -> None:
-    """Measure the model as it is: the exported file, in a fresh process."""
+    """Measure the model as it is: the exported file, in a process of its own."""
+    from paredown.run import preflight, words
+
     with _working(as_json):
         model, task = _captured(file)
-        measurement = preflight.baseline(model, task, Target(runtime, device, threads))
+        measurement, _ = preflight.baseline(model, task, Target(runtime, device, threads))
     if as_json:
         print_json(dataclasses.asdict(measurement))
-        return
-    table = Table(title=f"{file.name} as it is", title_justify="left")
-    table.add_column("quantity")
-    table.add_column("value", justify="right")
-    for row in measurement_rows(measurement):
-        table.add_row(*row)
-    output(False).print(table)
+    else:
+        words.print_measurement(file.name, measurement)
 
 
 @app.command("inspect")
@@ -200,6 +190,9 @@ def inspect_verb(
     as_json: Json = False,
 ) -> None:
     """Say what structured pruning can cut, what goes with it, and what stays whole; run no data."""
+    from paredown.explain.inspect import inspect_model, shown
+    from paredown.graph.coupling.coupling import analyze
+
     with _working(as_json):
         model = _captured(file)[0] if file.suffix == ".py" else _opened(file)
         coupling = analyze(model, attention, group_norm)
@@ -214,12 +207,15 @@ def inspect_verb(
     if as_json:
         print_json(found.to_json())
     else:
-        console = Console(width=None if sys.stdout.isatty() else WIDEST)
+        console = wide()
         for part in shown(found, console.width):
             console.print(part, highlight=False)
 
 
 def _opened(file: Path) -> Model:
+    from paredown.graph.capture import capture
+    from paredown.graph.doors.other_files import told
+
     if file.suffix not in (".pt2", ".safetensors"):
         raise UserError(told(file))
     return capture(file)
@@ -241,6 +237,11 @@ def plan_verb(
     as_json: Json = False,
 ) -> None:
     """Say which recipes would be tried for these goals, in which order and why."""
+    from paredown.run import preflight
+    from paredown.search.plan import as_asked, plan
+    from paredown.search.words import plan_rows, print_plan
+    from paredown.steps import recipe
+
     goals = Goals(max_drop, size, latency, memory, throughput, energy)
     target = Target(runtime, device, threads)
     steps = recipe.load(recipe_file) if recipe_file else None
@@ -250,17 +251,13 @@ def plan_verb(
         lacking = recipe.problems(asked, task, target) or recipe.unfit(asked, model, task)
         if lacking:
             raise UserError("\n".join(lacking))
-        measurement = preflight.baseline(model, task, target)
+        measurement, unreachable = preflight.baseline(model, task, target, goals)
     given = [as_asked(steps)] if steps else None
     proposals = given or plan(model, task, goals, measurement, target=target)
     if as_json:
-        rows = [
-            {"title": p.title, "reason": p.reason, "recipe": recipe.to_toml(p.steps)}
-            for p in proposals
-        ]
-        print_json({"baseline": dataclasses.asdict(measurement), "recipes": rows})
+        print_json(plan_rows(proposals, measurement, unreachable))
     else:
-        print_plan(proposals)
+        print_plan(proposals, unreachable)
 
 
 @app.command()
@@ -275,6 +272,7 @@ def run(
     runtime: Runtime = "onnxruntime",
     device: Device = "local",
     threads: Threads = 1,
+    rounds: Rounds = 10,
     recipe_file: RecipeFile = None,
     out: Annotated[
         Path | None,
@@ -291,12 +289,18 @@ def run(
 
     The same command goes on where it was interrupted.
     """
+    from paredown.graph.doors import python_file
+    from paredown.run.compress import compress
+    from paredown.run.words import print_run
+    from paredown.steps import recipe
+
     goals = Goals(max_drop, size, latency, memory, throughput, energy, proof)
     steps = recipe.load(recipe_file) if recipe_file else None
-    target = Target(runtime, device, threads)
+    target = Target(runtime, device, threads, rounds)
     with _working(as_json, quiet):
         module, task = python_file.load(file)
-        finished = compress(module, task, goals, target, steps, out, seed, _command())
+        command = shlex.join(["paredown", *sys.argv[1:]])
+        finished = compress(module, task, goals, target, steps, out, seed, command)
     if as_json:
         print(finished.to_json())
     else:
@@ -305,15 +309,13 @@ def run(
         raise typer.Exit(UNPROVEN if finished.outcome == "not proven" else MISSED)
 
 
-def _command() -> str:
-    return shlex.join(["paredown", *sys.argv[1:]])
-
-
 @app.command("report")
 def report_verb(
     folder: Annotated[Path, typer.Argument(help="Run folder.")], as_json: Json = False
 ) -> None:
     """Write the report page of a run again."""
+    from paredown.report.page import report
+
     path = report(Run.load(folder), folder / "report.html")
     if as_json:
         print_json({"report": str(path)})
@@ -334,6 +336,12 @@ def explain_verb(
 
     The report is written again with the explanation.
     """
+    from paredown.explain.words import shown
+    from paredown.graph.doors import python_file
+    from paredown.report.page import report
+    from paredown.run.explain import explain
+    from paredown.run.words import file_of
+
     run = Run.load(folder)
     with _working(as_json):
         found = explain(folder, python_file.load_task(file or file_of(run, "explain")))
@@ -341,8 +349,8 @@ def explain_verb(
     if as_json:
         print_json(found.to_json())
         return
-    console = Console(width=None if sys.stdout.isatty() else WIDEST)
-    for part in shown_explanation(found, console.width, top, run.baseline.score_in_points):
+    console = wide()
+    for part in shown(found, console.width, top, run.baseline.score_in_points):
         console.print(part, highlight=False)
 
 
@@ -355,6 +363,10 @@ def replay_verb(
     as_json: Json = False,
 ) -> None:
     """Make a run's artifact again from its recipe, and compare the two files' SHA-256."""
+    from paredown.graph.doors import python_file
+    from paredown.run.replay import replay
+    from paredown.run.words import file_of, print_replay
+
     run = Run.load(folder)
     with _working(as_json):
         artifact, digest = replay(folder, *python_file.load(file or file_of(run, "replay")))
@@ -362,9 +374,7 @@ def replay_verb(
     if as_json:
         print_json({"kept": artifact.sha256, "replayed": digest, "same": same})
     else:
-        console = output(False)
-        console.print(f"kept      {artifact.sha256}\nreplayed  {digest}", highlight=False)
-        console.print("[green]the same file[/]" if same else f"[red]another file[/]: {why(run)}")
+        print_replay(run, artifact.sha256, digest)
     if not same:
         raise typer.Exit(DIFFERS)
 
@@ -376,6 +386,9 @@ def pack_verb(
     as_json: Json = False,
 ) -> None:
     """Pack an artifact for delivery: lossless, each tensor by what compression left in it."""
+    from paredown.ship.pack.container import pack
+    from paredown.ship.pack.words import print_contents
+
     with _working(as_json):
         path = pack(file, out)
     print_contents(path, as_json)
@@ -391,6 +404,9 @@ def unpack_verb(
     as_json: Json = False,
 ) -> None:
     """Unpack a container, bit for bit, checked by SHA-256."""
+    from paredown.ship.pack.container import unpack
+    from paredown.ship.pack.words import print_contents
+
     if only_list:
         print_contents(file, as_json)
         return

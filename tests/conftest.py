@@ -1,5 +1,7 @@
 """Steady tests: one thread each, no deadlines on a shared machine, the same examples each time."""
 
+import os
+
 import pytest
 import torch
 from hypothesis import settings
@@ -7,6 +9,7 @@ from hypothesis import settings
 from paredown.core.errors import UserError
 from paredown.targets.runtimes import RUNTIMES, ready
 
+os.environ["PAREDOWN_CACHE"] = "off"
 torch.set_num_threads(1)
 settings.register_profile("steady", deadline=None, derandomize=True)
 settings.load_profile("steady")

@@ -74,6 +74,15 @@ def output_db(original, made, task):
     return outputs.db
 
 
+def test_no_time_is_a_batch_and_no_remedy(tmp_path, monkeypatch):
+    made = []
+    apply = Quantize.apply
+    monkeypatch.setattr(Quantize, "apply", lambda *all: made.append(1) or apply(*all))
+    found, _, _ = explained(*clipped_range(), tmp_path, seconds=0.0)
+    assert len(made) == 1 and found.ranking is None  # the recipe's own alone
+    assert found.causes and 0 < found.examples <= 256
+
+
 # --- planted faults --------------------------------------------------------------------------
 
 

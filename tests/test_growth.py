@@ -191,7 +191,7 @@ original = paredown.capture(model(), task().example)
 file = paredown.export(original, paredown.Target(), "twin.onnx").path
 from pathlib import Path
 found = paredown.measure(
-    {{"original": Path(file)}}, original, task(), paredown.Target(device="twin://here"), rounds=2
+    {{"original": Path(file)}}, original, task(), paredown.Target(device="twin://here", rounds=2)
 )
 print(found["original"].measurement.latency_ms_p50 > 0)
 """
@@ -262,10 +262,10 @@ def test_a_runtime(house):
     assert house.tested("tests/test_runtimes.py", "twin and (has_all or float32-cnn)") >= 2
     code = f"""{NET}
 original = paredown.capture(model(), task().example)
-target = paredown.Target("twin")
+target = paredown.Target("twin", rounds=2)
 from pathlib import Path
 file = paredown.export(original, target, "model.twin").path
-found = paredown.measure({{"original": Path(file)}}, original, task(), target, rounds=2)
+found = paredown.measure({{"original": Path(file)}}, original, task(), target)
 print(found["original"].measurement.latency_ms_p50 > 0, paredown.open(file).input_names)
 """
     assert house.asked(code) == "True ['input']"

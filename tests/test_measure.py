@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -175,7 +176,7 @@ def test_rounds_alternate_between_fresh_processes(
 
     monkeypatch.setattr(local.Probe, "time", spy)
     files = {"a": classifier.file, "b": classifier.file}
-    found = measure(files, classifier.model, classifier.task, Target(), rounds=2)
+    found = measure(files, classifier.model, classifier.task, Target(rounds=2))
     a, b, d, c = dict.fromkeys(order)
     assert len({a, b, c, d, os.getpid()}) == 5
     # a cold and a warm call each, then forth and back; the next round begins with the other file
@@ -196,7 +197,7 @@ def test_a_fixed_batch_is_padded_and_cut(tmp_path: Path) -> None:
     fixed = dataclasses.replace(model.inputs[0], dynamic={})
     model = dataclasses.replace(model, inputs=(fixed,))
     file = export(Fixed(), task.example[0], tmp_path / "fixed.onnx", dynamic=False)
-    found = measure({"a": file}, model, task, Target(), rounds=2)["a"]
+    found = measure({"a": file}, model, task, Target())["a"]
     assert found.measurement.examples == EXAMPLES  # 150 is no multiple of 4
     assert found.measurement.score == pytest.approx(0.8)
     assert found.predictions is not None and len(found.predictions) == EXAMPLES
@@ -212,7 +213,7 @@ def test_outputs_keep_their_nesting(tmp_path: Path) -> None:
 
     task = task_of(Named(), score=score)
     file = export(Named(), task.example[0], tmp_path / "named.onnx")
-    found = measure({"a": file}, capture(Named(), task.example), task, Target(), rounds=2)
+    found = measure({"a": file}, capture(Named(), task.example), task, Target(rounds=2))
     assert found["a"].measurement.score == pytest.approx(7, abs=1e-4)
     assert not found["a"].measurement.score_in_points
     assert found["a"].predictions is None
@@ -228,7 +229,7 @@ def test_nan_outputs_are_counted(tmp_path: Path) -> None:
     bad = int((task.validation.tensors[0][:, :CLASSES] < 0).any(1).sum())  # type: ignore[union-attr]
     model = capture(Log(), task.example)
     with pytest.raises(UserError, match=rf"log\.onnx: output .* for {bad} of 150 examples"):
-        measure({"a": file}, model, task, Target(), rounds=2)
+        measure({"a": file}, model, task, Target(rounds=2))
 
 
 @pytest.mark.parametrize(
@@ -246,14 +247,14 @@ def test_nan_outputs_are_counted(tmp_path: Path) -> None:
 def test_a_wrong_score_is_told(classifier: Case, score: Any, message: str) -> None:
     task = dataclasses.replace(classifier.task, score=score)
     with pytest.raises(UserError, match=message):
-        measure({"a": classifier.file}, classifier.model, task, Target(), rounds=2)
+        measure({"a": classifier.file}, classifier.model, task, Target(rounds=2))
 
 
 def test_inputs_of_another_dtype_are_told(classifier: Case) -> None:
     x, y = classifier.task.validation.tensors  # type: ignore[union-attr]
     task = dataclasses.replace(classifier.task, validation=TensorDataset(x.double(), y))
     with pytest.raises(UserError, match=r"validation split gives torch\.float64 .* torch\.float32"):
-        measure({"a": classifier.file}, classifier.model, task, Target(), rounds=2)
+        measure({"a": classifier.file}, classifier.model, task, Target(rounds=2))
 
 
 def test_devices_and_runtimes_are_named(classifier: Case) -> None:
@@ -281,6 +282,100 @@ def test_a_speed_up_and_a_drop_are_said() -> None:
     assert comparison.score_difference == pytest.approx(-0.05)
     assert "a drop of more than 1 point is proven" in comparison.verdict
     assert comparison.speed.startswith("2.0") and "faster" in comparison.speed
+
+
+# Forks
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if name in ("pytorch", "executorch") else [])
+        for name in runtimes.RUNTIMES
+    ],
+)
+def test_a_fork_is_a_process_of_its_own_that_gives_what_a_fresh_one_does(
+    classifier: Case, tmp_path: Path, name: str
+) -> None:
+    try:
+        chosen, source = runtimes.ready(name), runtimes.source(name)
+    except UserError as error:
+        pytest.skip(str(error))
+    file = chosen.lower(classifier.model, tmp_path / f"small{chosen.SUFFIX}")
+    x = np.random.default_rng(0).standard_normal((1, FEATURES)).astype(np.float32)
+    device.write_batches(tmp_path / "in.npz", [[x]])
+    pids, outputs = [], []
+    for fresh in (False, False, True):
+        with local.Probe(file, source, threads=2, fresh=fresh) as child:
+            pids.append(child.pid)
+            [[output]] = child.run(tmp_path / "in.npz", tmp_path / "out.npz")
+            outputs.append(output)
+            assert os.getpgid(child.pid) == child.pid, "it can be ended with all that it starts"
+    assert len({*pids, os.getpid()}) == 4
+    assert all(np.array_equal(output, outputs[0]) for output in outputs)
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+FORKING = "IMPORTS = ('statistics',)\n" + ODD_RUNTIME
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("abort", r"model\.bin: running it crashed \(SIGABRT\)"),
+        ("leave", "opening it ended with exit code 7: no such kernel"),
+        ("hang", "running it took more than 3 s and was stopped"),
+        ("fill", "running it failed: .*MemoryError"),
+    ],
+)
+def test_what_kills_a_fork_is_told(
+    odd: Callable[..., local.Probe], tmp_path: Path, text: str, message: str
+) -> None:
+    (tmp_path / "odd.py").write_text(FORKING)
+    limits = {"timeout_s": 3.0, "memory_bytes": 2**30, "fresh": False}
+    with pytest.raises(UserError, match=message), odd(text, **limits) as child:
+        child.run(tmp_path / "in.npz", tmp_path / "out.npz")
+    with odd("", **limits) as child:  # the one it was forked from lives
+        assert child.run(tmp_path / "in.npz", tmp_path / "out.npz")
+        assert Path(f"/proc/{child.pid}/stat").read_text().split()[3] != str(os.getpid())
+
+
+def test_forks_have_addresses_of_their_own(odd: Callable[..., local.Probe], tmp_path: Path) -> None:
+    (tmp_path / "odd.py").write_text(FORKING)
+    ends = []
+    for _ in range(4):
+        with odd("", fresh=False) as child:
+            maps = Path(f"/proc/{child.pid}/maps").read_text().splitlines()
+            ends.append(min(line.split("-")[0] for line in maps if line.startswith("7f")))
+    assert len(set(ends)) > 1
+
+
+@pytest.mark.parametrize("imports", ["", "IMPORTS = ('no_such_kernels',)\n"])
+def test_a_runtime_that_cannot_be_forked_is_opened_in_fresh_processes(
+    odd: Callable[..., local.Probe], tmp_path: Path, imports: str
+) -> None:
+    (tmp_path / "odd.py").write_text(imports + ODD_RUNTIME)
+    with odd("", fresh=False) as child:
+        [[pids]] = child.run(tmp_path / "in.npz", tmp_path / "out.npz")
+        assert set(pids) == {child.pid}
+
+
+def test_a_dead_server_is_not_asked_again(odd: Callable[..., local.Probe], tmp_path: Path) -> None:
+    (tmp_path / "odd.py").write_text(FORKING)
+    with odd("", fresh=False) as child:
+        server = int(Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()[1])
+        os.kill(server, 9)  # while a fork of it lives, which ends with the block all the same
+        assert child.run(tmp_path / "in.npz", tmp_path / "out.npz")
+    with pytest.raises(ProcessLookupError):
+        for _ in range(200):
+            os.kill(child.pid, 0)
+            time.sleep(0.05)
+    for _ in range(2):
+        with odd("", fresh=False) as child:
+            assert child.run(tmp_path / "in.npz", tmp_path / "out.npz")
+            assert Path(f"/proc/{child.pid}/stat").read_text().split()[3] == str(os.getpid())
 
 
 # The process

@@ -11,13 +11,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from paredown.core import progress
 from paredown.core.errors import UserError
 from paredown.core.task import Target
 from paredown.data import batches
 from paredown.graph.capture import capture
 from paredown.graph.model import Model
-from paredown.measure import inputs, timing
+from paredown.measure import inputs, speedups, timing
+from paredown.measure.looks import Question, answered, look
 from paredown.targets.devices import local
+from paredown.targets.runtimes import runtime
 
 FEATURES = 256
 
@@ -209,10 +212,72 @@ def test_as_many_samples_as_the_time_allows(latency_ms: float, samples: int) -> 
 
 
 def test_a_decision_takes_less_time_than_a_final_measurement() -> None:
-    final = timing._plan(10.0, timing.TURNS * timing.ROUNDS)
-    share = timing.DECISION_ROUNDS / timing.ROUNDS
+    final = timing._plan(10.0, timing.TURNS * Target().rounds)
+    share = timing.DECISION_ROUNDS / Target().rounds
     quick = timing._plan(10.0, timing.TURNS * timing.DECISION_ROUNDS, timing.BUDGET_MS * share)
     assert quick == final, "a turn is as long, and there are fewer"
+
+
+@pytest.fixture
+def exported(small: Model, large: Model, tmp_path: Path) -> dict[str, Path]:
+    lower = runtime("onnxruntime").lower
+    return {
+        "original": lower(large, tmp_path / "large.onnx"),
+        "candidate": lower(small, tmp_path / "small.onnx"),
+        "twin": lower(small, tmp_path / "twin.onnx"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("questions", "rounds"),
+    [
+        (None, 9),  # nobody asks: all of them
+        ([], 4),
+        ([Question("original", "candidate", 1.0)], 4),  # over five times faster
+        ([Question("original", "candidate", 1e6)], 4),  # and not a million times
+        ([Question("candidate", "candidate", 1.0)], 9),  # as fast as itself, which no round decides
+    ],
+)
+def test_rounds_end_as_soon_as_the_questions_are_answered(
+    exported: dict[str, Path],
+    small: Model,
+    questions: list[Question] | None,
+    rounds: int,
+) -> None:
+    batches = [inputs.deployed_example(small)]
+    found = timing.interleaved(exported, Target(), batches, 9, 90.0, questions=questions)
+    assert [len(each.rounds) for each in found.values()] == [rounds] * 3
+
+
+def test_looking_early_finds_hardly_more_speed_ups_than_looking_once() -> None:
+    """Of 600 pairs of equal programs, each round of which has a pace of its own."""
+    rng = np.random.default_rng(0)
+    once = looked = 0
+    for _ in range(600):
+        rounds = {name: list(rng.lognormal(0, 0.01, (10, 1))) for name in ("a", "b")}
+        question = [Question("a", "b", 1.0)]
+        early = any(
+            answered(question, {name: each[:done] for name, each in rounds.items()})
+            for done in range(10)
+            if look(done)
+        )
+        interval = speedups.median_ratio(rounds["a"], rounds["b"])
+        last = not interval.low <= 1 <= interval.high
+        once, looked = once + last, looked + (early or last)
+    assert once / 600 < 0.075 and looked - once <= 6  # 0.1 % at each of three looks: 1.8
+
+
+def test_a_long_measurement_is_told_before(
+    exported: dict[str, Path], small: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(progress, "say", said.append)
+    batches = [inputs.deployed_example(small)]
+    timing.interleaved(exported, Target(), batches, 2, 90.0)
+    assert said == []
+    monkeypatch.setattr(timing, "LONG_S", 0.01)
+    timing.interleaved(exported, Target(), batches, 2, 90.0)
+    assert len(said) == 1 and "timing 3 files: 2 rounds of" in said[0] and "--rounds" in said[0]
 
 
 @pytest.mark.parametrize("length", [1, 3, 4])

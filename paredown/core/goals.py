@@ -17,8 +17,10 @@ class Goals:
     """What the compressed artifact must meet; each goal is optional.
 
     ``max_drop`` is in points of a score between 0 and 1 (accuracy); for any other score it is a
-    share of the baseline's mean score. ``throughput`` is a floor, the others are ceilings. With
-    ``proof`` a goal that the data cannot prove to be met counts as missed.
+    share of the baseline's mean score. ``throughput`` is a floor, the others are ceilings.
+    ``memory`` as a quantity, "64 MiB", bounds the peak of the whole process; relative, "0.5x", it
+    speaks of what the model adds to the runtime, which no step can make smaller. With ``proof`` a
+    goal that the data cannot prove to be met counts as missed.
 
     Raises:
         UserError: a goal that cannot be read, with the forms that can.
@@ -97,6 +99,7 @@ class GoalCheck:
             it has not.
         proven: whether the interval of what was measured lies within the bound too; None where
             there is no interval, as of a size.
+        quantity: the figure of a `Measurement` that the goal speaks of, where it is not its own.
     """
 
     goal: str
@@ -106,6 +109,7 @@ class GoalCheck:
     sentence: str
     drifted: str = ""
     proven: bool | None = None
+    quantity: str = ""
 
     @property
     def within(self) -> bool:
@@ -173,7 +177,8 @@ def _drifted(goal: str, beside: Measurement, baseline: Measurement) -> str:
 def _check_limit(
     goal: str, limit: Limit, measurement: Measurement, beside: Measurement, drifted: str
 ) -> GoalCheck:
-    value, original = measurement.quantity(goal), beside.quantity(goal)
+    name = "memory_model" if goal == "memory" and limit.relative else goal
+    value, original = measurement.quantity(name), beside.quantity(name)
     if value is None or (limit.relative and original is None):
         text = f"{goal.capitalize()} could not be measured here, so its goal cannot be met."
         return GoalCheck(goal, limit.value, None, False, text)
@@ -181,8 +186,13 @@ def _check_limit(
     met = _holds(goal, value, bound)
     relation = "at least" if goal == "throughput" else "at most"
     asked = f" ({limit.value:g}x of the original)" if limit.relative else ""
+    whole = _of_the_process(measurement) if name != goal else ""
     text = (
-        f"{goal.capitalize()} is {human(goal, value)}; "
+        f"{'Memory of the model' if whole else goal.capitalize()} is {human(goal, value)}{whole}; "
         f"the goal is {relation} {human(goal, bound)}{asked}."
     )
-    return GoalCheck(goal, bound, value, met, text, drifted)
+    return GoalCheck(goal, bound, value, met, text, drifted, quantity=name if name != goal else "")
+
+
+def _of_the_process(measurement: Measurement) -> str:
+    return f" of the {human('memory', measurement.memory_bytes or 0)} of its process"

@@ -15,6 +15,9 @@ class Measurement:
     examples per second, energy millijoules per inference. What the task does before and behind the
     model, where it does something, is the median of as many examples; end to end is the sum of the
     three medians.
+
+    Memory is the peak of the process; ``memory_floor_bytes`` is what the same process takes with a
+    model of one op, and ``memory_model_bytes`` what the model adds to that.
     """
 
     size_bytes: int
@@ -33,16 +36,20 @@ class Measurement:
     end_to_end_ms: float | None = None
     throughput_per_s: float | None = None
     memory_bytes: int | None = None
+    memory_floor_bytes: int | None = None
+    memory_model_bytes: int | None = None
     energy_mj: float | None = None
     energy_source: Literal["measured", "estimated", "unavailable"] = "unavailable"
     where: dict[str, str] = field(default_factory=dict)
 
     def quantity(self, goal: str) -> float | None:
-        """The figure a goal speaks of: size, latency (the median), memory, throughput, energy."""
+        """The figure a goal speaks of: size, latency (the median), memory, throughput, energy; and
+        memory_model, the share of the memory that is the model's own."""
         names = {
             "size": "size_bytes",
             "latency": "latency_ms_p50",
             "memory": "memory_bytes",
+            "memory_model": "memory_model_bytes",
             "throughput": "throughput_per_s",
             "energy": "energy_mj",
         }

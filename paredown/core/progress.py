@@ -72,9 +72,11 @@ def track(items: Iterable[T], what: str, total: int | None = None) -> Iterator[T
     if total is None and isinstance(items, Sized):
         total = len(items)
     if bar is not None:
-        yield from bar.track(items, total=total, description=what)
-        if bar.task_ids:
-            bar.remove_task(bar.task_ids[-1])
+        try:
+            yield from bar.track(items, total=total, description=what)
+        finally:  # also where the items are left before their end
+            if bar.task_ids:
+                bar.remove_task(bar.task_ids[-1])
         return
     last = time.monotonic()
     for count, item in enumerate(items):

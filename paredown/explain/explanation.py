@@ -106,27 +106,29 @@ def explain_file(
     """
     _check_layers(compressed, original)
     began = time.monotonic()
+
+    def left() -> float:
+        return seconds - (time.monotonic() - began)
+
     base = folded(original)
     layers = find_layers(compressed.graph, base.graph)
     watch = Watch(compressed.graph, layers)
     meter = Meter(base, compressed, layers, _inside(compressed, file, name, layers), watch)
     found = list(examples(compressed, task, SPLIT, EXAMPLES))
-    seen = 0
+    seen: list[Batch] = []
     for batch in progress.track(found, "noise of each layer"):
-        if not seen or time.monotonic() - began < seconds / 3:
+        if not seen or left() > seconds * 2 / 3:
             meter.add(batch.inputs)
-            seen += batch.count
-    reach = _Reach(compressed, task)
+            seen.append(batch)
+    reach = _Reach(compressed, task, left() / 4)
     context = Context(compressed.graph, layers, meter.noise, watch, steps, reach, task)
     causes = find_causes(context)
-    left = seconds - (time.monotonic() - began)
     won: dict[str, float] = {}
     if remedies:
-        won = try_remedies(compressed, task, steps, causes, found, left / 2)
-        left = seconds - (time.monotonic() - began)
-    ranking = _ranking(original, compressed, layers, meter, found, task, left)
+        won = try_remedies(compressed, task, steps, causes, seen, left() / 2)
+    ranking = _ranking(original, compressed, layers, meter, found, task, left())
     return Explanation(
-        examples=seen,
+        examples=sum(batch.count for batch in seen),
         source="file" if any(noise.shown for noise in meter.noise.values()) else "graph",
         runtime=name,
         agreement_db=_round(meter.agreement.db),
@@ -162,10 +164,11 @@ def _inside(compressed: Model, file: Path, name: str, layers: Sequence[Layer]) -
 
 
 class _Reach:
-    """The ranges that values have on calibration data, run when first asked for."""
+    """The ranges that values have on calibration data, run when first asked for, in about so many
+    seconds."""
 
-    def __init__(self, compressed: Model, task: Task):
-        self._compressed, self._task = compressed, task
+    def __init__(self, compressed: Model, task: Task, seconds: float):
+        self._compressed, self._task, self._seconds = compressed, task, seconds
         self._found: dict[str, tuple[float, float]] | None = None
 
     def __call__(self, names: Sequence[str]) -> Mapping[str, tuple[float, float]]:
@@ -183,8 +186,11 @@ class _Reach:
                 found[node.name] = min(low, least), max(high, most)
 
         runner, graph = Runner(self._compressed.graph), self._compressed.graph
+        until = time.monotonic() + self._seconds
         for batch in examples(self._compressed, self._task, "calibration", EXAMPLES):
             runner.outputs(batch.inputs, all_quantizers(graph), note=note)
+            if time.monotonic() > until:
+                break
         return found
 
 

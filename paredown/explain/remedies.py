@@ -17,6 +17,7 @@ from paredown.steps.quantization.quantize import Quantize
 from paredown.steps.step import Step
 
 MOST = 4  # remedies; each calibrates and quantizes anew
+PASSES = 8  # over the examples, that the first is taken to need; the next takes as long as the last
 
 
 def try_remedies(
@@ -27,7 +28,8 @@ def try_remedies(
     examples: Sequence[Batch],
     seconds: float,
 ) -> dict[str, float]:
-    """Remedy -> the decibels that the outputs win by it, as far as time allows.
+    """Remedy -> the decibels that the outputs win by it, as far as time allows: one that would not
+    end in time is not begun.
 
     Only a recipe that ends in `Quantize` can be tried: what was trained after it would have to be
     trained again.
@@ -38,17 +40,20 @@ def try_remedies(
     chosen = [
         (words, each.step) for words, each in remedies.items() if isinstance(each.step, Quantize)
     ]
-    plain, now = without_quantizers(compressed), _signal(compressed, compressed, examples)
     began, won = time.monotonic(), {}
+    plain, now = without_quantizers(compressed), _signal(compressed, compressed, examples)
+    takes = (time.monotonic() - began) / 2 * PASSES
     for words, step in progress.track(chosen[:MOST], "try remedies"):
-        if now is None or time.monotonic() - began > seconds:
-            continue
+        start = time.monotonic()
+        if now is None or start - began + takes > seconds:
+            break
         try:
             then = _signal(step.apply(plain, task), compressed, examples)
         except UserError:
             continue
         if then is not None:
             won[words] = then - now
+        takes = time.monotonic() - start
     return won
 
 

@@ -215,17 +215,18 @@ def rank(
     began = time.monotonic()
     trial.run(found[:1], [])
     took = max(time.monotonic() - began, 1e-6) / 3  # of one pass; at most three graphs were run
-    passes = max(1, int(seconds / took))
+    passes = max(1, int((seconds - 3 * took) / took))  # what is left of the time
     ordered = list(names)
     singles = len(ordered) <= MOST
     groups = [[name] for name in ordered] if singles else _blocks(ordered, runner)
     groups = groups[:passes]
-    batches = found[: max(1, passes // (len(groups) if singles else 2 * len(groups)))]
+    each = len(groups) + 3  # passes over a batch: also of the three that they are compared with
+    batches = found[: max(1, passes // (each if singles else 2 * each))]
     ranking = trial.run(batches, [taken.candidate(group) for group in groups])
     if not singles:
         best = [name for one, _ in _sorted(ranking.restored) for name in one.layers]
-        each = [taken.candidate([name]) for name in best[: MOST - len(groups)]]
-        ranking = trial.run(batches, each)
+        lone = [taken.candidate([name]) for name in best[: MOST - len(groups)]]
+        ranking = trial.run(batches, lone)
     return dataclasses.replace(ranking, restored=_sorted(ranking.restored), layers=len(names))
 
 

@@ -1,11 +1,13 @@
-"""Exported files -> what they score, take and need, each in a fresh process, side by side."""
+"""Exported files -> what they score, take and need, each in its own process, side by side."""
 
 from __future__ import annotations
 
 import dataclasses
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +21,8 @@ from paredown.graph import structure
 from paredown.graph.model import Model
 from paredown.measure import around, speedups, stats, timing
 from paredown.measure.inputs import deployed, deployed_batch
+from paredown.measure.looks import Question
+from paredown.measure.memory import floor, peak_bytes
 from paredown.measure.scoring import Scoring, score_files
 from paredown.targets.artifact import size_bytes
 from paredown.targets.devices.device import TIMEOUT_S, Opened, write_batches
@@ -47,20 +51,22 @@ def measure(
     task: Task,
     target: Target,
     split: str = "validation",
-    rounds: int = timing.ROUNDS,
     timeout_s: float = TIMEOUT_S,
+    questions: Sequence[Question] | None = None,
 ) -> dict[str, Measured]:
-    """Measure exported files beside each other: all open at once, each in a fresh process.
+    """Measure exported files beside each other: all open at once, each in a process of its own.
 
     Latency is that of one inference at the deployed shapes on real inputs. Every round opens every
     file anew and times it twice, going from file to file and back; at least 20 samples, and 459
-    or more where they fit into 3 s. Memory is the median of the rounds' peaks.
+    or more where they fit into 3 s. Memory is the peak of a fresh process that runs it once, and
+    the model's share of it what lies above a model of one op.
 
     Args:
         files: name -> exported file, all made from models with the inputs and outputs of ``model``.
         split: the split that is scored and whose first examples are timed.
-        rounds: interleaved latency rounds, at least 2, each in fresh processes.
         timeout_s: the longest that opening a file, a batch or a round may take, in seconds.
+        questions: what is asked of the speed, by names of files: there are fewer rounds than the
+            target's where these answer it surely. By default every round is made.
 
     Raises:
         UserError: a file cannot be opened, crashes, hangs or gives NaN or infinite outputs; the
@@ -69,7 +75,7 @@ def measure(
     """
     task = splits.prepared(task)
     examples = splits.split(task, split)
-    with timing.opened(files, target, timeout_s) as probes:
+    with timing.opened(files, target, timeout_s, fresh=False) as probes:
         _check_signatures(probes, model)
         scorings = score_files(probes, model, task, split)
         places = {name: probe.describe() for name, probe in probes.items()}
@@ -77,7 +83,10 @@ def measure(
         surrounded = _around(probes, model, task, split, batches)
     batch = deployed_batch(model)
     where = {"batch": str(batch), "inputs": inputs}
-    timings = timing.interleaved(files, target, batches, rounds, timeout_s=timeout_s)
+    memory = {name: _memory(file, target, batches[0], timeout_s) for name, file in files.items()}
+    timings = timing.interleaved(
+        files, target, batches, target.rounds, timeout_s=timeout_s, questions=questions
+    )
     in_points = all(
         bool(((scores >= 0) & (scores <= 1)).all())
         for each in scorings.values()
@@ -92,6 +101,7 @@ def measure(
                 where=places[name] | where,
                 preprocess_ms=surrounded[name][0],
                 postprocess_ms=surrounded[name][1],
+                **memory[name],
             ),
             timings[name],
             scorings[name],
@@ -175,6 +185,15 @@ def _check_signatures(probes: dict[str, Opened], model: Model) -> None:
                 )
 
 
+def _memory(
+    file: Path, target: Target, arrays: list[np.ndarray], timeout_s: float
+) -> dict[str, Any]:
+    """The process's peak, the runtime's floor, and the model's own share."""
+    peak, lowest = peak_bytes(file, target, arrays, timeout_s), floor(target).memory_bytes
+    share = None if peak is None or lowest is None else max(0, peak - lowest)
+    return {"memory_bytes": peak, "memory_floor_bytes": lowest, "memory_model_bytes": share}
+
+
 # Together
 
 
@@ -195,7 +214,6 @@ def _measured(start: Measurement, timed: timing.Timing, scoring: Scoring, batch:
         latency_ms_p99=latency.p99,
         latency_samples=latency.n,
         throughput_per_s=1000 * batch / latency.p50,
-        memory_bytes=timed.peak_bytes,
         energy_mj=timed.energy_mj,
         energy_source="unavailable" if timed.energy_mj is None else "measured",
     )

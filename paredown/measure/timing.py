@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -11,24 +12,25 @@ from typing import Any
 
 import numpy as np
 
+from paredown.core import progress
 from paredown.core.errors import UserError
-from paredown.core.progress import track
 from paredown.core.task import Target
 from paredown.graph.model import Model
-from paredown.measure import speedups, stats
+from paredown.measure import looks, speedups, stats
 from paredown.measure.inputs import arrays, deployed_example, leaves
 from paredown.targets.devices.device import TIMEOUT_S, Opened, device, write_batches
 from paredown.targets.runtimes import ready, source
 
 # A file is up to 2 % faster in one process than in the next, for as long as they live. Seen with
-# one process each: a "speed-up" of a file over itself in 11 of 24 measurements; with a fresh one
-# for each round: in 3 of 50, as a 95 % interval should. So a round is a fresh process of each file.
-ROUNDS = 10
+# one process each: a "speed-up" of a file over itself in 11 of 24 measurements; with another one
+# for each round: in 2 of 120, and in 1 of 120 where they are forks, so a 95 % interval keeps its
+# word. So a round is a process of each file (benchmarks/forks.py).
 TURNS = 2  # in a round: one forth, one back
 BUDGET_MS = 3000.0  # timed inferences of one file in total, where they are quick enough
-DECISION_ROUNDS = 4  # of `speedup`, each with as much time as a round of a final measurement
+DECISION_ROUNDS = 4  # of `speedup`, each with as much time as one of ten of a final measurement
 WARMUP_MS = 100.0  # in each process
 MAX_WARMUP = 50  # inferences
+LONG_S = 20.0  # of all rounds, from which on it is said before
 MAX_SAMPLES = 2000  # more would not narrow the interval between rounds
 
 
@@ -39,14 +41,12 @@ class Timing:
     Attributes:
         rounds: latencies in ms, one array for each interleaved round, which is one process.
         energies_mj: millijoules per inference, one a turn; None where unknown.
-        peaks_bytes: peak memory, one a round; None where unknown.
         samples: inferences timed in each turn.
         warmup: inferences before each turn, to bring the caches back.
     """
 
     rounds: list[np.ndarray] = field(default_factory=list)
     energies_mj: list[float | None] = field(default_factory=list)
-    peaks_bytes: list[int | None] = field(default_factory=list)
     samples: int = 0
     warmup: int = 0
 
@@ -63,12 +63,6 @@ class Timing:
             return None
         return float(np.mean(known))  # every turn has as many samples
 
-    @property
-    def peak_bytes(self) -> int | None:
-        """The median of the rounds' peaks, where there is one."""
-        known = [peak for peak in self.peaks_bytes if peak is not None]
-        return int(np.median(known)) if known else None
-
 
 def speedup(
     before: Model,
@@ -79,17 +73,17 @@ def speedup(
 ) -> stats.Interval:
     """How many times faster ``after`` runs than ``before``, as files exported for the target.
 
-    Median latency before / after with its 95 % interval, both files in turn in fresh processes;
-    above 1 where ``after`` is faster. Both are exported to a temporary folder that is gone
-    afterwards. Four rounds tell a change of a tenth on a quiet machine; `paredown.measure` takes
-    more than twice as many for the final claim.
+    Median latency before / after with its 95 % interval, both files in turn, each round in other
+    processes; above 1 where ``after`` is faster. Both are exported to a temporary folder that is
+    gone afterwards. Four rounds tell a change of a tenth on a quiet machine; `paredown.measure`
+    takes more than twice as many for the final claim.
 
     Args:
         before, after: models with the same inputs; what they do inside may differ.
         target: the runtime, the device and the threads of one inference.
         inputs: what is timed, each as a split gives its inputs, in the shapes of the example;
             the example itself by default.
-        rounds: interleaved rounds, at least 2, each in fresh processes.
+        rounds: interleaved rounds, at least 2, each in other processes.
 
     Raises:
         UserError: no such runtime or device, a model that the runtime cannot take, a file that
@@ -114,7 +108,7 @@ def speedup(
             name: chosen.lower(model, Path(folder) / f"{name}{chosen.SUFFIX}")
             for name, model in (("before", before), ("after", after))
         }
-        timings = interleaved(files, target, batches, rounds, BUDGET_MS * rounds / ROUNDS)
+        timings = interleaved(files, target, batches, rounds, BUDGET_MS * rounds / Target().rounds)
     return speedups.median_ratio(timings["before"].rounds, timings["after"].rounds)
 
 
@@ -158,9 +152,9 @@ def _given(model: Model, inputs: Sequence[Any] | None) -> list[list[np.ndarray]]
 
 @contextmanager
 def opened(
-    files: dict[str, Path], target: Target, timeout_s: float = TIMEOUT_S
+    files: dict[str, Path], target: Target, timeout_s: float = TIMEOUT_S, fresh: bool = True
 ) -> Iterator[dict[str, Opened]]:
-    """Every file open in a fresh process of the target, until the block ends.
+    """Every file open in a process of its own on the target, until the block ends.
 
     Raises:
         UserError: no such device or runtime, or a file that cannot be opened.
@@ -168,7 +162,7 @@ def opened(
     start, code = device(target.device), source(target.runtime)
     with ExitStack() as stack:
         yield {
-            name: stack.enter_context(start(file, code, target.threads, timeout_s))
+            name: stack.enter_context(start(file, code, target.threads, timeout_s, fresh))
             for name, file in files.items()
         }
 
@@ -177,11 +171,13 @@ def interleaved(
     files: dict[str, Path],
     target: Target,
     batches: list[list[np.ndarray]],
-    rounds: int = ROUNDS,
+    rounds: int,
     budget_ms: float = BUDGET_MS,
     timeout_s: float = TIMEOUT_S,
+    fresh: bool = False,
+    questions: Sequence[looks.Question] | None = None,
 ) -> dict[str, Timing]:
-    """Time the files in turn, in fresh processes every round; warm-up apart.
+    """Time the files in turn, in other processes every round; warm-up apart.
 
     Args:
         files: name -> exported file.
@@ -189,28 +185,47 @@ def interleaved(
         rounds: each opens every file anew and times it twice, from file to file and back.
         budget_ms: timed inferences of one file in total, where they are quick enough.
         timeout_s: the longest that opening a file or a turn may take, in seconds.
+        fresh: in processes that have done nothing yet, not in forks.
+        questions: where given, the rounds end as soon as all of them are answered; see `looks`.
     """
     timings = {name: Timing() for name in files}
     with tempfile.TemporaryDirectory(prefix="paredown-") as folder:
         first, cycle = Path(folder) / "first.npz", Path(folder) / "cycle.npz"
         write_batches(first, batches[:1])
         write_batches(cycle, batches)
-        for number in track(range(rounds), "timing"):
+        for number in progress.track(range(rounds), "timing"):
+            if questions is not None and looks.look(number) and _answered(questions, timings):
+                break
+            began = time.monotonic()
             order = list(files) if number % 2 == 0 else list(files)[::-1]
-            with opened({name: files[name] for name in order}, target, timeout_s) as probes:
+            these = {name: files[name] for name in order}
+            with opened(these, target, timeout_s, fresh) as probes:
                 for name in order:
-                    warm_ms = _warm(probes[name], timings[name], first, cycle)
+                    warm_ms = _warm(probes[name], first, cycle)
                     if number == 0:
                         plan = _plan(warm_ms, rounds * TURNS, budget_ms)
                         timings[name].samples, timings[name].warmup = plan
                 _round(probes, timings, cycle)
+            if number == 0:
+                _tell(time.monotonic() - began, rounds, len(files))
     return timings
 
 
-def _warm(probe: Opened, timing: Timing, first: Path, cycle: Path) -> float:
-    """The first inferences of a process: its peak memory, then until it is warm; ms of a warm."""
+def _tell(round_s: float, rounds: int, files: int) -> None:
+    if round_s * rounds >= LONG_S:
+        progress.say(
+            f"  timing {files} file{'s' if files > 1 else ''}: {rounds} rounds of {round_s:.1f} s, "
+            f"{round_s * rounds:.0f} s at most (--rounds makes them fewer)"
+        )
+
+
+def _answered(questions: Sequence[looks.Question], timings: dict[str, Timing]) -> bool:
+    return looks.answered(questions, {name: timed.rounds for name, timed in timings.items()})
+
+
+def _warm(probe: Opened, first: Path, cycle: Path) -> float:
+    """The first inferences of a process, until it is warm; ms of a warm one."""
     cold, _ = probe.time(first, 1)
-    timing.peaks_bytes.append(probe.memory())
     warm, _ = probe.time(cycle, max(1, min(MAX_WARMUP, int(WARMUP_MS / cold[0]))))
     return float(np.median(warm))
 

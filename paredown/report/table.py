@@ -18,7 +18,7 @@ def comparison(run: Run) -> list[dict[str, Any]]:
     a, b = run.on_device.get("original"), run.on_device.get("compressed")
     if a is None and b is None:
         return []
-    checks = {check.goal: check for check in run.checks}
+    checks = {check.quantity or check.goal: check for check in run.checks}
     quantities = [
         ("Size on disk", "size", "size_bytes", "size"),
         ("Latency, median", "latency", "latency_ms_p50", "latency"),
@@ -26,6 +26,7 @@ def comparison(run: Run) -> list[dict[str, Any]]:
         ("Latency, 99th percentile", "latency", "latency_ms_p99", ""),
         ("End to end, median", "latency", "end_to_end_ms", ""),
         ("Throughput", "throughput", "throughput_per_s", "throughput"),
+        ("Model memory", "memory", "memory_model_bytes", "memory_model"),
         ("Peak memory", "memory", "memory_bytes", "memory"),
         ("Energy per inference", "energy", "energy_mj", "energy"),
     ]

@@ -42,7 +42,7 @@ def identity_of(
         },
         "batch_size": task.batch_size,
         **ignore_of(task),
-        "target": dataclasses.asdict(target),
+        "target": where(target),
         "seed": seed,
         "versions": versions(target.runtime),
     }
@@ -62,6 +62,11 @@ def question_of(
         "recipe": recipe.to_toml(steps) if steps else "",
         "students": students,
     }
+
+
+def where(target: Target) -> dict[str, Any]:
+    """What a result depends on of a target; how often it is timed only says how surely."""
+    return {name: value for name, value in dataclasses.asdict(target).items() if name != "rounds"}
 
 
 def ignore_of(task: Task) -> dict[str, list[int]]:

@@ -16,6 +16,7 @@ from torch.utils.data import Subset
 
 from paredown.core import progress
 from paredown.core.errors import UserError
+from paredown.core.goals import Goals
 from paredown.core.measurement import Measurement
 from paredown.core.task import SPLITS, Target, Task
 from paredown.core.units import human
@@ -30,7 +31,8 @@ from paredown.graph.holds import own_zeros
 from paredown.graph.model import Model
 from paredown.graph.sites import sites
 from paredown.measure import inputs
-from paredown.measure.measure import measure
+from paredown.run.baseline import of_original
+from paredown.run.reach import unreachable
 from paredown.steps import recipe
 from paredown.steps.step import Step
 from paredown.steps.training.distill import Distill
@@ -65,7 +67,9 @@ class Found:
         return None
 
 
-def check_file(file: Path, target: Target, recipe_file: Path | None = None) -> Found:
+def check_file(
+    file: Path, target: Target, recipe_file: Path | None = None, goals: Goals | None = None
+) -> Found:
     """`check` of what a user's Python file makes, and of a recipe file."""
     found = Found()
     steps = found.tried("the recipe", lambda: recipe.load(recipe_file) if recipe_file else [])
@@ -75,16 +79,21 @@ def check_file(file: Path, target: Target, recipe_file: Path | None = None) -> F
     task = found.tried("task()", lambda: made_task(functions[1], file))
     module = found.tried("model()", lambda: made_model(functions[0], file))
     if task is not None:
-        _check(found, module, task, target, steps or [])
+        _check(found, module, task, target, steps or [], goals or Goals())
     return found
 
 
 def check(
-    module: nn.Module | Model, task: Task, target: Target, steps: Sequence[Step] = ()
+    module: nn.Module | Model,
+    task: Task,
+    target: Target,
+    steps: Sequence[Step] = (),
+    goals: Goals | None = None,
 ) -> Found:
-    """Capture, export, score and differentiate one batch; every problem at once."""
+    """Capture, export, score and differentiate one batch; every problem at once, and each goal
+    that cannot be met."""
     found = Found()
-    _check(found, module, task, target, steps)
+    _check(found, module, task, target, steps, goals or Goals())
     return found
 
 
@@ -94,6 +103,7 @@ def _check(
     task: Task,
     target: Target,
     steps: Sequence[Step],
+    goals: Goals,
 ) -> None:
     model, task = None, splits.prepared(task)
     if module is not None:
@@ -106,9 +116,11 @@ def _check(
     parameters = sum(p.numel() for p in model.parameters())
     layers = len({site.weight for site in sites(model.graph)})
     found.facts.insert(0, f"captured: {parameters:,} parameters, {layers} layers with weights")
-    size = found.tried("export", lambda: _export(model, target))
-    if size is not None:
+    exported = found.tried("export", lambda: _export(model, target, goals))
+    if exported is not None:
+        size, missed = exported
         found.facts.append(f"exported to {target.runtime}, {size}; the file agrees with the model")
+        found.problems += missed
 
 
 def unrepeated(task: Task) -> list[str]:
@@ -262,17 +274,27 @@ def _beyond(name: str, kind: str, survey: Survey, error: Exception) -> str:
     return f"{name}: with its least and largest {kind}s ({told}): {reason}."
 
 
-def _export(model: Model, target: Target) -> str:
+def _export(model: Model, target: Target, goals: Goals) -> tuple[str, list[str]]:
+    """The size of the exported model, and the goals that cannot be met."""
     chosen = ready(target.runtime)
     with tempfile.TemporaryDirectory() as folder:
         path: Path = chosen.lower(model, Path(folder) / f"model{chosen.SUFFIX}")
-        return human("size", size_bytes(path))
+        whole = size_bytes(path)
+        graph = max(0, whole - sum(chosen.census(path).bytes_by_dtype.values()))
+        return human("size", whole), unreachable(goals, target, whole, graph)
 
 
-def baseline(model: Model, task: Task, target: Target) -> Measurement:
-    """The exported original, measured alone on validation."""
-    progress.say("Export the original and measure it")
+def baseline(
+    model: Model, task: Task, target: Target, goals: Goals | None = None
+) -> tuple[Measurement, list[str]]:
+    """The exported original, measured alone on validation, and the goals that cannot be met."""
     chosen = ready(target.runtime)
     with tempfile.TemporaryDirectory() as folder:
-        path = chosen.lower(model, Path(folder) / f"original{chosen.SUFFIX}")
-        return measure({"original": path}, model, task, target)["original"].measurement
+
+        def exported() -> Path:
+            progress.say("Export the original and measure it")
+            return chosen.lower(model, Path(folder) / f"original{chosen.SUFFIX}")
+
+        found = of_original(model, task, target, exported)
+    sizes = found.measurement.size_bytes, found.graph_bytes
+    return found.measurement, unreachable(goals or Goals(), target, *sizes)

@@ -21,13 +21,18 @@ from paredown.graph import machine
 from paredown.graph.holds import own_zeros
 from paredown.graph.model import Model
 from paredown.graph.store import encode
+from paredown.measure import looks
 from paredown.measure.inputs import real_inputs
+from paredown.measure.looks import Question
 from paredown.measure.measure import Measured, compare, measure
+from paredown.run.baseline import of_original
 from paredown.run.kept import MEASURED, keep, kept
 from paredown.run.ledger import MODEL, Ledger, stage_key
+from paredown.run.reach import unreachable
 from paredown.search import decide
 from paredown.search.decide import Decision, Standing
 from paredown.search.proposal import Attempt, Proposal
+from paredown.search.questions import questions
 from paredown.ship.pack.container import packed_bytes
 from paredown.steps import recipe
 from paredown.steps.step import Setting, Step
@@ -91,14 +96,26 @@ def begun(
     key = stage_key({"baseline": stage})
     record = ledger.done(key)
     if record is None:
-        measured = measure({"original": file}, model, task, target)["original"].measurement
-        record = {"stage": stage, "suffix": MODEL, "measurement": dataclasses.asdict(measured)}
+        found = of_original(model, task, target, lambda: file)
+        record = {"stage": stage, "suffix": MODEL, **dataclasses.asdict(found)}
         ledger.finish(key, record)
     measurement = Measurement(**record["measurement"])
     progress.say(f"  {_figures(measurement)}")
+    progress.say(f"  {_takes(record['seconds'], target.rounds)}")
     for note in [*model.notes, *filter(None, [own_zeros.told(own_zeros.found(model))])]:
         progress.say(f"  note: {note}")
+    for sentence in unreachable(goals, target, measurement.size_bytes, record["graph_bytes"]):
+        progress.say(f"  out of reach: {sentence}")
     return State(ledger, task, goals, target, model, file, measurement, seed, asked)
+
+
+def _takes(baseline_s: float, rounds: int) -> str:
+    """What a step's measurement will take, by that of one file in the fewest rounds."""
+    least, most = 2 * baseline_s, 3 * baseline_s * max(1.0, rounds / looks.FIRST)
+    return (
+        f"To measure a step takes about {least:.0f} s where its speed is clear, up to {most:.0f} s "
+        f"where it is not; fewer rounds than {rounds} (--rounds) take less."
+    )
 
 
 def _check_space(ledger: Ledger, model: Model) -> None:
@@ -145,6 +162,8 @@ def tried(
     )
     record = state.ledger.done(key)
     measured = kept(state.ledger, record["measured"]) if record and record["measured"] else None
+    if measured is not None and not _enough(state, best, measured):
+        measured = None
     if record is None or (record["measured"] and measured is None):
         progress.say(f"  {attempt.title} ({', '.join(recipe.line(s) for s in attempt.steps)})")
         record, measured = _made(state, attempt, best, key)
@@ -211,7 +230,8 @@ def _made(
         files = {"original": state.original_file, "candidate": file}
         if best.stage:  # else the best so far is the original
             files["best"] = best.file
-        measured = measure(files, state.original, state.task, state.target)
+        timely = _questions(state, best)
+        measured = measure(files, state.original, state.task, state.target, questions=timely)
     except UserError as error:
         if isinstance(error.__cause__, OSError):  # the disk's fault, not the step's
             raise
@@ -221,6 +241,17 @@ def _made(
     record: dict[str, Any] = {"stage": stage, "suffix": MODEL, "problem": "", "findings": found}
     record |= {"recipe": settled, "measured": keep(state.ledger, measured)}
     return record | {"seconds": time.monotonic() - began}, measured
+
+
+def _questions(state: State, best: Point) -> list[Question]:
+    return questions(state.goals, state.baseline, "best" if best.stage else "original")
+
+
+def _enough(state: State, best: Point, measured: dict[str, Measured]) -> bool:
+    """Whether what was measured for other goals, or in fewer rounds, answers these too."""
+    rounds = {name: each.rounds for name, each in measured.items()}
+    full = len(rounds["original"]) >= state.target.rounds
+    return full or looks.answered(_questions(state, best), rounds)
 
 
 def proof(state: State, point: Point) -> dict[str, Measured]:
@@ -301,5 +332,7 @@ def _figures(m: Measurement) -> str:
     if m.latency_ms_p50 is not None:
         parts.append(f"{human('latency', m.latency_ms_p50)} median")
     if m.memory_bytes is not None:
-        parts.append(f"{human('memory', m.memory_bytes)} peak memory")
+        own = m.memory_model_bytes
+        share = "" if own is None else f", {human('memory', own)} of it the model's"
+        parts.append(f"{human('memory', m.memory_bytes)} peak memory{share}")
     return ", ".join(parts)

@@ -20,7 +20,24 @@ from paredown.targets.artifact import parts
 NARROW = 75  # columns, below which goals stand under the table
 
 
-def measurement_rows(m: Measurement) -> list[tuple[str, str]]:
+def print_found(problems: list[str], notes: list[str], facts: list[str]) -> None:
+    """What a check found."""
+    console = output(False)
+    for word, lines in (("note:", notes), ("[red]problem:[/]", problems), ("[green]ok[/]", facts)):
+        for line in lines:
+            console.print(f"{word} {escape(line)}", highlight=False)
+
+
+def print_measurement(name: str, measurement: Measurement) -> None:
+    table = Table(title=f"{name} as it is", title_justify="left")
+    table.add_column("quantity")
+    table.add_column("value", justify="right")
+    for row in _measurement_rows(measurement):
+        table.add_row(*row)
+    output(False).print(table)
+
+
+def _measurement_rows(m: Measurement) -> list[tuple[str, str]]:
     score = f"{m.score:.2%}" if m.score_in_points else f"{m.score:.5g}"
     rows = [
         ("size on disk", human("size", m.size_bytes)),
@@ -31,10 +48,17 @@ def measurement_rows(m: Measurement) -> list[tuple[str, str]]:
     for name, value in [*timed, ("end to end", m.end_to_end_ms)]:
         if value is not None:
             rows.append((name, human("latency", value)))
-    for name in ("throughput", "memory"):
-        value = m.quantity(name)
+    memory = (
+        ("model memory", m.memory_model_bytes),
+        ("runtime memory", m.memory_floor_bytes),
+        ("peak memory", m.memory_bytes),
+    )
+    for name, goal, value in (
+        ("throughput", "throughput", m.throughput_per_s),
+        *((name, "memory", value) for name, value in memory),
+    ):
         if value is not None:
-            rows.append(("peak memory" if name == "memory" else name, human(name, value)))
+            rows.append((name, human(goal, value)))
     rows.append(("where", ", ".join(f"{k} {v}" for k, v in m.where.items())))
     return rows
 
@@ -84,7 +108,14 @@ def file_of(run: Run, verb: str) -> Path:
     return Path(found)
 
 
-def why(run: Run) -> str:
+def print_replay(run: Run, kept: str, replayed: str) -> None:
+    console = output(False)
+    console.print(f"kept      {kept}\nreplayed  {replayed}", highlight=False)
+    same = kept == replayed
+    console.print("[green]the same file[/]" if same else f"[red]another file[/]: {_why(run)}")
+
+
+def _why(run: Run) -> str:
     """What differs between the run and this replay."""
     now = versions(run.target["runtime"])
     changed = [f"{n} was {v}, is {now.get(n)}" for n, v in run.versions.items() if now.get(n) != v]

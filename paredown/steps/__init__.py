@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import difflib
+from typing import TYPE_CHECKING
 
 from paredown.core.errors import UserError
 from paredown.core.named import named
-from paredown.steps.step import Step
+
+if TYPE_CHECKING:
+    from paredown.steps.step import Step
 
 STEPS = {  # in the order of the README's table
     "quantize": "paredown.steps.quantization.quantize:Quantize",

@@ -57,19 +57,22 @@ def _cards(run: Run, a: Measurement | None, b: Measurement | None) -> list[dict[
                 "under": f"{score(a.score, points)} → {score(b.score, points)}",
             }
         )
-    cards += [_ratio_card("Peak memory", "memory", a, b), _ratio_card("Energy", "energy", a, b)]
+    cards += [_ratio_card("Memory", "memory", a, b), _ratio_card("Energy", "energy", a, b)]
     return [card for card in cards if card["figure"]]
 
 
 def _ratio_card(
     name: str, goal: str, a: Measurement, b: Measurement, run: Run | None = None
 ) -> dict[str, str]:
-    before, after = a.quantity(goal), b.quantity(goal)
+    asked = "memory_model" if goal == "memory" and b.quantity("memory_model") else goal
+    before, after = a.quantity(asked), b.quantity(asked)
     figure, word, tone = ratio(goal, before, after)
     if run and run.comparison and run.comparison.speedup and figure:
         figure, word, tone = ratio(goal, run.comparison.speedup, 1.0)
     nbsp = "\u00a0"
     under = " → ".join(quantity(value, goal).replace(" ", nbsp) for value in (before, after))
+    if asked == "memory_model":
+        under += f" for the model, {quantity(b.memory_bytes, goal)} with the runtime"
     if goal == "energy" and b.energy_source != "measured":
         under += f", {b.energy_source}"
     return {"name": name, "figure": figure, "unit": word, "tone": tone, "under": under}

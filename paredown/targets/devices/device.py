@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Protocol
-
-import numpy as np
+from typing import TYPE_CHECKING, Protocol
 
 from paredown.core.errors import UserError
 from paredown.core.named import named
+
+if TYPE_CHECKING:
+    import numpy as np
 
 TIMEOUT_S = 600.0
 DEVICES = {  # scheme -> what connects to an address, and gives a `Device`
@@ -45,15 +46,23 @@ class Device(Protocol):
     """A machine that runs exported files, this one or another."""
 
     def __call__(
-        self, file: Path, runtime_file: Path, threads: int = 1, timeout_s: float = TIMEOUT_S
+        self,
+        file: Path,
+        runtime_file: Path,
+        threads: int = 1,
+        timeout_s: float = TIMEOUT_S,
+        fresh: bool = True,
     ) -> AbstractContextManager[Opened]:
-        """The file, open in a fresh process for as long as the block lasts.
+        """The file, open in a process of its own for as long as the block lasts.
 
         Args:
             file: the exported file.
             runtime_file: the Python file of its runtime, with ``open(path, threads)``.
             threads: threads of one inference.
             timeout_s: the longest that one request may take, in seconds.
+            fresh: in a process that has done nothing yet; else the process may be forked from one
+                that has imported the runtime, which is quicker. Of such a one the memory tells
+                less, since it shares what it began with.
 
         Raises:
             UserError: the file cannot be opened, or the process crashed, hung or answered with an
@@ -76,6 +85,8 @@ def device(address: str) -> Device:
 
 def write_batches(path: Path, batches: Sequence[Sequence[np.ndarray]]) -> None:
     """Batches of arrays as the npz file that a probe reads."""
+    import numpy as np
+
     arrays = {
         f"{batch}.{position}": array
         for batch, each in enumerate(batches)

@@ -18,18 +18,11 @@ from typing import Any
 import numpy as np
 
 from paredown.core.errors import UserError
-from paredown.targets.devices import probe
+from paredown.targets.devices import forks, probe
 from paredown.targets.devices.device import TIMEOUT_S, Device
 
 MAX_ANSWER = 2**26  # bytes of one line
 MAX_FILE = 2**34  # bytes that a child may write into one file
-THREADS = (
-    "OMP_NUM_THREADS",
-    "OPENBLAS_NUM_THREADS",
-    "MKL_NUM_THREADS",
-    "VECLIB_MAXIMUM_THREADS",
-    "NUMEXPR_NUM_THREADS",
-)
 
 
 def connect(address: str) -> Device:
@@ -51,6 +44,7 @@ class Probe:
         runtime_file: the Python file of the runtime, with ``open(path, threads)``.
         threads: threads of one inference.
         timeout_s: the longest that one request may take, in seconds.
+        fresh: as `Device` has it.
         memory_bytes: the most memory the process may allocate; by default all there is.
 
     Raises:
@@ -64,12 +58,14 @@ class Probe:
         runtime_file: Path,
         threads: int = 1,
         timeout_s: float = TIMEOUT_S,
+        fresh: bool = True,
         memory_bytes: int | None = None,
     ) -> None:
         self.file = file
         self.runtime_file = runtime_file
         self.threads = threads
         self.timeout_s = timeout_s
+        self.fresh = fresh
         self.memory_bytes = memory_bytes or physical_memory()
         self.input_names: list[str] = []
         self.output_names: list[str] = []
@@ -79,14 +75,7 @@ class Probe:
             raise UserError(f"{self.file}: no such file.")
         self._stderr = tempfile.TemporaryFile()
         self._pending = b""
-        self._child = subprocess.Popen(
-            [sys.executable, "-I", probe.__file__],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._stderr,
-            env={**os.environ, **dict.fromkeys(THREADS, str(self.threads))},
-            start_new_session=True,
-        )
+        self._child = self._started()
         try:
             limit(self._child.pid, self.memory_bytes)
             self.open(self.file)
@@ -94,6 +83,20 @@ class Probe:
             self._kill()
             raise
         return self
+
+    def _started(self) -> forks.Child:
+        if not self.fresh:
+            forked = forks.forked(self.runtime_file.absolute(), self.threads, self._stderr)
+            if forked is not None:
+                return forked
+        return subprocess.Popen(
+            [sys.executable, "-I", probe.__file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._stderr,
+            env=forks.environment(self.threads),
+            start_new_session=True,
+        )
 
     def open(self, file: Path) -> None:
         """Open a file in this process, in place of the one before."""

@@ -10,6 +10,9 @@ Requests and answers are JSON, one per line; arrays travel as npz files whose ke
     memory                                     -> peak_bytes of this process or null
     versions                                   -> cpu, cores, os, python, runtime
 
+Started with a runtime's file and the number of a socket, it imports what opening a file imports,
+and forks a process like that for each request on the socket; `Server` is told more.
+
 This file imports nothing but the standard library and numpy, and is started by its path, so that
 a device needs no more and nothing else counts in the memory that is measured.
 """
@@ -17,23 +20,29 @@ a device needs no more and nothing else counts in the memory that is measured.
 from __future__ import annotations
 
 import contextlib
+import gc
+import importlib
 import importlib.util
 import itertools
 import json
+import mmap
 import os
 import platform
 import queue
+import random
+import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from time import perf_counter_ns
+from time import perf_counter_ns, sleep
 from typing import Any, TextIO
 
 import numpy as np
 
 POWERCAP = Path("/sys/class/powercap")
 MAX_ERROR = 2000  # characters
+PAGE, SHIFT_PAGES = 4096, 2**16  # by which a fork's addresses are moved at most
 
 
 class Session:
@@ -231,7 +240,85 @@ def answer(commands: dict[str, Callable[..., dict[str, Any]]], request: dict[str
     return json.dumps(result)
 
 
+class Server:
+    """Forks processes that have imported a runtime already.
+
+    Requests and answers are JSON too, one a message, over a socket:
+
+        fork  (with the descriptors of three streams)  -> pid
+        wait  pid                                      -> code, null while it runs
+
+    A fork has only the thread that forks: the locks that another holds would stay locked. So no
+    pool of threads may have been started, and it is forked while all other threads sleep.
+    """
+
+    def __init__(self, runtime_file: str, channel: socket.socket) -> None:
+        self.channel = channel
+        for name in load(runtime_file).IMPORTS:
+            importlib.import_module(name)
+        gc.collect()
+        gc.freeze()  # else a fork's collections would write on, and so copy, what it shares
+
+    def serve(self) -> None:
+        """Answer until the other end is closed; returns in each fork, to be a session."""
+        self.channel.sendall(b"ready")
+        while True:
+            message, streams, _, _ = socket.recv_fds(self.channel, 2**12, 3)
+            if not message:
+                os._exit(0)
+            request = json.loads(message)
+            if request["command"] == "fork":
+                answer: dict[str, Any] = {"pid": self.fork(streams)}
+                if not answer["pid"]:
+                    return
+            else:
+                answer = {"code": ended(request["pid"])}
+            self.channel.sendall(json.dumps(answer).encode())
+
+    def fork(self, streams: list[int]) -> int:
+        while any(state != "S" for state in other_threads()):
+            sleep(0.001)
+        pid = os.fork()
+        if not pid:
+            os.setsid()
+            for number, stream in enumerate(streams):
+                os.dup2(stream, number)
+            self.channel.close()
+            move_addresses()
+        for stream in streams:
+            os.close(stream)
+        return pid
+
+
+def other_threads() -> Iterator[str]:
+    """The state of each thread of this process but the one that asks; none where it is not told."""
+    with contextlib.suppress(OSError):
+        for task in Path("/proc/self/task").iterdir():
+            if int(task.name) != threading.get_native_id():
+                yield (task / "stat").read_text().rpartition(")")[2].split()[0]
+
+
+def move_addresses() -> None:
+    """Place what comes at other addresses than the last fork did, as a fresh process would: a
+    program's speed depends on them, so forks that share them would all err in the same way."""
+    apart = random.Random(os.getpid() ^ perf_counter_ns())
+    kept.append(mmap.mmap(-1, PAGE * apart.randrange(1, SHIFT_PAGES)))  # addresses, not memory
+    kept.extend(bytearray(apart.randrange(16, PAGE)) for _ in range(apart.randrange(256)))
+
+
+kept: list[Any] = []  # never given back
+
+
+def ended(pid: int) -> int | None:
+    """How a fork has ended, as subprocess tells it; None while it runs."""
+    found, status = os.waitpid(pid, os.WNOHANG)
+    return os.waitstatus_to_exitcode(status) if found else None
+
+
 def main() -> None:
+    if sys.argv[1:]:
+        runtime_file, channel = sys.argv[1:]
+        Server(runtime_file, socket.socket(fileno=int(channel))).serve()
     requests, answers = listen()
     session = Session()
     commands = {

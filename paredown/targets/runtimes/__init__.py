@@ -97,6 +97,11 @@ class Runtime(Protocol):
     def PACKAGES(self) -> tuple[str, ...]:
         """The distributions that it needs; the extra that installs them has the runtime's name."""
 
+    @property
+    def IMPORTS(self) -> tuple[str, ...]:
+        """The modules that `open` imports, for a process that is forked before it opens a file;
+        to import them starts no thread that computes."""
+
     def lower(self, model: Model, path: Path | str, data: Batches = ()) -> Path:
         """Write the model as a file, and check it against the model.
 

@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 
 SUFFIX, COMPANIONS = ".pte", ()
 PACKAGES = ("executorch",)
+IMPORTS = (
+    "torch",
+    "executorch.extension.pybindings._C",
+)  # by `open`; they start no threads that compute
 FORMS = frozenset(
     {"int8", "int8-dynamic", "int8-weights", "int4-weights", "fp16"}
 )  # besides float32; see paredown.graph.quantized.forms

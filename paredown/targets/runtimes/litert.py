@@ -31,6 +31,10 @@ SYMMETRIC = frozenset({4})  # bits of weights alone that may have no zero points
 PAIRS = None  # products are added in 32 bits
 INT8_BYTES = (8, 250)  # of scales, and of zero points and tensors, as found in conv nets
 PACKAGES = ("litert-torch", "ai-edge-litert")
+IMPORTS = (
+    "ai_edge_litert.interpreter",
+    "ai_edge_litert.schema_py_generated",
+)  # by `open`; they start no threads that compute
 IDENTIFIER = b"TFL3"  # bytes 4 to 8 of each such file
 
 # Ops that change no value; the others compute.

@@ -33,6 +33,7 @@ SYMMETRIC: frozenset[int] = frozenset()
 PAIRS = "across"  # of products, whose sums saturate at 16 bits on x86 without VNNI
 INT8_BYTES = (8, 600)  # of scales, and of nodes and zero points, as found in conv nets
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+IMPORTS = ("onnxruntime",)  # by `open`; they start no threads that compute
 
 # What an operator of the optimised graph computes in; the others move or cast data.
 INTEGER_OPS = frozenset(

@@ -28,6 +28,7 @@ SYMMETRIC: frozenset[int] = frozenset()
 PAIRS = "within"  # of products, whose sums saturate at 16 bits on x86 without VNNI
 INT8_BYTES = (4, 1950)  # of scales, and of the ops around a layer, as found in conv nets
 PACKAGES = ("openvino", "onnx", "onnxscript")
+IMPORTS = ("openvino",)  # by `open`; they start no threads that compute
 
 SIZES = "paredown"  # a note in the file: names of the inputs' sizes that vary
 

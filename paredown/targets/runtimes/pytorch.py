@@ -29,6 +29,11 @@ SYMMETRIC: frozenset[int] = frozenset()
 PAIRS = None  # products are added in 32 bits
 INT8_BYTES = None  # weights stay float
 PACKAGES = ("torch", "safetensors")
+IMPORTS = (
+    "torch",
+    "paredown.graph.model",
+    "paredown.graph.quantized.packed",
+)  # by `open`; they start no threads that compute
 UNPACKED = "PyTorch unpacks {} weights when it opens the file, and runs them in float."
 
 
