@@ -39,7 +39,7 @@ COLUMNS = (
     *("int8 SNR dB", "integer ops", "file size ratio"),
 )
 SEEDS = (1, 2, 3, 4)  # two calibration examples each
-NO_INTEGERS = "no convolution or linear layer is left to run on integers"
+NO_INTEGERS = "no convolution, linear or recurrent layer is left to run on integers"
 HEAD = """# Architectures
 
 Every model that the tests run paredown over: small, randomly weighted, one of each design. The

@@ -70,7 +70,7 @@ def test_gradients_pass_straight_through():
 
 
 def test_it_needs_no_data_and_rounds_linear_layers_alone(model, tmp_path):
-    assert not BLIND.needs and Quantize("int8-dynamic").needs == {"calibration"}
+    assert not BLIND.needs and not Quantize("int8-dynamic").needs
     made = BLIND.apply(model, None)
     assert sorted(quantized_weights(made.graph)) == [f"{n}.weight" for n in ("head", "k", "q", "v")]
     dynamic = [node for node in quantizers(made.graph) if node.target is DYNAMIC]
@@ -127,6 +127,7 @@ def test_what_it_refuses(model):
         Quantize("int8-dynamic").apply(BLIND.apply(model, None), None)
     task = Task(example=(torch.zeros(1, 4, 10),), score=None)
     assert problems([BLIND], task) == []
-    assert "needs calibration" in problems([Quantize("int8-dynamic")], task)[0]
+    assert problems([Quantize("int8-dynamic")], task) == []
+    assert "needs calibration" in problems([Quantize("int8-dynamic", smooth=0.5)], task)[0]
     for runtime in RUNTIMES:  # each has kernels of its own for it
         assert problems([BLIND], task, Target(runtime)) == []

@@ -186,3 +186,13 @@ def test_recurrent_weights_are_integers_in_every_runtime(kind, runtime, tmp_path
         assert sum(census.bytes_by_dtype.values()) < 1.3 * sum(p.numel() for p in net.parameters())
         wanted = net(*example(model))[0].detach().numpy()
         assert cosine(ours[0], wanted) > 0.999
+
+
+def test_openvino_opens_recurrent_layers_beside_static_ranges(tmp_path):
+    net = Tagger("lstm", batch_first=True).eval()
+    x = torch.randn(8, 5, 12)
+    data = torch.utils.data.TensorDataset(x, torch.zeros(8))
+    given = paredown.Task(example=(x[:1],), score=None, calibration=data)
+    small = paredown.apply(net, [paredown.Quantize()], given, paredown.Target("openvino"))
+    path = paredown.export(small, paredown.Target("openvino"), tmp_path / "net.xml").path
+    assert cosine(paredown.open(path)(x[:1].numpy())[0], net(x[:1])[0].detach().numpy()) > 0.999

@@ -52,13 +52,14 @@ class Quantize(Step):
     Good for convolutional networks and the linear layers of transformers: the file shrinks to
     about a quarter, and kernels with int8 dot products run about twice as fast. It does not pay
     in latency on tiny layers, where moving bytes costs as much as computing on them, nor on CPUs
-    without int8 dot products; models of mostly recurrent layers shrink little, since those stay in
-    float. Tables that are looked up are kept as integers and read as floats.
+    without int8 dot products. Tables that are looked up are kept as integers and read as floats.
+    Recurrent layers get 8-bit weights with either scheme; what comes to them, and their state, is
+    rounded by the runtime's kernel where it has one for integers.
 
     ``"int8-dynamic"`` finds the range of a layer's input anew at each inference, and quantizes
-    linear layers alone: for transformers and models of linear layers whose ranges differ from
-    input to input. It does not pay for convolutions, whose dynamic kernels are slow and which
-    stay in float; and all examples of a batch share a range.
+    linear and recurrent layers alone: for transformers and models of linear layers whose ranges
+    differ from input to input. It does not pay for convolutions, whose dynamic kernels are slow and
+    which stay in float; and all examples of a batch share a range.
 
     Args:
         scheme: "int8", "int4" for weights of 4 bits, or "int8-dynamic", which needs no calibration
@@ -105,15 +106,15 @@ class Quantize(Step):
             call='Quantize("int8")',
             does="post-training static quantization, int8 weights per channel, uint8 "
             "activations, int8 tables",
-            pays="convolutions, linear layers and embeddings: about a quarter of the size, 2x "
-            "and more faster",
-            does_not="tiny layers; recurrent layers stay in float",
+            pays="convolutions, linear, recurrent layers and embeddings: about a quarter of the "
+            "size, 2x and more faster",
+            does_not="tiny layers; GRU in ONNX Runtime and OpenVINO gets smaller, not faster",
         ),
         Entry(
             call='Quantize("int8-dynamic")',
             does="int8 weights, activations rounded by the range that each inference has; "
-            "linear layers alone",
-            pays="transformers whose ranges differ from input to input; without any data",
+            "linear and recurrent layers alone",
+            pays="LSTM; transformers whose ranges differ from input to input; without any data",
             does_not="convolutions, which stay in float",
         ),
         Entry(

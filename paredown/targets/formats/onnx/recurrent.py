@@ -25,6 +25,7 @@ from onnxscript import values as onnxscript_values
 
 from paredown.core.errors import UserError
 from paredown.graph.quantized.forms import Rounded
+from paredown.graph.quantized.grouped import spread
 from paredown.targets.formats.onnx import blocks, channels
 from paredown.targets.formats.onnx.bits import DOMAIN
 from paredown.targets.formats.onnx.dynamic import OP as DYNAMIC
@@ -113,8 +114,10 @@ def lower(graph: ir.Graph, standard: bool = False) -> None:
     Args:
         standard: with ONNX's own ops alone, for other runtimes than ONNX Runtime.
     """
+    # Beside values in integers OpenVINO folds no weights, and its recurrent kernels want constants.
+    floats = standard and any(node.op_type == "FakeQuantize" for node in graph)
     for node in [n for n in graph if n.op_type == OP]:
-        _Lowering(graph, node, standard).run()
+        _Lowering(graph, node, standard, floats).run()
     for node in [n for n in graph if n.op_type in (*QUANTIZERS, DYNAMIC)]:
         if not node.outputs[0].uses() and not node.outputs[0].is_graph_output():
             graph.remove(node, safe=True)
@@ -125,6 +128,7 @@ class _Lowering:
     graph: ir.Graph
     node: ir.Node
     standard: bool
+    floats: bool  # whether the file holds rounded weights as floats
 
     @property
     def kind(self) -> str:
@@ -248,6 +252,9 @@ class _Lowering:
         """A weight of all directions (D, G H, F), gates in ONNX's order."""
         if weight is None:
             return self._ordered(part, f"{_name(part[0])}_gates")
+        if self.floats:
+            rounded = _values(weight).unflatten(0, (self.directions, -1)).numpy()
+            return self.held(f"{weight.name}_gates", rounded)
         made = blocks.folded(self.graph, self.node, weight)
         shape = [self.directions, -1, weight.integers.shape[1]]
         name = f"shape_{'_'.join(map(str, shape))}"
@@ -326,6 +333,14 @@ def _ordered(values: np.ndarray | None, order: Sequence[int]) -> np.ndarray:
 def _by_channel(weight: Rounded | None) -> bool:
     """Whether ONNX Runtime's kernel reads it: 8 bits, each channel with a scale and no more."""
     return weight is not None and weight.form.bits == 8 and not weight.form.alone
+
+
+def _values(weight: Rounded) -> torch.Tensor:
+    """Rows (R, F) of floats."""
+    rows, features = weight.integers.float(), weight.integers.shape[1]
+    if weight.zero_points is not None:
+        rows -= spread(weight.zero_points, weight.group, features)
+    return rows * spread(weight.scales, weight.group, features)
 
 
 def _together(parts: list[Rounded], order: Sequence[int]) -> Rounded | None:
