@@ -435,7 +435,7 @@ def test_kinds_of_tasks(here, tmp_path, kind):
     run = paredown.compress(model, task, Goals(size="0.8x", max_drop="60%"), out=tmp_path / "r")
     assert run.met, run.verdict
     assert run.trials[0].kept, run.trials[0].decision
-    assert Run.from_json((tmp_path / "r" / "run.json").read_text()) == run
+    assert Run.load(tmp_path / "r") == run
     assert run.baseline.score_in_points == (kind is not regression)
     by_class = kind in (dictionary, fixed_batch)
     assert bool(run.details["classes"]) == by_class
