@@ -91,7 +91,7 @@ def test_baseline_and_plan_and_report(user, paredown_cli):
     code, out, _ = paredown_cli("baseline", "net.py")
     assert code == 0 and "size on disk" in out and "score on validation (60)" in out
     assert "peak memory" in out and "onnxruntime" in out
-    code, out, _ = paredown_cli("plan", "net.py", "--latency", "0.5x", "--size", "20KB")
+    code, out, _ = paredown_cli("plan", "net.py", "--latency", "0.5x", "--size", "15KB")
     assert code == 0 and "1. int4 with training: size and latency are asked for" in out
     assert "2. Factor to " in out and "3. Cut channels to " in out
     assert "then int8: size and latency are asked for: leave " in out
@@ -117,7 +117,7 @@ def test_nothing_else_is_said_on_standard_error(tmp_path):
         "ok captured: 14,596 parameters, 4 layers with weights",
         "ok scored one batch of validation",
         "ok loss and gradients of one training batch are finite",
-        "ok exported to onnxruntime, 59.5 KB; the file agrees with the model",
+        "ok exported to onnxruntime, 59.4 KB; the file agrees with the model",
     ]
 
 

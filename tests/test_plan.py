@@ -88,6 +88,8 @@ def test_every_offer_is_made_for_some_situation_and_says_for_which(wide):
     situations += [
         Situation(each, task(), Goals(), BASELINE, Target(), seed=0) for each in (tables, model)
     ]
+    taught = dataclasses.replace(given, student=conv_net(8))
+    situations.append(Situation(model, taught, Goals(), baseline, Target(), seed=0))
     for offer in offers():
         assert any(offer(situation) for situation in situations), offer.__qualname__
         assert (offer.__doc__ or "").startswith("Where"), f"{offer.__qualname__}: made when?"

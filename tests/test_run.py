@@ -541,12 +541,10 @@ def test_a_run_killed_at_any_time_goes_on(undisturbed, monkeypatch, tmp_path, se
 
 
 STOP_IN_TRAINING = """
-seen = 0
+from pathlib import Path
 old = task
 def loss(output, target):
-    global seen
-    seen += 1
-    if seen == 6 and "STOP" in os.environ:  # one for the check, three in an epoch
+    if "STOP" in os.environ and list(Path("r").rglob("fine_tune.safetensors")):  # after one epoch
         os.kill(os.getpid(), int(os.environ["STOP"]))
     return F.cross_entropy(output, target)
 def task():
@@ -810,8 +808,7 @@ def test_a_step_that_cannot_be_applied_is_undone_with_its_reason(user, here):
     steps = [paredown.FineTune(epochs=2), paredown.Quantize()]
     run = paredown.compress(model, task, Goals(size="0.25x"), steps=steps, out="r")
     assert not run.trials[0].kept and run.trials[0].measurement is None
-    assert run.trials[0].decision.endswith("failed: ValueError: no such label")
-    assert run.trials[0].decision.startswith("FineTune(epochs=")
+    assert "failed: ValueError: no such label; it was given" in run.trials[0].decision
 
 
 def test_the_callers_random_numbers_are_left_alone(user, here):
