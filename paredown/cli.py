@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from paredown.core import progress
+from paredown.core import progress, threads
 from paredown.core.console import output, print_json, wide
 from paredown.core.errors import UserError
 from paredown.core.goals import Goals
@@ -86,6 +86,7 @@ def options(
 
 def main() -> None:
     """Run the command line; a user's mistake ends in a sentence, never in a traceback."""
+    threads.sleep_at_barriers()
     try:
         app()
     except UserError as error:

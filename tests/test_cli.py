@@ -3,6 +3,7 @@
 
 import fcntl
 import json
+import os
 import re
 import subprocess
 import sys
@@ -355,3 +356,25 @@ def test_what_the_system_refuses_is_a_sentence(paredown_cli, monkeypatch):
 def test_version(paredown_cli):
     code, out, _ = paredown_cli("--version")
     assert code == 0 and re.fullmatch(r"paredown \d+\.\d+\.\d+\n", out)
+
+
+@pytest.mark.parametrize("chosen", ["ACTIVE", None])
+def test_threads_sleep_where_they_wait_but_not_in_what_is_timed(chosen):
+    """Unless the user has chosen: OpenMP's threads spin by default."""
+    source = """
+import os, sys
+from paredown import cli
+sys.argv = ["paredown", "--version"]
+try:
+    cli.main()
+except SystemExit:
+    pass
+from paredown.targets.devices import forks
+print(os.environ["OMP_WAIT_POLICY"], forks.environment(1).get("OMP_WAIT_POLICY"))
+"""
+    given = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    given |= {"OMP_WAIT_POLICY": chosen} if chosen else {}
+    command = [sys.executable, "-c", source]
+    done = subprocess.run(command, env=given, capture_output=True, text=True, check=True)
+    expected = [chosen, chosen] if chosen else ["PASSIVE", "None"]
+    assert done.stdout.splitlines()[-1].split() == expected

@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 from typing import IO, Any, Protocol
 
+from paredown.core.threads import as_deployed
 from paredown.targets.devices import probe
 
 STARTED_S = 60.0  # the longest that importing a runtime may take
@@ -153,7 +154,7 @@ def forked(runtime_file: Path, threads: int, stderr: IO[bytes]) -> Forked | None
 
 def environment(threads: int) -> dict[str, str]:
     """Of a process that runs a file on that many threads."""
-    return {**os.environ, **dict.fromkeys(THREADS, str(threads))}
+    return {**as_deployed(os.environ), **dict.fromkeys(THREADS, str(threads))}
 
 
 @atexit.register
