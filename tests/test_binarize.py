@@ -363,9 +363,7 @@ def test_bad_settings_and_models_are_told(trained):
         Binarize(exclude="fc")
     with pytest.raises(UserError, match="no layer or weight is called 'bodi'; did you mean 'body'"):
         Binarize(exclude=("bodi",)).apply(model, task)
-    with pytest.raises(
-        UserError, match="no convolution, linear or recurrent layer is left besides the first"
-    ):
+    with pytest.raises(UserError, match="no convolution or linear layer is left besides the first"):
         Binarize(exclude=("body", "more")).apply(model, task)
     two = capture(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2)), TASK.example)
     with pytest.raises(UserError, match="set first=True or last=True"):
@@ -382,7 +380,7 @@ def test_the_runtimes_that_write_it(form, runtime):
 
 # --- every architecture ----------------------------------------------------------------------
 
-NOTHING_LEFT = "no convolution, linear or recurrent layer is left"
+NOTHING_LEFT = "no convolution or linear layer is left"
 BRIEF = ("resnet8", "lstm", "dcgan")  # the rest are slow
 every = pytest.mark.parametrize(
     "name",

@@ -88,11 +88,7 @@ ILLEGAL: dict[tuple[str, ...], str] = {
     ("cast", "distill"): "is float16, in which training does not converge; train before Cast",
     ("cast", "fine_tune"): "is float16, in which training does not converge; train before Cast",
     ("cast", "quantize"): "quantize: ",
-    (
-        "prune_layers",
-        "binarize",
-        "cnn",
-    ): "Binarize: no convolution, linear or recurrent layer is left besides",
+    ("prune_layers", "binarize", "cnn"): "Binarize: no convolution or linear layer is left besides",
     ("prune_weights", "binarize"): 'is pruned, and one bit has no zero; use Binarize("ternary")',
     ("quantize", "binarize"): "Binarize: the model is quantized already; binarize before",
     ("binarize", "binarize"): "Binarize: the model is quantized already; binarize before",
