@@ -143,25 +143,23 @@ def _spatial(layer: FactorLayer, rows: Rows, search: Search, total: float) -> li
 
 def _tucker(layer: FactorLayer, rows: Rows, search: Search, total: float) -> list[Option]:
     assert rows.x is not None
-    roots = math_of.channel_root(rows.x[:, : rows.fitted])
-    pairs = _pairs(layer, roots, search)
+    modes = math_of.Modes.of(layer.weight, math_of.channel_root(rows.x[:, : rows.fitted]))
+    pairs = _pairs(layer, modes, search)
     return [
         _tried(
             *(layer, rows, total, "tucker", pair),
-            math_of.tucker_factors(layer.weight, roots, pair[1], pair[0]),
+            math_of.tucker_factors(layer.weight, modes, pair[1], pair[0]),
         )
         for pair in pairs
     ]
 
 
-def _pairs(
-    layer: FactorLayer, roots: tuple[Tensor, Tensor], search: Search
-) -> list[tuple[int, int]]:
-    """Ranks of the inputs and of the outputs that lose alike, by `mode_losses`."""
+def _pairs(layer: FactorLayer, modes: math_of.Modes, search: Search) -> list[tuple[int, int]]:
+    """Ranks of the inputs and of the outputs that lose alike, by the losses of the modes."""
     outputs, inputs = layer.weight.shape[1:3]
     if search.rank is not None:
         return [(min(search.rank, inputs), min(search.rank, outputs))]
-    of_outputs, of_inputs = math_of.mode_losses(layer.weight, roots[0])
+    of_outputs, of_inputs = modes.losses
     allowed_in = neat(range(1, inputs + 1), layer.groups, search.round_to)
     pairs = []
     for rank in neat(range(1, outputs + 1), layer.groups, search.round_to):

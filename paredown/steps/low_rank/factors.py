@@ -12,6 +12,7 @@ as inputs both are the same, and what is found is the plain decomposition of the
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from paredown.train.reconstruct import refit
 
 DAMPING = 0.01  # share of what all directions alike add to those that the inputs show
 RIDGE = 1e-4
-SWEEPS = 5  # of alternating least squares in a Tucker decomposition
+SWEEPS = 3  # of alternating least squares in a Tucker decomposition
 
 Factors = tuple[Tensor, ...]
 
@@ -149,9 +150,15 @@ def spatial_directions(weight: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     columns = x.permute(0, 1, 4, 2, 3).flatten(3).flatten(1, 2)  # (N, P w, C h)
     whole, inverse = root(columns)
     matrix = weight.double().permute(0, 1, 4, 2, 3).reshape(groups, -1, inputs * height)
-    left, values, right = torch.linalg.svd(matrix @ whole, full_matrices=False)
+    white = matrix @ whole
+    if white.shape[1] <= white.shape[2]:  # the moment of the shorter side tells the same directions
+        left = torch.linalg.eigh(white @ white.mT).eigenvectors.flip(2)
+        right = left.mT @ white
+    else:
+        right = torch.linalg.eigh(white.mT @ white).eigenvectors.flip(2).mT
+        left = white @ right.mT
     first = (right @ inverse).reshape(groups, -1, inputs, height, 1)
-    last = (left * values[:, None]).reshape(groups, outputs, width, 1, -1)
+    last = left.reshape(groups, outputs, width, 1, -1)
     return first, last.permute(0, 1, 4, 3, 2)
 
 
@@ -168,52 +175,68 @@ def channel_root(x: Tensor) -> tuple[Tensor, Tensor]:
     return root(x.flatten(3).transpose(2, 3).flatten(1, 2))
 
 
-def mode_losses(weight: Tensor, whole: Tensor) -> tuple[Tensor, Tensor]:
-    """What outputs and input channels each lose with their first R directions: (O + 1,), (C + 1,).
+@dataclass(frozen=True)
+class Modes:
+    """A weight whitened by its input channels, and the directions that it has along each mode."""
 
-    Shares of the whitened weight's energy, by the singular values of its unfoldings.
-    """
-    white = torch.einsum("nock,ncd->nodk", weight.double().flatten(3), whole)
-    shares = []
-    for unfolded in (white.flatten(2), white.transpose(1, 2).flatten(2)):
-        energy = torch.linalg.eigvalsh(unfolded @ unfolded.mT).clamp(min=0).flip(1).sum(0)
-        rest = energy.flip(0).cumsum(0).flip(0)
-        shares.append(torch.cat([rest, rest.new_zeros(1)]) / rest[0].clamp(min=1e-300))
-    return shares[0], shares[1]
+    white: Tensor  # (N, O, C, k)
+    inverse: Tensor  # (N, C, C), of the root that whitens
+    outputs: Tensor  # (N, O, O), the left singular vectors of the unfolding, largest first
+    inputs: Tensor  # (N, C, C)
+    losses: tuple[Tensor, Tensor]  # (O + 1,), (C + 1,)
+
+    @staticmethod
+    def of(weight: Tensor, roots: tuple[Tensor, Tensor]) -> Modes:
+        """The higher-order SVD (De Lathauwer 2000), from which all ranks are taken.
+
+        ``losses`` are the shares of the whitened weight's energy that outputs and input channels
+        each lose with their first R directions, for R from 0.
+        """
+        white = torch.einsum("nock,ncd->nodk", weight.double().flatten(3), roots[0])
+        found = [_directions(unfolded) for unfolded in (white, white.transpose(1, 2))]
+        (outputs, of_outputs), (inputs, of_inputs) = found
+        return Modes(white, roots[1], outputs, inputs, (of_outputs, of_inputs))
 
 
-def tucker_factors(
-    weight: Tensor, roots: tuple[Tensor, Tensor], outputs: int, inputs: int
-) -> Factors:
+def _directions(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """The left singular vectors of (N, M, ...) unfolded along M, largest first, and what is lost
+    without the last of them: (N, M, M), (M + 1,)."""
+    unfolded = tensor.flatten(2)
+    values, vectors = torch.linalg.eigh(unfolded @ unfolded.mT)
+    energy = values.clamp(min=0).flip(1).sum(0)
+    rest = energy.flip(0).cumsum(0).flip(0)
+    return vectors.flip(2), torch.cat([rest, rest.new_zeros(1)]) / rest[0].clamp(min=1e-300)
+
+
+def tucker_factors(weight: Tensor, modes: Modes, outputs: int, inputs: int) -> Factors:
     """1 x 1 to ``inputs`` channels, the kernel to ``outputs``, 1 x 1 to all (Kim 1511.06530).
 
-    Higher-order orthogonal iteration (De Lathauwer 2000) on the weight whitened by ``roots``, those
-    of its input channels.
+    Higher-order orthogonal iteration (De Lathauwer 2000), each half a step of subspace iteration
+    (Golub & Van Loan, 8.2.4) from the directions of the higher-order SVD.
 
     Example:
         >>> weight = torch.randn(1, 4, 3, 3, 3)
-        >>> factors = tucker_factors(weight, channel_root(torch.randn(1, 99, 3, 3, 3)), 4, 3)
+        >>> modes = Modes.of(weight, channel_root(torch.randn(1, 99, 3, 3, 3)))
+        >>> factors = tucker_factors(weight, modes, 4, 3)
         >>> torch.allclose(product(factors), weight.double(), atol=1e-5)
         True
     """
-    whole, inverse = roots
-    white = torch.einsum("nock,ncd->nodk", weight.double().flatten(3), whole)  # (N, O, C, k)
-    right = _leading(white.transpose(1, 2), inputs)  # (N, C, inputs)
+    white = modes.white
+    left, right = modes.outputs[..., :outputs], modes.inputs[..., :inputs]
     for _ in range(SWEEPS):
-        left = _leading(torch.einsum("nock,nci->noik", white, right), outputs)
-        right = _leading(torch.einsum("nock,nor->ncrk", white, left), inputs)
-    left = _leading(torch.einsum("nock,nci->noik", white, right), outputs)
+        left = _turned(torch.einsum("nock,nci->noik", white, right), left)
+        right = _turned(torch.einsum("nock,nor->ncrk", white, left), right)
     core = torch.einsum("nock,nor,nci->nrik", white, left, right)
     ones = [1] * (weight.dim() - 3)
     kernel = weight.shape[3:]
-    down = (right.mT @ inverse).reshape(len(weight), inputs, -1, *ones)
+    down = (right.mT @ modes.inverse).reshape(len(weight), inputs, -1, *ones)
     return down, core.reshape(*core.shape[:3], *kernel), left.reshape(*left.shape, *ones)
 
 
-def _leading(tensor: Tensor, count: int) -> Tensor:
-    """The first left singular vectors of (N, M, ...) unfolded along M: (N, M, count)."""
+def _turned(tensor: Tensor, subspace: Tensor) -> Tensor:
+    """A subspace (N, M, R) nearer the first left singular vectors of (N, M, ...) unfolded."""
     unfolded = tensor.flatten(2)
-    return torch.linalg.eigh(unfolded @ unfolded.mT).eigenvectors.flip(2)[..., :count]
+    return torch.linalg.qr(unfolded @ (unfolded.mT @ subspace)).Q
 
 
 # --- on the inputs that there are -------------------------------------------------------------
@@ -230,9 +253,9 @@ def refit_last(factors: Factors, x: Tensor, y: Tensor) -> Factors:
         True
     """
     *first, last = (factor.double() for factor in factors)
-    before = product(first)
+    before = product(first).to(x.dtype)
     cells = before.shape[3:].numel()
-    split = x.reshape(*x.shape[:3], cells, -1).double()  # its own kernel apart from that before
+    split = x.reshape(*x.shape[:3], cells, -1)  # its own kernel apart from that before
     seen = torch.einsum("npcyx,nrcy->nprx", split, before.reshape(*before.shape[:3], -1))
     rows, flat = seen.flatten(2), last.flatten(2)
     made = [refit(*each, None, RIDGE)[0] for each in zip(rows, y.double(), flat, strict=True)]
