@@ -269,7 +269,7 @@ def test_they_are_timed_apart_and_with_the_model(tmp_path):
     model = paredown.capture(identity(), EXAMPLE)
     artifact = paredown.export(model, paredown.Target("pytorch"), tmp_path / "m.safetensors")
     files = {"original": tmp_path / "m.safetensors", "compressed": tmp_path / "m.safetensors"}
-    found = measure.measure(files, model, task, paredown.Target("pytorch"), rounds=2)
+    found = measure.measure(files, model, task, paredown.Target("pytorch", rounds=2))
     both = {name: each.measurement for name, each in found.items()}
     for m in both.values():
         assert m.score == 1.0 and m.preprocess_ms > 0 and m.postprocess_ms > 0
