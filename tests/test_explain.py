@@ -387,7 +387,7 @@ def test_every_architecture_is_explained(name, tmp_path):
         made = paredown.apply(model, steps, its_task)
     path = tmp_path / "model.onnx"
     paredown.export(made, Target(), path)
-    found = explain_file(model, made, path, "onnxruntime", its_task, steps, 5.0, False)
+    found = explain_file(model, made, path, "onnxruntime", its_task, steps, 30.0, False)
     known = {site.weight for site in sites(made.graph)}
     assert {row["name"] for row in found.layers} == known
     rounded = [row for row in found.layers if row["bits"]]

@@ -147,7 +147,7 @@ def test_only_what_filling_added_is_cut():
         (0.5, "got float"),
         (torch.zeros(2, dtype=torch.complex64), "got torch.complex64"),
         (torch.tensor([1.0, float("nan")]), "1 of 2 scores of a batch are NaN or infinite"),
-        (None, "failed: "),
+        (None, "got NoneType"),
     ],
 )
 def test_a_score_is_checked_in_one_place(found, message, varying):
