@@ -300,6 +300,19 @@ SENTENCES = [
         "the change lies too near a drop of 1 point to tell",
     ),
     (
+        (1, 6, 400, 0.01),
+        "not provable",
+        "not provable with this data: 400 examples leave the interval at -3.0 to +0.1 points; "
+        "as measured the drop is more than 1 point; only if nothing was lost in truth would about "
+        "1,499 prove that it is not",
+    ),
+    (
+        (4, 3, 400, 0.02),  # 0.25 points, as table and report have it, and not 0.2
+        "proven",
+        "accuracy rose by 0.25 points (95 % interval -1.3 to +1.9 over 400 examples); "
+        "a drop of at most 2 points is proven",
+    ),
+    (
         (30, 30, 5000, 0.0),
         "not provable",
         "not provable with this data: 5,000 examples leave the interval at -0.31 to +0.31 points; "

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from paredown.core.measurement import Comparison, Measurement
-from paredown.core.units import GOALS, Limit, human, parse_drop, parse_limit
+from paredown.core.units import GOALS, Limit, amount, human, parse_drop, parse_limit
 
 TIMED = ("latency", "throughput", "energy")  # what drifts with the machine's speed
 DRIFT = 0.05  # of the original's, from which on it is said
@@ -149,10 +149,10 @@ def _check_drop(allowed: float, measurement: Measurement, baseline: Measurement)
         return GoalCheck("max_drop", allowed, None, False, "The score was not measured.")
     drop = baseline.score - measurement.score
     met = _holds("max_drop", drop, allowed)
-    scale, unit = (100, " points") if baseline.score_in_points else (1, "")
-    moved = f"{'fell' if drop > 0 else 'rose'} by {abs(drop) * scale:.3g}{unit}"
+    scale, unit = (100, "points") if baseline.score_in_points else (1, "")
+    moved = f"{'fell' if drop > 0 else 'rose'} by {amount(abs(drop) * scale, unit)}"
     moved = moved if drop else "did not change"
-    text = f"The score {moved}; the goal allows a fall of {allowed * scale:.3g}{unit}."
+    text = f"The score {moved}; the goal allows a fall of {amount(allowed * scale, unit)}."
     return GoalCheck("max_drop", allowed, drop, met, text)
 
 

@@ -76,6 +76,19 @@ def parse_drop(text: str | float) -> float:
     )
 
 
+def amount(value: float, unit: str) -> str:
+    """Three significant digits and a unit, "" where there is none.
+
+    Example:
+        >>> amount(1.0, "points"), amount(0.5, "points"), amount(0.000776036, "")
+        ('1 point', '0.5 points', '0.000776')
+        >>> amount(1234.5, "dB")
+        '1,234 dB'
+    """
+    number = f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
+    return f"{number} {unit.removesuffix('s') if number == '1' else unit}".strip()
+
+
 def human(goal: str, value: float) -> str:
     """A quantity with its unit, three significant digits.
 

@@ -10,6 +10,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from paredown.core.units import amount
+
 Floats = NDArray[np.float64]
 Status = Literal["proven", "refuted", "not provable"]
 # A resample misses all of k odd values with probability about exp(-k). Below this k the bootstrap
@@ -280,40 +282,57 @@ def _sentence(
 ) -> str:
     """Say a verdict; unit None means points, that is hundredths."""
     scale, unit = (100.0, "points") if unit is None else (1.0, unit)
-    difference, needed = verdict.difference, verdict.needed
+    difference = verdict.difference
     width = scale * (difference.high - difference.low)
     told = width or scale * abs(difference.estimate)  # all differences may be the same
     places = max(0, 1 - math.floor(math.log10(told))) if told else 3
+    fine = _fine(scale * abs(difference.estimate), places)
 
-    def number(value: float, sign: str = "+") -> str:
+    def number(value: float, sign: str = "+", places: int = places) -> str:
         if places > MOST_PLACES:
             return f"{scale * value:{sign}.2g}"
         return f"{round(scale * value, places) + 0.0:{sign},.{places}f}"
 
     interval = f"{number(difference.low)} to {number(difference.high)}"
     examples = f"{n:,} example{'s' if n > 1 else ''}"
-    budget = f"{scale * max_drop:g} {unit}".strip()
-    if budget == "1 points":
-        budget = "1 point"
+    budget = amount(scale * max_drop, unit)
     if verdict.status == "not provable":
-        advice = f"the change lies too near a drop of {budget} to tell"
-        if needed is None:
-            advice = "only a better candidate could prove that nothing was lost"
-        elif needed > n:
-            advice = f"about {needed:,} would be needed to prove a drop of at most {budget}"
         leaves = f"leave{'s' if n == 1 else ''} the interval at {interval} {unit}".strip()
+        advice = _advice(verdict, n, max_drop, budget)
         return f"not provable with this data: {examples} {leaves}; {advice}"
     refuted = verdict.status == "refuted"
     claim = f"a drop of {'more than' if refuted else 'at most'} {budget} is proven"
     # the two-sided interval alone would seem to contradict the one-sided test
     if difference.low <= -max_drop <= difference.high:
         claim += f" (one-sided bound {number(one_sided.high if refuted else one_sided.low)})"
-    size = f"{number(abs(difference.estimate), '')} {unit}".strip()
+    size = f"{number(abs(difference.estimate), '', fine)} {unit}".strip()
     moved = f"{'fell' if difference.estimate < 0 else 'rose'} by {size}"
     if difference.estimate == 0:
         moved = "did not change"
     level = f"{100 * difference.confidence:g} %"
     return f"{name} {moved} ({level} interval {interval} over {examples}); {claim}"
+
+
+def _fine(value: float, places: int) -> int:
+    """Places that tell an estimate to three digits, as it is told everywhere else; at least those
+    of its interval."""
+    more = range(places, places + 3)
+    return next((p for p in more if round(value, p) == float(f"{value:.3g}")), places)
+
+
+def _advice(verdict: Verdict, n: int, max_drop: float, budget: str) -> str:
+    """What would prove the budget."""
+    needed = verdict.needed
+    if needed is None:
+        return "only a better candidate could prove that nothing was lost"
+    if needed <= n:
+        return f"the change lies too near a drop of {budget} to tell"
+    if verdict.difference.estimate < -max_drop:
+        return (
+            f"as measured the drop is more than {budget}; only if nothing was lost in truth would "
+            f"about {needed:,} prove that it is not"
+        )
+    return f"about {needed:,} would be needed to prove a drop of at most {budget}"
 
 
 # The checks

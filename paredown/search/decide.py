@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from paredown.core.goals import GoalCheck, Goals, drift
 from paredown.core.measurement import Comparison, Measurement
-from paredown.core.units import GOALS, human
+from paredown.core.units import GOALS, amount, human
 from paredown.measure.measure import Measured, compare
 
 # an attempt pays below this share of the best so far
@@ -121,8 +121,9 @@ def too_far(goals: Goals, beside: Measurement, candidate: Measurement) -> str:
     drop = (beside.score or 0.0) - (candidate.score or 0.0)
     if allowed is None or drop <= allowed + 1e-12:
         return ""
-    scale, unit = (100, " points") if candidate.score_in_points else (1, "")
-    return f"the score fell by {drop * scale:.3g}{unit}; the goal allows {allowed * scale:.3g}"
+    scale, unit = (100, "points") if candidate.score_in_points else (1, "")
+    fell, most = amount(drop * scale, unit), amount(allowed * scale, "")
+    return f"the score fell by {fell}; the goal allows {most}"
 
 
 def _moved(
