@@ -150,6 +150,22 @@ def test_more_than_int8_gives_is_cut_from_the_channels_in_rounds(wide):
     assert all(a.reason and a.expected for item in proposals for a in item.attempts)
 
 
+def test_the_same_cut_is_planned_once(wide):
+    model, baseline = wide
+    proposals = plan(model, trainable(), Goals(size="0.002x"), baseline)
+    assert [item.title for item in proposals if cuts(item)] == ["Cut channels to 2%, then int8"]
+
+
+def test_four_bits_are_tried_wherever_they_are_expected_to_do(wide):
+    model, baseline = wide
+    added = runtime("onnxruntime").INT8_BYTES
+    four = expected_integer_bytes(model, baseline.size_bytes, added, 4)
+    for more, tried in ((1.02, True), (0.98, False)):
+        proposals = plan(model, trainable(), Goals(size=f"{int(four * more)} B"), baseline)
+        found = [item.title for item in proposals]
+        assert ("int4 with training" in found) == tried and "binary" in found
+
+
 def test_latency_is_won_by_fewer_multiply_adds(wide):
     model, baseline = wide
     proposals = plan(model, trainable(), Goals(latency="0.2x"), baseline)

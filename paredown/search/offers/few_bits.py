@@ -11,8 +11,8 @@ from paredown.search.situation import Situation, expected_integer_bytes
 
 
 def four_bits(situation: Situation) -> Sequence[Proposal]:
-    """Where eight are too many for the size, and four should do for it."""
-    if not _four_do(situation):
+    """Where eight are too many for the size, and four are expected to do for it."""
+    if not _four_do(situation, 1.0):
         return []
     attempt = Attempt(
         (make("quantize", scheme="int4"), recovery(situation, 1e-3)),
@@ -24,8 +24,8 @@ def four_bits(situation: Situation) -> Sequence[Proposal]:
 
 
 def signs(situation: Situation) -> Sequence[Proposal]:
-    """Where not even four bits should do for the size."""
-    wanted = _asked_bytes(situation) is not None and not _four_do(situation)
+    """Where not even four bits should do for the size, with a margin."""
+    wanted = _asked_bytes(situation) is not None and not _four_do(situation, MARGIN)
     if not wanted or "binary" not in situation.runtime.FORMS:
         return []
     attempt = Attempt(
@@ -37,10 +37,10 @@ def signs(situation: Situation) -> Sequence[Proposal]:
     return [Proposal("binary", "the smallest that weights can be", (attempt,))]
 
 
-def _four_do(situation: Situation) -> bool:
+def _four_do(situation: Situation, margin: float) -> bool:
     limit = _asked_bytes(situation)
     able = "int4" in situation.runtime.FORMS
-    return able and limit is not None and _expected_bytes(situation, 4) <= MARGIN * limit
+    return able and limit is not None and _expected_bytes(situation, 4) <= margin * limit
 
 
 def _asked_bytes(situation: Situation) -> float | None:

@@ -41,10 +41,8 @@ def narrow(situation: Situation) -> Sequence[Proposal]:
         return []
     needed = situation.share
     first = NARROW if needed.left >= 1 else needed.left * MARGIN
-    return [
-        _narrowed(situation, Share(max(NARROWEST, share), needed.amount))
-        for share in (first, first / 2)
-    ]
+    shares = dict.fromkeys(max(NARROWEST, share) for share in (first, first / 2))
+    return [_narrowed(situation, Share(share, needed.amount)) for share in shares]
 
 
 def _narrowed(situation: Situation, share: Share) -> Proposal:
