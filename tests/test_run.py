@@ -299,6 +299,7 @@ def test_a_drop_that_is_not_allowed_is_undone(user, paredown_cli):
     assert "the score fell by" in out and "the goal allows 1" in out
     assert "No step paid; the original is kept." in run.verdict
     assert run.artifact.sha256 == run.original.sha256
+    assert run.details["score"] == ""  # a function named score says no more than "Score"
     assert Path("r/recipe.toml").read_text() == ""
 
 
@@ -634,6 +635,25 @@ def test_of_all_that_was_measured_the_nearest_is_the_artifact(monkeypatch):
     shipped = compress._shipped(trials, best)
     assert [trial.shipped for trial in shipped] == [False, False, False, True]
     assert shipped[3].kept and "nothing that was measured comes nearer" in shipped[3].decision
+
+
+def test_what_was_undone_is_not_tried_again_on_the_same_file(monkeypatch):
+    first = Measurement(100_000, 0.9, latency_ms_p50=4.0)
+    asked = []
+
+    def tried(state, item, attempt, best, number):
+        asked.append(attempt.title)
+        kept = attempt.title == "1"
+        trial = Trial([], attempt.title, "", "", kept, "", first, None, 0.1, "")
+        return trial, Point(attempt.title, best.file, (), Standing(first, first), (number,))
+
+    monkeypatch.setattr(compress, "tried", tried)
+    state = State(None, None, Goals(size="0.1x"), Target(), None, Path(), first, 0, False)
+    cut, other = (paredown.PruneChannels(0.2),), (paredown.Quantize(),)
+    steps = [cut, cut, cut, other]  # the first is kept, the second undone, the third the same
+    attempts = tuple(Attempt(each, str(n), "", "") for n, each in enumerate(steps, 1))
+    compress._search(state, [Proposal("", "", attempts)])
+    assert asked == ["1", "2", "4"]
 
 
 def test_what_the_data_cannot_prove_is_said_and_with_proof_missed(user, paredown_cli):

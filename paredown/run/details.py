@@ -59,12 +59,13 @@ MEANINGS = {
 
 
 def _meaning(task: Task) -> str:
-    """What the task's score is, in words; the name of the user's own function."""
+    """What the task's score is, in words; the name of the user's own function, where that says
+    more than that it is a score."""
     name = getattr(task.score, "__name__", "")
     known = getattr(task.score, "__module__", "").startswith("paredown.")
     if known:
         return MEANINGS.get(name, "")
-    return "" if name.startswith("<") else name.replace("_", " ")
+    return "" if name.startswith("<") or name == "score" else name.replace("_", " ")
 
 
 def _layers(before: fx.GraphModule, after: fx.GraphModule) -> list[dict[str, Any]]:
