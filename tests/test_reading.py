@@ -286,6 +286,10 @@ def test_they_are_timed_apart_and_with_the_model(tmp_path):
         pipeline("x")
     with pytest.raises(UserError, match=r"input 'input': expected shape \(batch, 3\), got"):
         pipeline("1 2")
+    with pytest.raises(UserError, match=r"given one by one: predict\(\*examples\)"):
+        pipeline(["3 2 1", "0 0 9"])
+    with pytest.raises(UserError, match="got 'text' by its name; give a dict whole"):
+        pipeline(text="3 2 1")
 
 
 class Looked(nn.Module):

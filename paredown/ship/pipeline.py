@@ -39,13 +39,18 @@ class Pipeline:
         self.predictor, self.task = predictor, task
         self._outputs = outputs or _nesting(predictor.output_names)
 
-    def __call__(self, *examples: Any) -> Any:
+    def __call__(self, *examples: Any, **named: Any) -> Any:
         """Of one or more examples' inputs, what the task makes of their batch.
 
         Raises:
             UserError: preprocessing or postprocessing fails, or what the first makes are no inputs
-                of the file.
+                of the file; or inputs are given by keyword.
         """
+        if named:
+            raise UserError(
+                f"inputs: expected examples as the splits give them, got {next(iter(named))!r} by "
+                "its name; give a dict whole."
+            )
         if not examples:
             raise UserError("inputs: expected one example or more, got none.")
         rows = [(self._preprocessed(each),) for each in examples]
@@ -66,7 +71,10 @@ class Pipeline:
         try:
             return self.task.preprocess(example)
         except Exception as error:
-            raise UserError(f"task.preprocess failed: {type(error).__name__}: {error}") from error
+            listed = isinstance(example, list)
+            hint = "; several examples are given one by one: predict(*examples)" if listed else ""
+            said = f"task.preprocess failed: {type(error).__name__}: {error}{hint}"
+            raise UserError(said) from error
 
 
 def _nesting(names: list[str]) -> structure.Structure:
