@@ -156,20 +156,22 @@ def _try_attempts(
     state: State, item: Proposal, start: Point, trials: list[Trial], points: list[Point]
 ) -> Point:
     """Where the recipe ends; what is tried and measured on the way goes into the two lists."""
-    best, undone = start, tuple[Step, ...]()
+    best, undone, told = start, tuple[Step, ...](), False
     for attempt in item.attempts:
         if best is not start and state.done(best.standing):
             progress.say(f"  Every goal is met, so {attempt.title} is not needed.")
             break
         if undone and attempt.steps == undone:  # on the same file they would do the same
-            progress.say(f"  {attempt.title} is left out: the same steps have just been undone.")
+            if not told:
+                progress.say("  The same steps again are left out: they would be undone again.")
+            told = True
             continue
         trial, point = tried(state, item, attempt, best, len(trials) + 1)
         trials.append(trial)
         if point is not None:
             points.append(point)
         best = point if point is not None and trial.kept else best
-        undone = () if trial.kept else attempt.steps
+        undone, told = () if trial.kept else attempt.steps, False
         mark = "kept" if trial.kept else "undone"
         progress.say(f"  {attempt.title}: {mark}: {trial.decision}")
     return best
