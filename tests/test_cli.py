@@ -140,6 +140,8 @@ FILES = {  # changes to the user's file -> what is said
     "del task": r"net\.py: defines no function task\(\)",
     "def model():\n    raise OSError('no weights')": r"model\(\) failed: .*OSError: no weights",
     "def task():\n    raise ValueError('no data')": r"net\.py:\d+ .*ValueError: no data",
+    "import sys\nsys.exit(0)": r"net\.py:\d+ `sys\.exit\(0\)`: SystemExit: 0",
+    "def model():\n    raise SystemExit": r"net\.py: model\(\) failed: .*SystemExit",
     "def task():\n    return {}": r"task\(\) returned a dict, not a paredown\.Task",
     "def model():\n    return 3": r"model\(\) returned a int, not an nn\.Module",
     BROKEN: r"0\.bias: 1 of 16 weights are NaN or infinite",

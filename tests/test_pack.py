@@ -592,8 +592,9 @@ def test_what_cannot_be_packed(tmp_path):
     with pytest.raises(UserError, match="of version 9"):
         (tmp_path / "a.pare").write_bytes(b"PARE\x09" + bytes(60))
         unpack(tmp_path / "a.pare")
-    with pytest.raises(UserError, match="Is a directory"):
-        pack(tmp_path)
+    for folder in (tmp_path, ".", "/"):
+        with pytest.raises(UserError, match="Is a directory"):
+            pack(folder)
 
 
 def external(folder, location="weights.bin", name="model.onnx"):

@@ -1,5 +1,6 @@
 """What `paredown.open` gives: inputs in any form, named outputs, one wording in every runtime."""
 
+import dataclasses
 import functools
 import os
 import tempfile
@@ -13,7 +14,7 @@ from torch import nn
 
 import paredown
 from paredown.core.errors import UserError
-from paredown.core.results import Artifact, Run
+from paredown.core.results import Run
 from paredown.targets.runtimes import runtime
 
 IDS, WEIGHTS = torch.arange(10).reshape(2, 5), torch.tensor([0.5, 2.0])
@@ -124,6 +125,11 @@ WRONG = [
         {},
         "input 'ids': expected int64, got numbers that int64 does not have.",
     ),
+    (
+        (IDS, [1e300, 0.0]),
+        {},
+        "input 'weights': expected float32, got numbers that float32 does not have.",
+    ),
     *(
         (
             (IDS, value),
@@ -203,7 +209,7 @@ def test_a_run_opens_from_anywhere(tmp_path, monkeypatch):
     artifact = exported("onnxruntime")[1]
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "model.onnx").write_bytes(Path(artifact.path).read_bytes())
-    run = run_with(Artifact("model.onnx", "onnxruntime", "", 1, ""))
+    run = run_with(dataclasses.replace(artifact, path="model.onnx"))
     monkeypatch.chdir(tmp_path)
     Path("run/run.json").write_text(run.to_json())
     loaded, predict = Run.load("run"), paredown.open("run")
@@ -214,3 +220,8 @@ def test_a_run_opens_from_anywhere(tmp_path, monkeypatch):
     assert Run.from_json(loaded.to_json()).artifact.path == "model.onnx"  # the folder may move
     with pytest.raises(UserError, match=r"elsewhere: holds no finished run \(no run.json\)"):
         paredown.open(tmp_path / "elsewhere")
+    changed = bytearray((tmp_path / "run" / "model.onnx").read_bytes())
+    changed[-20] ^= 1
+    (tmp_path / "run" / "model.onnx").write_bytes(changed)
+    with pytest.raises(UserError, match=r"model\.onnx: is damaged, or not the file of the run"):
+        paredown.open(tmp_path / "run")

@@ -160,20 +160,24 @@ def test_one_baseline_serves_all_verbs(user, here, own_cache, monkeypatch):
 
 def test_the_cache_keeps_by_key_for_a_while_and_survives_damage(own_cache):
     def get(key, value, last_s=None):
-        return cache.kept("kind", {"of": key}, lambda: {"value": value}, last_s)["value"]
+        def read(found):
+            return found["value"]
+
+        return cache.kept("kind", {"of": key}, lambda: {"value": value}, read, last_s)
 
     assert [get("a", 1), get("a", 2), get("b", 3)] == [1, 1, 3]
     assert get("a", 4, last_s=-1.0) == 4
     [first, *_] = sorted(own_cache.iterdir())
-    for each in own_cache.iterdir():
-        each.write_text("{")
-    assert get("a", 5) == 5 and first.exists()
+    for value, damage in enumerate(("", "{", "[]", '{"other": 1}'), 5):
+        for each in own_cache.iterdir():
+            each.write_text(damage)
+        assert get("a", value) == value and first.exists()
 
 
 def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv(cache.VARIABLE, str(tmp_path / "file"))
-    assert cache.kept("kind", {}, lambda: {"value": 1}) == {"value": 1}
+    assert cache.kept("kind", {}, lambda: {"value": 1}, dict) == {"value": 1}
 
 
 # --- what is asked of the speed --------------------------------------------------------------

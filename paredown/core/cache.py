@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -13,11 +14,12 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from paredown.core.errors import UserError
 from paredown.core.files import write_atomically
 
+Kept = TypeVar("Kept")
 VARIABLE, OFF = "PAREDOWN_CACHE", "off"
 
 
@@ -33,9 +35,13 @@ def folder() -> Path | None:
 
 
 def kept(
-    kind: str, key: dict[str, Any], make: Callable[[], dict[str, Any]], last_s: float | None = None
-) -> dict[str, Any]:
-    """What ``make`` gives, as JSON; or gave before, for the same key.
+    kind: str,
+    key: dict[str, Any],
+    make: Callable[[], dict[str, Any]],
+    read: Callable[[dict[str, Any]], Kept],
+    last_s: float | None = None,
+) -> Kept:
+    """What ``read`` makes of what ``make`` gives, as JSON; or gave before, for the same key.
 
     Args:
         key: all that it depends on, as JSON.
@@ -46,11 +52,12 @@ def kept(
     place = folder()
     found = None if place is None else _read(place / name, last_s)
     if found is not None:
-        return found
+        with contextlib.suppress(TypeError, KeyError, ValueError):  # damaged, or of other code
+            return read(found)
     made = make()
     if place is not None:
         _write(place / name, made)
-    return made
+    return read(made)
 
 
 def _read(path: Path, last_s: float | None) -> dict[str, Any] | None:

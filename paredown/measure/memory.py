@@ -85,8 +85,9 @@ def floor(target: Target) -> Floor:
     where = target.runtime, target.device, target.threads
     if where not in _floors:
         key = machine(target) | {"runtime": target.runtime, "threads": target.threads}
-        made = cache.kept("floor", key, lambda: dataclasses.asdict(_floor(target)))
-        _floors[where] = Floor(**made)
+        _floors[where] = cache.kept(
+            "floor", key, lambda: dataclasses.asdict(_floor(target)), lambda found: Floor(**found)
+        )
     return _floors[where]
 
 

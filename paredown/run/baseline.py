@@ -54,12 +54,13 @@ def of_original(model: Model, task: Task, target: Target, exported: Callable[[],
         return dataclasses.asdict(Baseline(found, graph, time.monotonic() - began))
 
     code = [_code(each) for each in (task.score, task.preprocess, task.postprocess)]
-    found = (
-        made()
-        if None in code
-        else cache.kept("baseline", _key(model, task, target, code), made, LASTS_S)
-    )
-    return Baseline(Measurement(**found.pop("measurement")), **found)
+    if None in code:
+        return _read(made())
+    return cache.kept("baseline", _key(model, task, target, code), made, _read, LASTS_S)
+
+
+def _read(found: dict[str, Any]) -> Baseline:
+    return Baseline(**found | {"measurement": Measurement(**found["measurement"])})
 
 
 def _key(model: Model, task: Task, target: Target, code: list[str | None]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from paredown.core.settings import check_count
 from paredown.core.task import Task
 from paredown.ship.pipeline import Pipeline
 from paredown.ship.predictor import Predictor
+from paredown.targets.artifact import digest
 from paredown.targets.runtimes import RUNTIMES, ready, runtime
 
 PACKED = ".pare"  # what `paredown.pack` writes
@@ -31,7 +32,8 @@ def open(path: str | Path, threads: int = 1, task: Task | None = None) -> Predic
 
     Raises:
         UserError: no such file, no runtime opens files of its kind or that one is not installed,
-            or a damaged file or container; a folder without a finished run.
+            or a damaged file or container; a folder without a finished run, or whose artifact has
+            changed since.
     """
     check_count("threads", threads)
     path, outputs = Path(path), None
@@ -39,7 +41,13 @@ def open(path: str | Path, threads: int = 1, task: Task | None = None) -> Predic
         run = Run.load(path)
         if run.artifact is None:
             raise UserError(f"{path}: its run has no artifact.")
-        path, outputs = Path(run.artifact.path), run.details.get("outputs")
+        file, outputs = Path(run.artifact.path), run.details.get("outputs")
+        if file.is_file() and digest(file) != run.artifact.sha256:
+            raise UserError(
+                f"{file}: is damaged, or not the file of the run in {path}: its SHA-256 differs. "
+                "The same paredown run command writes it again."
+            )
+        path = file
     predictor = _predictor(path, threads)
     return predictor if task is None else Pipeline(predictor, task, outputs)
 

@@ -60,7 +60,7 @@ class Predictor:
 
     Inputs come in the order of ``input_names``, by keyword, or as one dict; each is a NumPy array,
     a torch tensor, or numbers in lists. An array or a tensor has the file's dtype; numbers in lists
-    become it, where that changes none of them.
+    become it: floats are rounded, and no number becomes infinite or another whole number.
 
     Attributes:
         input_names, output_names: as they stand in the file.
@@ -220,7 +220,10 @@ def _converted(name: str, array: np.ndarray, wanted: np.dtype[Any]) -> np.ndarra
     with np.errstate(all="ignore"):
         made = array.astype(wanted)
     floats = wanted.kind == "f" and array.dtype.kind in "biuf"
-    if not floats and not np.array_equal(made, array):
+    same = (
+        np.array_equal(np.isfinite(made), np.isfinite(array)) if floats else (made == array).all()
+    )
+    if not same:
         raise UserError(
             f"input {name!r}: expected {wanted.name}, got numbers that {wanted.name} does not have."
         )

@@ -81,7 +81,7 @@ def functions_of(path: str | Path, functions: tuple[str, ...]) -> list[Callable[
     sys.path.insert(0, str(path.parent.resolve()))
     try:
         spec.loader.exec_module(loaded)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script's own end is no answer either
         raise UserError(f"{path}: {users_line(error)}{type(error).__name__}: {error}") from error
     finally:
         sys.path.pop(0)
@@ -104,7 +104,7 @@ def call_user(function: Callable[[], Any], path: Path) -> Any:
         return function()
     except UserError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(
             f"{path}: {function.__name__}() failed: {users_line(error)}"
             f"{type(error).__name__}: {error}"

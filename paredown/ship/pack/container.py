@@ -76,10 +76,10 @@ def pack(path: str | Path, out: str | Path | None = None) -> Path:
         ('model.onnx.pare', True, 'model.onnx')
     """
     path = Path(path)
-    target = Path(out) if out is not None else path.with_name(path.name + SUFFIX)
     with _told(path, "read"):
         paths = belonging(path)
         files = [_file(each) for each in paths]
+    target = Path(out) if out is not None else path.with_name(path.name + SUFFIX)
     if target.exists() and any(target.samefile(each) for each in paths):
         raise UserError(f"{target}: is what is to be packed; name another file for the container.")
     if not sum(file.size for file in files):
