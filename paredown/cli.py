@@ -114,7 +114,13 @@ def _working(as_json: bool, quiet: bool = False) -> Iterator[None]:
     """Show progress; what the user's own code prints stays out of the JSON."""
     aside = contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
     with aside, progress.shown(output(as_json, quiet)):
-        yield
+        try:
+            yield
+        except SystemExit as end:  # what a verb ends with itself is no such exception
+            raise UserError(
+                f"the user's file: its code ended the program (sys.exit, with {end.code!r}); raise "
+                "an error instead."
+            ) from end
 
 
 def _captured(file: Path) -> tuple[Model, Task]:

@@ -380,3 +380,13 @@ print(os.environ["OMP_WAIT_POLICY"], forks.environment(1).get("OMP_WAIT_POLICY")
     done = subprocess.run(command, env=given, capture_output=True, text=True, check=True)
     expected = [chosen, chosen] if chosen else ["PASSIVE", "None"]
     assert done.stdout.splitlines()[-1].split() == expected
+
+
+def test_code_that_ends_the_program_is_told(user, paredown_cli):
+    user("old = task\ndef score(output, target):\n    sys.exit(0)\n")
+    text = Path("net.py").read_text() + "\nimport sys\ndef task():\n    return old(score=score)\n"
+    Path("net.py").write_text(text)
+    code, _, err = paredown_cli("baseline", "net.py")
+    assert code == 1 and "ended the program (sys.exit, with 0)" in err
+    code, _, err = paredown_cli("baseline", "net.py", "--threads", "5000")
+    assert code == 1 and "threads: expected a whole number from 1 to 1024, got 5000" in err

@@ -25,8 +25,11 @@ def require(name: str, value: object, holds: bool, expected: str) -> None:
         raise UserError(f"{name}: expected {expected}, got {value!r}.")
 
 
-def check_count(name: str, value: Any, least: int = 1) -> None:
-    """Refuse what is no whole number from ``least`` up; True and False are none.
+MOST_THREADS = 1024  # a runtime starts all that it is given at once
+
+
+def check_count(name: str, value: Any, least: int = 1, most: int | None = None) -> None:
+    """Refuse what is no whole number from ``least`` up, or to ``most``; True and False are none.
 
     Raises:
         UserError: says what was expected, and what came.
@@ -38,7 +41,9 @@ def check_count(name: str, value: Any, least: int = 1) -> None:
         paredown.core.errors.UserError: epochs: expected a whole number from 1 up, got True.
     """
     whole = isinstance(value, int) and not isinstance(value, bool)
-    require(name, value, whole and value >= least, f"a whole number from {least} up")
+    fits = whole and value >= least and (most is None or value <= most)
+    end = "up" if most is None else f"to {most}"
+    require(name, value, fits, f"a whole number from {least} {end}")
 
 
 def check_seed(name: str, value: Any) -> None:

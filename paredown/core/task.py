@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from paredown.core.settings import check_count, require
+from paredown.core.settings import MOST_THREADS, check_count, require
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -115,5 +115,5 @@ class Target:
     rounds: int = 10
 
     def __post_init__(self) -> None:
-        check_count("threads", self.threads)
+        check_count("threads", self.threads, most=MOST_THREADS)
         check_count("rounds", self.rounds, 2)

@@ -111,7 +111,7 @@ def readers(graph: fx.GraphModule) -> dict[int, set[fx.Node]]:
         >>> import paredown
         >>> net = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4, bias=False))
         >>> net[1].weight = net[0].weight
-        >>> graph = paredown.capture(net, torch.randn(2, 4)).graph
+        >>> graph = paredown.capture(net, (torch.randn(2, 4),)).graph
         >>> [len(readers(graph)[id(tensor_of(graph, n))]) for n in ("0.weight", "0.bias")]
         [2, 1]
     """
