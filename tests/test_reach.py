@@ -256,3 +256,19 @@ def test_a_step_is_lighter_by_what_the_model_takes(own_bytes, kept):
     )
     goals = Goals(memory="0.4x")
     assert decide.decide(goals, {"original": before, "candidate": then}).kept is kept
+
+
+@pytest.mark.parametrize(("memory", "kept"), [("20MB", True), ("0.4x", False)])
+def test_a_goal_of_the_process_is_not_further_away_for_a_hundredth_of_it(memory, kept):
+    """The model takes 10 % more, which is 1 % of its process; the file is a third."""
+    own_bytes = int(1.1 * BESIDE.memory_model_bytes)
+    peak = BESIDE.memory_floor_bytes + own_bytes
+    after = dataclasses.replace(
+        BESIDE, size_bytes=1500, memory_bytes=peak, memory_model_bytes=own_bytes
+    )
+    before, then = (
+        Measured(each, torch.ones(5, dtype=torch.float64), [np.ones(5)] * 4, None)
+        for each in (BESIDE, after)
+    )
+    goals = Goals(size="0.3x", memory=memory)
+    assert decide.decide(goals, {"original": before, "candidate": then}).kept is kept

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from paredown.core.goals import GoalCheck, Goals, drift
 from paredown.core.measurement import Comparison, Measurement
-from paredown.core.units import GOALS, amount, human
+from paredown.core.units import GOALS, Limit, amount, human
 from paredown.measure.measure import Measured, compare
 
 # an attempt pays below this share of the best so far
@@ -140,7 +140,7 @@ def _moved(
     )
     nearer, further = [], []
     for goal in (goal for goal in GOALS if goal in after):
-        gain = _gain(goal, best, candidate, against_best)
+        gain = _gain(goal, best, candidate, against_best, process=_is_absolute(goals.memory))
         if not before[goal] and (after[goal] or gain > 0):
             nearer.append(goal)
         if not after[goal] and gain < 0:
@@ -148,9 +148,21 @@ def _moved(
     return nearer, further
 
 
-def _gain(goal: str, best: Measurement, candidate: Measurement, against_best: Comparison) -> int:
+def _is_absolute(limit: Limit | str | None) -> bool:
+    """Whether a goal for memory speaks of the process, in place of the model's own share."""
+    return isinstance(limit, Limit) and not limit.relative
+
+
+def _gain(
+    goal: str,
+    best: Measurement,
+    candidate: Measurement,
+    against_best: Comparison,
+    process: bool = False,
+) -> int:
     """1 where the candidate is measurably better than the best so far, -1 where it is worse, 0
-    where the two are the same as far as was measured."""
+    where the two are the same as far as was measured; of memory the model's own share counts, or
+    that of its whole process."""
     if goal in ("latency", "throughput"):
         if _faster(against_best):
             return 1
@@ -159,7 +171,7 @@ def _gain(goal: str, best: Measurement, candidate: Measurement, against_best: Co
     before, after = best.quantity(goal), candidate.quantity(goal)
     if not before or not after:
         return 0
-    if goal == "memory" and abs(after - before) > PEAK_VARIES * before:
+    if goal == "memory" and not process and abs(after - before) > PEAK_VARIES * before:
         own = best.quantity("memory_model"), candidate.quantity("memory_model")
         before, after = own[0] or before, own[1] or after
     share = after / before
