@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import shlex
 import sys
-from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
@@ -15,8 +13,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from paredown.core import progress, threads
-from paredown.core.console import output, print_json, wide
+from paredown.core import threads
+from paredown.core.console import output, print_json, wide, working
 from paredown.core.errors import UserError
 from paredown.core.goals import Goals
 from paredown.core.results import Run
@@ -109,20 +107,6 @@ def _fail(text: str, code: int) -> NoReturn:
     sys.exit(code)
 
 
-@contextlib.contextmanager
-def _working(as_json: bool, quiet: bool = False) -> Iterator[None]:
-    """Show progress; what the user's own code prints stays out of the JSON."""
-    aside = contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
-    with aside, progress.shown(output(as_json, quiet)):
-        try:
-            yield
-        except SystemExit as end:  # what a verb ends with itself is no such exception
-            raise UserError(
-                f"the user's file: its code ended the program (sys.exit, with {end.code!r}); raise "
-                "an error instead."
-            ) from end
-
-
 def _captured(file: Path) -> tuple[Model, Task]:
     from paredown.graph.capture import capture
     from paredown.graph.doors import python_file
@@ -150,7 +134,7 @@ def check(
     from paredown.run import preflight, words
 
     goals = Goals(size=size, memory=memory, energy=energy)
-    with _working(as_json):
+    with working(as_json):
         found = preflight.check_file(file, Target(runtime=runtime), recipe_file, goals)
     if as_json:
         print_json(dataclasses.asdict(found))
@@ -171,7 +155,7 @@ def baseline(
     """Measure the model as it is: the exported file, in a process of its own."""
     from paredown.run import preflight, words
 
-    with _working(as_json):
+    with working(as_json):
         model, task = _captured(file)
         measurement, _ = preflight.baseline(model, task, Target(runtime, device, threads))
     if as_json:
@@ -200,7 +184,7 @@ def inspect_verb(
     from paredown.explain.inspect import inspect_model, shown
     from paredown.graph.coupling.coupling import analyze
 
-    with _working(as_json):
+    with working(as_json):
         model = _captured(file)[0] if file.suffix == ".py" else _opened(file)
         coupling = analyze(model, attention, group_norm)
     if parameter is not None:
@@ -252,7 +236,7 @@ def plan_verb(
     goals = Goals(max_drop, size, latency, memory, throughput, energy)
     target = Target(runtime, device, threads)
     steps = recipe.load(recipe_file) if recipe_file else None
-    with _working(as_json):
+    with working(as_json):
         model, task = _captured(file)
         asked = steps or []
         lacking = recipe.problems(asked, task, target) or recipe.unfit(asked, model, task)
@@ -304,7 +288,7 @@ def run(
     goals = Goals(max_drop, size, latency, memory, throughput, energy, proof)
     steps = recipe.load(recipe_file) if recipe_file else None
     target = Target(runtime, device, threads, rounds)
-    with _working(as_json, quiet):
+    with working(as_json, quiet):
         module, task = python_file.load(file)
         command = shlex.join(["paredown", *sys.argv[1:]])
         finished = compress(module, task, goals, target, steps, out, seed, command)
@@ -350,7 +334,7 @@ def explain_verb(
     from paredown.run.words import file_of
 
     run = Run.load(folder)
-    with _working(as_json):
+    with working(as_json):
         found = explain(folder, python_file.load_task(file or file_of(run, "explain")))
         report(Run.load(folder), folder / "report.html")
     if as_json:
@@ -375,7 +359,7 @@ def replay_verb(
     from paredown.run.words import file_of, print_replay
 
     run = Run.load(folder)
-    with _working(as_json):
+    with working(as_json):
         artifact, digest = replay(folder, *python_file.load(file or file_of(run, "replay")))
     same = digest == artifact.sha256
     if as_json:
@@ -396,7 +380,7 @@ def pack_verb(
     from paredown.ship.pack.container import pack
     from paredown.ship.pack.words import print_contents
 
-    with _working(as_json):
+    with working(as_json):
         path = pack(file, out)
     print_contents(path, as_json)
 
@@ -417,7 +401,7 @@ def unpack_verb(
     if only_list:
         print_contents(file, as_json)
         return
-    with _working(as_json):
+    with working(as_json):
         path = unpack(file, out)
     if as_json:
         print_json({"file": str(path)})

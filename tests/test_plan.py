@@ -134,6 +134,18 @@ def test_without_data_weights_are_rounded_and_what_data_would_open_is_said():
     assert given[0].steps == [paredown.Quantize()], "recurrent weights are bytes too"
 
 
+def test_factors_are_not_offered_beyond_what_they_can_remove():
+    """Of a recurrent net only the head may be factored."""
+    net = nn.Sequential(Recurrent(), nn.Linear(128, 64)).eval()
+    model = paredown.capture(net, (torch.zeros(1, 4, 64),))
+    size = sum(tensor.nbytes for tensor in model.state_dict().values())
+    baseline = dataclasses.replace(BASELINE, size_bytes=size)
+    data = TensorDataset(torch.zeros(20, 4, 64), torch.zeros(20))
+    given = plan(model, task(calibration=data), Goals(size="0.05x"), baseline)
+    names = {recipe.name(step) for item in given for step in item.steps}
+    assert names and "low_rank" not in names
+
+
 def test_more_than_int8_gives_is_cut_from_the_channels_in_rounds(wide):
     model, baseline = wide
     proposals = plan(model, trainable(), Goals(size="0.1x", latency="0.4x"), baseline)

@@ -9,6 +9,7 @@ from paredown.graph.coupling.coupling import analyze
 from paredown.search.pieces import MARGIN, asked, make, recovery, then_int8
 from paredown.search.proposal import Attempt, Proposal
 from paredown.search.situation import Share, Situation
+from paredown.steps.low_rank.factor_layers import factor_layers
 
 NARROW = 0.5  # share to leave where no amount is asked for
 NARROWEST = 0.02  # a smaller share is no model any more
@@ -17,11 +18,13 @@ FACTORED = 0.6  # of the share that would do: factors are two ops for one, whose
 
 
 def factored(situation: Situation) -> Sequence[Proposal]:
-    """Where integers should not do for the goals; it needs no training."""
+    """Where integers should not do for the goals, and factors could; it needs no training."""
     needed = situation.share
     if needed.left >= 1 or not situation.calibrates or not situation.factorable:
         return []
     share = max(NARROWEST, needed.left * FACTORED)
+    if 1 - share > _removable(situation, needed.amount):
+        return []
     attempt = Attempt(
         (make("low_rank", ratio=round(1 - share, 3), amount=needed.amount),),
         "Factor weights",
@@ -33,6 +36,19 @@ def factored(situation: Situation) -> Sequence[Proposal]:
         "train nothing"
     )
     return [then_int8(situation, f"Factor to {share:.0%}", reason, (attempt,))]
+
+
+def _removable(situation: Situation, amount: str) -> float:
+    """The share that factors of rank 1 in all layers that may be factored would remove."""
+    layers, _ = factor_layers(situation.model, (), ())
+    counted = int(amount == "macs")  # of a layer's costs
+    saved = 0.0
+    for layer in layers:
+        ranks = {m: (1, 1) if m == "tucker" else (1,) for m in layer.methods("auto")}
+        least = min(layer.cost(method, each)[counted] for method, each in ranks.items())
+        saved += max(0.0, (layer.weight.numel(), layer.macs)[counted] - least)
+    costs = analyze(situation.model).costs()
+    return saved / max(1, costs.macs if counted else costs.parameters)
 
 
 def narrow(situation: Situation) -> Sequence[Proposal]:
