@@ -179,7 +179,7 @@ def test_a_file_that_is_none_is_a_sentence(runtime_name, tmp_path):
     bad.write_bytes(b"no such thing")
     with pytest.raises(UserError, match="bad"):
         paredown.open(bad)
-    with pytest.raises(UserError, match="threads: expected a whole number from 1 up, got 0"):
+    with pytest.raises(UserError, match="threads: expected a whole number from 1 to 1024, got 0"):
         paredown.open(bad, threads=0)
 
 
