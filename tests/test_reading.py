@@ -3,6 +3,7 @@
 import dataclasses
 import multiprocessing
 import random
+import signal
 
 import numpy as np
 import pytest
@@ -178,12 +179,20 @@ def test_what_cannot_be_read_is_told_by_split_and_example(kind, workers):
     assert said in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_process_that_ends_is_a_sentence():
     import os
 
     data = Bad(lambda x, y: os._exit(1))
     with pytest.raises(UserError, match=r"train: a process that reads it ended: .*workers"):
         values(task_of(data, workers=1).train)
+
+
+def test_a_loader_leaves_no_handler_of_signals_behind():
+    before = signal.getsignal(signal.SIGCHLD)
+    for _ in range(2):
+        values(task_of(Read(), workers=1).train)
+        assert signal.getsignal(signal.SIGCHLD) is before
 
 
 def test_data_that_other_processes_cannot_be_given_are_a_sentence(monkeypatch):

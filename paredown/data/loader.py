@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import pickle
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -11,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data._utils import signal_handling
 
 from paredown.core.errors import UserError
 from paredown.data import reading
@@ -105,6 +109,30 @@ def _only(answers: list[Any]) -> Any:
 
 def _ahead(data: Dataset[Any], wanted: list[list[int]], seed: int, workers: int) -> Iterator[Any]:
     """The answers of the processes, in the order of what is wanted."""
+    with _handler_given_back():
+        yield from _answers(data, wanted, seed, workers)
+
+
+@contextlib.contextmanager
+def _handler_given_back() -> Iterator[None]:
+    """What happens when a child ends is afterwards what it was: PyTorch's loader leaves a handler
+    of that signal behind, and a process in which ExecuTorch has run may not survive one."""
+    before = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
+    try:
+        yield
+    finally:
+        here = threading.current_thread() is threading.main_thread()
+        if before is not None and here and not _is_loaders(before):
+            if _is_loaders(signal.getsignal(signal.SIGCHLD)):
+                signal.signal(signal.SIGCHLD, before)
+                signal_handling._SIGCHLD_handler_set = False  # the next loader is to set its own
+
+
+def _is_loaders(handler: Any) -> bool:
+    return getattr(handler, "__module__", "") == signal_handling.__name__
+
+
+def _answers(data: Dataset[Any], wanted: list[list[int]], seed: int, workers: int) -> Iterator[Any]:
     able = multiprocessing.get_all_start_methods()
     name = reading.named(data)
     loader: DataLoader[Any] = DataLoader(
