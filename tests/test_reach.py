@@ -158,6 +158,17 @@ def test_one_baseline_serves_all_verbs(user, here, own_cache, monkeypatch):
     assert len(made) == 5
 
 
+def test_a_score_that_calls_other_code_is_measured_anew(user, here, own_cache):
+    """What it calls may change without the file it is written in."""
+    model, task = load_user(Path(user(NO_TRAIN)))
+    captured, shift = paredown.capture(model, task.example), [0.0]
+    shifted = dataclasses.replace(task, score=lambda out, y: task.score(out, y) + shift[0])
+    before, _ = preflight.baseline(captured, shifted, Target())
+    shift[0] = 1.0
+    after, _ = preflight.baseline(captured, shifted, Target())
+    assert after.score == pytest.approx(before.score + 1)
+
+
 def test_the_cache_keeps_by_key_for_a_while_and_survives_damage(own_cache):
     def get(key, value, last_s=None):
         def read(found):

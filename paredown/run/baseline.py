@@ -11,10 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch.utils.data import Subset
+
 from paredown.core import cache
 from paredown.core.measurement import Measurement
 from paredown.core.task import Target, Task
-from paredown.data import splits
+from paredown.data import feed, splits
+from paredown.data.evaluate import evaluate
 from paredown.graph.model import Model
 from paredown.measure.measure import measure
 from paredown.measure.memory import floor, machine
@@ -37,7 +40,8 @@ def of_original(model: Model, task: Task, target: Target, exported: Callable[[],
     """The exported original on validation, measured alone, in as many rounds as a first look takes.
 
     What was measured in the last hour of the same model, data and score, by the same versions on
-    this machine, is not measured again; see `paredown.core.cache`.
+    this machine, is not measured again; see `paredown.core.cache`. A score is known by the file it
+    is written in and by what it gives of the first batch, which follows what that file calls.
 
     Args:
         exported: gives the exported original where it is measured.
@@ -64,9 +68,12 @@ def _read(found: dict[str, Any]) -> Baseline:
 
 
 def _key(model: Model, task: Task, target: Target, code: list[str | None]) -> dict[str, Any]:
+    data = splits.split(task, "validation")
+    few = range(min(splits.size(data), feed.size(model, task.batch_size)))
     return {
         "model": model_digest(model),
-        "data": splits.fingerprint(splits.split(task, "validation")),
+        "data": splits.fingerprint(data),
+        "scores": [float(f"{score:.5g}") for score in evaluate(model, Subset(data, few), task)],
         "batch_size": task.batch_size,
         **ignore_of(task),
         "code": code,
