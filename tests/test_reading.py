@@ -177,6 +177,7 @@ def test_what_cannot_be_read_is_told_by_split_and_example(kind, workers):
     with pytest.raises(UserError) as caught:
         values(task_of(data, workers=workers).train)
     assert said in str(caught.value) and "\n" not in str(caught.value)
+    assert not multiprocessing.active_children()  # though the error holds what made them
 
 
 @pytest.mark.slow

@@ -150,6 +150,16 @@ def _answers(data: Dataset[Any], wanted: list[list[int]], seed: int, workers: in
             f"{name}: its dataset cannot be given to other processes: {error}; define it and its "
             "functions at the top of a file, or leave Task(workers=) at 0."
         ) from error
+    try:
+        yield from _told(found, name)
+    finally:
+        # Now: where a traceback holds it until it is collected, its queues are closed before it can
+        # tell the processes to end, and it waits ten seconds for them.
+        found._shutdown_workers()  # type: ignore[attr-defined]
+
+
+def _told(found: Iterator[Any], name: str) -> Iterator[Any]:
+    """The answers, or a sentence where one says what went wrong."""
     while True:
         try:
             answer = next(found)
