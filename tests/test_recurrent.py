@@ -91,6 +91,32 @@ def test_an_onnx_file_holds_gates_in_its_own_order_and_computes_no_weight(kind, 
     assert set(constants) <= {"Slice", "Expand", "Mul"}, "of the learned state alone"
 
 
+@pytest.mark.parametrize("kind, both", [("lstm", False), ("gru", True), ("rnn", False)])
+def test_any_length_is_captured_and_written_where_the_runtime_takes_it(kind, both, tmp_path):
+    """PyTorch's exporter goes through the steps and takes their number for fixed."""
+    net = Tagger(kind, batch_first=True, num_layers=2, bidirectional=both).eval()
+    model = paredown.capture(net, (torch.randn(1, 5, 12),), ({1: "length"},))
+    assert model.inputs[0].dynamic == {0: "batch", 1: "length"} and not model.notes
+    files = [paredown.export(model, paredown.Target(), tmp_path / "net.onnx")]
+    if kind == "gru":
+        files.append(paredown.export(model, paredown.Target("openvino"), tmp_path / "net.xml"))
+    for steps in (1, 2, 5, 33):
+        x = torch.randn(3, steps, 12)
+        wanted = net(x)[0].detach()
+        torch.testing.assert_close(model(x)[0], wanted)
+        for file in files:
+            made = torch.tensor(paredown.open(file.path)(x.numpy())[0])
+            torch.testing.assert_close(made, wanted, rtol=1e-4, atol=1e-5)
+    if kind == "rnn":
+        file = paredown.export(model, paredown.Target("executorch"), tmp_path / "net.pte")
+        one = paredown.open(file.path)
+        assert one(x[:, :5].numpy())[0].shape == (3, 5, 5)
+        with pytest.raises(
+            UserError, match=r"expected shape \(batch.*, 5, 12\), got \(3, 33, 12\)"
+        ):
+            one(x.numpy())
+
+
 def test_a_matrix_that_something_else_reads_too_stays_once_in_the_file():
     class Tied(nn.Module):
         def __init__(self):

@@ -16,7 +16,7 @@ from torch.export import Dim
 
 from paredown.core.errors import UserError
 from paredown.graph import mode, structure
-from paredown.graph.doors import norms, regions, sizes
+from paredown.graph.doors import norms, recurrent, regions, sizes
 from paredown.graph.doors.example import Example, dynamic_leaves, input_names
 from paredown.graph.doors.python_file import users_line
 from paredown.graph.model import Model, copy_graph
@@ -294,7 +294,8 @@ def _export(
 
     copied.forward = flat
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+        quiet = contextlib.redirect_stderr(io.StringIO())
+        with warnings.catch_warnings(), quiet, recurrent.any_length():
             warnings.simplefilter("ignore")  # the exporter's deprecations, and pages of its graph
             program = torch.export.export(
                 copied,

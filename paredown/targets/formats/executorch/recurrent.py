@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import torch
 from torch import fx
@@ -22,6 +23,7 @@ from paredown.graph.state import tensor_of
 from paredown.targets.formats import rowwise
 from paredown.targets.formats.rowwise import add_before, args_of, hold_before, shape_of
 
+T = TypeVar("T")
 aten = torch.ops.aten
 LSTM, GRU = aten.lstm.input, aten.gru.input
 RECURRENT = (LSTM, GRU, aten.rnn_tanh.input, aten.rnn_relu.input)
@@ -31,16 +33,31 @@ ACTIVATIONS: dict[Any, Any] = {
 }
 
 
+def at_one_length(model: Model) -> Model:
+    """The model with nothing but its batch varying, where it has a recurrent layer: ExecuTorch
+    writes one as so many steps as the example has."""
+    if not any(node.target in RECURRENT for node in model.graph.graph.nodes):
+        return model
+    inputs = tuple(
+        replace(item, dynamic=_batch_alone(item.dynamic), limits=_batch_alone(item.limits))
+        for item in model.inputs
+    )
+    return replace(model, inputs=inputs)
+
+
+def _batch_alone(dims: dict[int, T]) -> dict[int, T]:
+    return {dim: of for dim, of in dims.items() if dim == 0}
+
+
 def unroll(model: Model) -> None:
     """Each recurrent op as linear layers, step by step, in place.
 
-    Where its length varies or it has a projection it stays, and its weights are floats.
+    Where it has a projection it stays, and its weights are floats.
     """
     graph = model.graph
-    fixed = all(set(item.dynamic) <= {0} for item in model.inputs)
     for node in [node for node in graph.graph.nodes if node.target in RECURRENT]:
         weights = args_of(node)[2]
-        if fixed and len(weights) == _tensors(node) and all(_fits(graph, w) for w in weights):
+        if len(weights) == _tensors(node) and all(_fits(graph, w) for w in weights):
             _unroll(node)
         else:
             for weight in [each for each in weights if each.target is DEQUANTIZE_CHANNEL]:

@@ -17,6 +17,7 @@ from paredown.graph import structure
 from paredown.graph.model import Model
 from paredown.graph.program import lowered
 from paredown.targets.formats.executorch.lengths import widen_convolutions
+from paredown.targets.formats.executorch.recurrent import at_one_length
 from paredown.targets.formats.executorch.shape import shape_for_xnnpack
 from paredown.targets.formats.quiet import quiet
 
@@ -35,6 +36,7 @@ def encode(model: Model, method: str) -> bytes:
     Raises:
         UserError: neither XNNPACK nor ExecuTorch's own kernels have one of the ops.
     """
+    model = at_one_length(model)
     made = shape_for_xnnpack(model)
     widen_convolutions(made)
     try:
