@@ -30,7 +30,7 @@ from paredown.train.distill import losses
 from paredown.train.distill.inner_values import View
 from paredown.train.distill.lesson import Teaching, prepare
 from paredown.train.distill.outputs import outputs_of
-from paredown.train.distill.student import found as student_of
+from paredown.train.distill.student import captured as student_of
 from paredown.train.distill.teacher import TAUGHT
 from paredown.train.loop import fit
 from paredown.train.settings import Training
@@ -396,8 +396,10 @@ def test_a_student_that_is_not_there_or_comes_late_is_seen_before_any_work(maste
         recipe.apply(master, steps, TASK)
     late, gone = str(caught.value).splitlines()
     assert "puts another model in place of what the steps before it made" in late
-    assert "student: gone.py: no such file; name a Python file that defines model()" in gone
-    assert Distill(student=3).problems() == ["student: expected a file or an nn.Module, got a int."]
+    assert "student: gone.py: no such file in " in gone and "defines model(), a saved" in gone
+    for wrong in (3, ""):
+        [said] = Distill(student=wrong).problems()
+        assert said.startswith('student: expected a file, "zoo:" and a name, or an nn.Module, got')
 
 
 def test_other_inputs_or_outputs_are_refused_before_any_work(master):

@@ -14,7 +14,7 @@ from paredown.graph.store import encode
 from paredown.steps import recipe
 from paredown.steps.step import Step
 from paredown.steps.training.distill import Distill
-from paredown.train.distill.student import Student, found
+from paredown.train.distill.student import Student, captured
 
 
 @dataclass
@@ -33,7 +33,7 @@ class Students:
         given = [step.student for step in steps or () if isinstance(step, Distill)]
         for student in [*given, task.student]:
             if student is not None and not isinstance(student, (str, Path)):
-                data = encode(found(student, task))
+                data = encode(captured(student, task))
                 name = f"student-{hashlib.sha256(data).hexdigest()[:16]}.safetensors"
                 made.files[name], made._names[id(student)] = data, name
         return made

@@ -19,6 +19,7 @@ OFFERS = (  # the most promising first
     "paredown.search.offers.integers:alone",
     "paredown.search.offers.smaller:factored",
     "paredown.search.offers.smaller:narrow",
+    "paredown.search.offers.students:of_zoo",
     "paredown.search.offers.integers:trained",
     "paredown.search.offers.integers:alone_though_too_little",
     "paredown.search.offers.integers:mixed",

@@ -16,8 +16,9 @@ from paredown.graph import store
 from paredown.graph.model import Model, made_from
 from paredown.steps.step import ALONE, Entry, Setting, Step
 from paredown.train.distill.lesson import Teaching, prepare
-from paredown.train.distill.student import check_fits, check_name, found
+from paredown.train.distill.student import captured, check_fits, check_name, found
 from paredown.train.distill.teacher import keep, room
+from paredown.train.distill.zoo_students import Scale, is_name, told
 from paredown.train.loop import fit
 from paredown.train.settings import Training
 
@@ -30,11 +31,14 @@ class Distill(Step):
     `paredown.train.settings.Training` (how), and these:
 
     Args:
-        student: the model that takes the original's place, and learns from it: a Python file that
+        student: the model that takes the original's place, and learns from it: a net of the zoo
+            ("zoo:mobilenet_v2"), made for the original's inputs and outputs; a Python file that
             defines ``model()``, a saved model (.safetensors, .pt2), or from Python an
             ``nn.Module``. It takes the original's inputs and gives outputs of the same shapes. A
             .py or .pt2 file is code: name only those that you trust. None trains the model as the
             steps before have left it.
+        width, depth, resolution: of a net of the zoo, what its channels, its blocks, and the rows
+            and columns of its images are multiplied by.
         cache: ask the teacher once about each example and keep what it says on disk, for data
             that are the same in every epoch.
 
@@ -54,7 +58,7 @@ class Distill(Step):
         >>> import paredown
         >>> Distill(alpha=0).needs == {"train"}, sorted(Distill().needs)
         (True, ['loss', 'train'])
-        >>> Distill(student="gone.py").problems()[0].partition(";")[0]
+        >>> Distill(student="gone.py").problems()[0].partition(" in ")[0]
         'student: gone.py: no such file'
         >>> Distill(temperature=0)
         Traceback (most recent call last):
@@ -74,6 +78,14 @@ class Distill(Step):
             "teacher's forward pass",
         ),
         Entry(
+            call='Distill(student="zoo:mobilenet_v2", width=0.35)',
+            does="puts a MobileNet, EfficientNet, small transformer or other net of the zoo in the "
+            "original's place, taught by it",
+            pays="where goals are far below what the original can be pared down to",
+            does_not="where training data are few, or the rest reaches the goals: it starts from "
+            "random weights",
+        ),
+        Entry(
             call='Distill(student="small.py")',
             does="puts a small architecture of your own in the original's place, taught by it",
             pays="where a tenth of the model can do it: the digits in a tenth of the bytes, half a "
@@ -83,6 +95,9 @@ class Distill(Step):
     )
 
     student: str | nn.Module | Model | None = None
+    width: float = Scale.width
+    depth: float = Scale.depth
+    resolution: float = Scale.resolution
     cache: bool = False
     # the names again, so that a recipe stays flat; defaults and checks are Teaching's
     loss: str = Teaching.loss
@@ -111,6 +126,7 @@ class Distill(Step):
     def __post_init__(self) -> None:
         if isinstance(self.student, Path):
             object.__setattr__(self, "student", str(self.student))
+        self.scale()
         self.teaching()
         self.training()
         needs = {"train", "loss"} if self.alpha > 0 else {"train"}
@@ -131,7 +147,13 @@ class Distill(Step):
 
     def problems(self) -> list[str]:
         """What would stop it later, seen before any work."""
-        return [] if self.student is None else list(filter(None, [check_name(self.student)]))
+        if self.student is None:
+            scaled = self.scale() != Scale()
+            return ["width, depth and resolution are those of a student of the zoo."] * scaled
+        return list(filter(None, [check_name(self.student, self.scale())]))
+
+    def scale(self) -> Scale:
+        return Scale(self.width, self.depth, self.resolution)
 
     def unfit(self, model: Model, task: Task) -> list[str]:
         """Why the student cannot take the model's place."""
@@ -142,17 +164,21 @@ class Distill(Step):
         return []
 
     def contents(self, task: Task) -> dict[str, str]:
-        """What the student is: its graph and weights, whichever files they come from."""
+        """What the student is: its graph and weights, whichever files they come from; of a net of
+        the zoo, its name and scale."""
         if self.student is None:
             return {}
-        made = store.encode(found(self.student, task))
+        if isinstance(self.student, str) and is_name(self.student):
+            text = told(self.student, self.scale())
+            return {self.student: hashlib.sha256(text.encode()).hexdigest()}
+        made = store.encode(captured(self.student, task))
         return {str(self.student): hashlib.sha256(made).hexdigest()}
 
     def _placed(self, model: Model, task: Task) -> Model:
         """The model that is trained."""
         if self.student is None:
             return model.copy()
-        student = found(self.student, task)
+        student = found(self.student, task, model, self.scale(), self.seed)
         check_fits(student, model)
         return student
 

@@ -13,27 +13,51 @@ from paredown.core.task import Task
 from paredown.graph import structure
 from paredown.graph.capture import capture
 from paredown.graph.model import Model
+from paredown.train.distill import zoo_students
+from paredown.train.distill.zoo_students import Scale
 
 Student = str | nn.Module | Model
 
 
-def check_name(student: object) -> str:
+def check_name(student: object, scale: Scale) -> str:
     """What is wrong with what a student is named by, seen without running it; "" where nothing
     is."""
+    if zoo_students.is_name(student):
+        return zoo_students.problem(str(student))
+    if scale != Scale():
+        return (
+            "width, depth and resolution are those of a net of the zoo, such as "
+            f'student="zoo:mobilenet_v2"; this student is {student!r}.'
+        )
     if isinstance(student, (nn.Module, Model)):
         return ""
-    if not isinstance(student, str):
-        return f"student: expected a file or an nn.Module, got a {type(student).__name__}."
+    if not isinstance(student, str) or not student.strip():
+        return f'student: expected a file, "zoo:" and a name, or an nn.Module, got {student!r}.'
     if Path(student).is_file():
         return ""
     return (
-        f"student: {student}: no such file; name a Python file that defines model(), or a saved "
-        "model (.safetensors, .pt2)."
+        f"student: {student}: no such file in {Path.cwd()}; name a Python file that defines "
+        "model(), a saved model (.safetensors, .pt2), or a net of the zoo (zoo:mobilenet_v2)."
     )
 
 
-def found(student: Student, task: Task) -> Model:
+def found(student: Student, task: Task, original: Model, scale: Scale, seed: int = 0) -> Model:
     """The student, captured with the task's example, in evaluation mode; a copy.
+
+    Args:
+        original: what it takes the place of.
+        scale, seed: of a net of the zoo, and of its first weights.
+
+    Raises:
+        UserError: it cannot be captured.
+    """
+    if isinstance(student, str) and zoo_students.is_name(student):
+        return zoo_students.found(student, task, original, scale, seed)
+    return captured(student, task)
+
+
+def captured(student: Student, task: Task) -> Model:
+    """A student that is a file or in memory.
 
     Raises:
         UserError: it cannot be captured.
