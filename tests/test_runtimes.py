@@ -158,13 +158,16 @@ def outputs(model, leaves):
 
 def agree(model, got, leaves, original=None):
     """Other inputs than the example's agree as well as rounding ties allow: by far less than the
-    output, or than rounding has moved it from the original's."""
+    output, or than rounding has moved it from the original's. Where random weights multiply what a
+    tie changes, file and model are at least equally near to the original."""
     exact = outputs(original or model, leaves)
     for ours, theirs, whole in zip(outputs(model, leaves), got, exact, strict=True):
         assert tuple(ours.shape) == theirs.shape
         error = np.linalg.norm(theirs.astype(np.float64) - ours.double().numpy())
-        moved = float((ours.double() - whole.double()).norm()) / 2
-        assert error <= max(0.15 * float(ours.double().norm()), moved) + 1e-6
+        moved = float((ours.double() - whole.double()).norm())
+        files = float(np.linalg.norm(theirs.astype(np.float64) - whole.double().numpy()))
+        few = error <= max(0.15 * float(ours.double().norm()), moved / 2) + 1e-6
+        assert few or files <= 1.3 * moved, f"{error:.3g} apart, {files:.3g} and {moved:.3g} moved"
 
 
 FIXED_LENGTHS = ("litert",)  # whose files have the shapes of the example, the batch aside
