@@ -28,7 +28,7 @@ from paredown.targets.devices.probe import peak_bytes
 
 ROUNDS, QUICK_ROUNDS = 5, 2
 EXAMPLES, HELD_OUT, SETTLING = 64, 32, 64  # for calibration and validation each; images
-ALLOWED = "0.04%"  # of the outputs' energy may be noise in mixed precision
+ALLOWED = "0.1%"  # of the outputs' energy may be noise in mixed precision
 
 
 @dataclass(frozen=True)

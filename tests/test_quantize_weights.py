@@ -14,6 +14,7 @@ from torch.utils.data import TensorDataset
 
 from paredown.core.errors import UserError
 from paredown.core.task import Task
+from paredown.data.moments import moment_sum
 from paredown.data.scores import accuracy
 from paredown.graph import store
 from paredown.graph.capture import capture
@@ -32,7 +33,7 @@ from paredown.graph.sites import sites
 from paredown.steps import recipe
 from paredown.steps.pruning.prune_weights import PruneWeights
 from paredown.steps.quantization import gptq_layers
-from paredown.steps.quantization.gptq import gptq, moment_sum, triangular_factor
+from paredown.steps.quantization.gptq import gptq, triangular_factor
 from paredown.steps.quantization.quantize import Quantize
 from paredown.steps.quantization.quantize_weights import QuantizeWeights
 from paredown.steps.training.fine_tune import FineTune

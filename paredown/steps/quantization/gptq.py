@@ -16,29 +16,6 @@ from torch import Tensor
 
 BLOCK = 128  # inputs whose error is passed on together: fewer passes over the weights
 MOST_DAMPING = 1e3  # times the mean of the diagonal; a matrix this damped is all diagonal
-PANEL = 512  # inputs whose moments are computed together
-
-
-def moment_sum(rows: Tensor) -> Tensor:
-    """The products of the inputs of each part, summed over P places: (N, P, F) -> (N, F, F).
-
-    What lies below the diagonal is copied from above it.
-
-    Example:
-        >>> moment_sum(torch.tensor([[[1.0, 2.0], [3.0, 0.0]]]))
-        tensor([[[10.,  2.],
-                 [ 2.,  4.]]])
-    """
-    features = rows.shape[2]
-    if features <= PANEL:
-        return rows.mT @ rows
-    made = rows.new_empty(len(rows), features, features)
-    for start in range(0, features, PANEL):
-        stop = start + PANEL
-        panel = rows[:, :, start:stop].mT @ rows[:, :, start:]  # (N, PANEL, F - start)
-        made[:, start:stop, start:] = panel
-        made[:, stop:, start:stop] = panel[:, :, PANEL:].mT
-    return made
 
 
 def triangular_factor(hessian: Tensor, damping: float) -> Tensor:

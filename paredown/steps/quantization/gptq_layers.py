@@ -13,6 +13,7 @@ from paredown.core.task import Task
 from paredown.data import lockstep
 from paredown.data.layer_inputs import sampled_inputs
 from paredown.data.lockstep import run
+from paredown.data.moments import moment_sum
 from paredown.graph.interpret import Pass
 from paredown.graph.model import Model
 from paredown.graph.ops import argument
@@ -20,7 +21,7 @@ from paredown.graph.patches import groups_of
 from paredown.graph.quantized.group_scales import Grid, choose_grid
 from paredown.graph.quantized.grouped import spread
 from paredown.graph.rows import from_rows, rows
-from paredown.steps.quantization.gptq import gptq, moment_sum
+from paredown.steps.quantization.gptq import gptq
 from paredown.steps.quantization.weight_layers import WeightLayer
 
 PLACES = 16_384  # of a layer's inputs that are looked at, at most
