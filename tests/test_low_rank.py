@@ -178,7 +178,7 @@ def test_the_last_factor_fits_the_inputs_that_there_are():
     first, last = math_of.spatial_directions(weight, x)
     made = math_of.spatial_factors(first, last, 4)
     seen = math_of.seen_by_last(made[:1], made[1], x)
-    fitted = made[0], math_of.fitted_last(made[1], seen, y, [2, 4])[1]
+    fitted = made[0].double(), math_of.fitted_last(made[1], seen, y, [2, 4])[1]
     assert math_of.missed(fitted[1], seen, y) == pytest.approx(lost(weight, fitted, x), rel=1e-4)
     assert lost(weight, fitted, x) < lost(weight, made, x)
     even = math_of.balanced(fitted)
