@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from docs import make_architectures as page
 from paredown.core.errors import UserError
@@ -10,6 +11,7 @@ from paredown.core.task import Task
 from paredown.graph.capture import capture
 from paredown.graph.model import Model
 from paredown.steps.quantization.cast import DTYPES, Cast
+from paredown.steps.quantization.cast_plan import single_sums
 from paredown.steps.quantization.cast_rewrite import narrow
 from paredown.targets.formats.onnx import half as onnx_half
 from paredown.targets.runtimes import onnxruntime
@@ -164,6 +166,28 @@ def test_narrow_bounds_only_what_overflows():
     found = narrow(torch.tensor([1e30, -1e30, float("inf"), float("nan"), 3.0]), torch.float16)
     assert found[:2].tolist() == [65504.0, -65504.0]
     assert found[2].isinf() and found[3].isnan() and found[4] == 3
+
+
+class Products(TorchDispatchMode):
+    """Counts the 16-bit matrix products of linear layers."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        half = any(isinstance(arg, torch.Tensor) and arg.dtype == torch.float16 for arg in args)
+        self.count += half and "mm" in str(func)
+        return func(*args, **(kwargs or {}))
+
+
+def test_what_is_only_looked_at_is_summed_in_float32():
+    model, task, x = hot_task(calibration=True)
+    with Products() as products:
+        Cast("fp16").apply(model, task)
+    assert products.count == 2  # each layer that can be 16-bit once, on the example
+    images, kernel = torch.randn(2, 8, 9, 9).half(), torch.randn(4, 8, 3, 3).half()
+    found = single_sums(torch.ops.aten.conv2d.default, (images, kernel), {})
+    exact = nn.functional.conv2d(images, kernel)
+    torch.testing.assert_close(found, exact, rtol=2e-3, atol=2e-2)
 
 
 class Hot(nn.Module):

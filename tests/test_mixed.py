@@ -15,6 +15,7 @@ from paredown.core.goals import Goals
 from paredown.core.task import Task
 from paredown.graph.capture import capture
 from paredown.graph.quantized.quantizers import quantized_weights
+from paredown.graph.quantized.runner import Runner, all_quantizers
 from paredown.report.sections import mixed
 from paredown.steps import recipe
 from paredown.steps.quantization.mixed import least_floats, mean_score, sensitivities
@@ -61,8 +62,8 @@ def made():
 INT4 = {"scheme": "int4", "smooth": 0.0, "edge_bits": 8}
 
 
-@given(st.integers(1, 30), st.integers(0, 30))
-def test_halving_finds_the_least(count, needed):
+@given(st.integers(1, 30), st.integers(0, 30), st.booleans())
+def test_the_least_is_found(count, needed, costs):
     order = [str(n) for n in range(count)]
     asked = []
 
@@ -71,9 +72,10 @@ def test_halving_finds_the_least(count, needed):
         assert order[: len(kept)] == list(kept)
         return float(len(kept))
 
-    found = least_floats(order, score, float(needed))
+    alike = [1.0] * (count + 1) if costs else []  # as the score is
+    found = least_floats(order, score, float(needed), alike, count + 1.0)
     assert found == (order[:needed] if needed <= count else None)
-    assert len(asked) == len(set(asked)) <= 2 + count.bit_length()
+    assert len(asked) == len(set(asked)) <= (3 if costs else 2 + count.bit_length())
 
 
 def test_the_layer_that_suffers_is_told_apart(made):
@@ -84,6 +86,37 @@ def test_the_layer_that_suffers_is_told_apart(made):
     worst = max(found, key=lambda each: each.noise)
     assert worst.weight == "layers.2.weight" and worst.drop > 0
     assert {each.weight: each.saved_bytes for each in found}["layers.1.weight"] == 64 * 64 * 7 // 2
+
+
+class Shared(nn.Module):
+    """Two layers read one value, which another op writes into before the second does."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.three = (nn.Linear(16, 16) for _ in range(3))
+
+    def forward(self, x):
+        y = self.one(x)
+        z = self.two(y)
+        y.relu_()
+        return self.three(y) + z
+
+
+@pytest.mark.parametrize("net", [Net, Shared])
+def test_what_layers_share_is_run_once_and_alike(net):
+    width = {Net: 64, Shared: 16}[net]
+    torch.manual_seed(0)
+    x = torch.randn(32, width)
+    task = Task((x[:1],), None, calibration=TensorDataset(x, torch.zeros(32)))
+    quantized = Quantize("int8", smooth=0.0).apply(capture(net().eval(), task.example), task)
+    runner = Runner(quantized.graph)
+    every = all_quantizers(quantized.graph)
+    groups = {"inputs": {n for n in every if "weight" not in n}} | {n: {n} for n in every}
+    exact, found = runner.alone([x], groups)
+    assert torch.equal(exact[0], runner.outputs([x], every)[0])
+    for name, group in groups.items():
+        alone = runner.outputs([x], every - group)[0]
+        assert torch.equal(found[name][0], alone) and not torch.equal(alone, exact[0])
 
 
 def test_as_few_as_needed_stay_in_float(made):

@@ -14,6 +14,7 @@ from torch.utils.data import TensorDataset
 
 from paredown.core.errors import UserError
 from paredown.core.task import Task
+from paredown.data.moments import moment_sum
 from paredown.data.scores import accuracy
 from paredown.graph import store
 from paredown.graph.capture import capture
@@ -32,7 +33,7 @@ from paredown.graph.sites import sites
 from paredown.steps import recipe
 from paredown.steps.pruning.prune_weights import PruneWeights
 from paredown.steps.quantization import gptq_layers
-from paredown.steps.quantization.gptq import gptq, inverse_factor, second_moment
+from paredown.steps.quantization.gptq import gptq, triangular_factor
 from paredown.steps.quantization.quantize import Quantize
 from paredown.steps.quantization.quantize_weights import QuantizeWeights
 from paredown.steps.training.fine_tune import FineTune
@@ -218,7 +219,7 @@ def by_definition(weight, hessian, scale, damping, order):
 def test_gptq_is_what_its_paper_defines(order, features):
     torch.manual_seed(features)
     weight = torch.randn(5, features)
-    hessian = second_moment(correlated(features)[None])
+    hessian = moment_sum(correlated(features)[None]) / 400
     scale = torch.full_like(weight, 0.4)
     args = (weight[None], hessian, scale[None], torch.zeros_like(scale)[None], -8, 7)
     made = gptq(*args, damping=0.05, order=order)[0]
@@ -236,7 +237,7 @@ def test_gptq_is_what_its_paper_defines(order, features):
 def test_gptq_of_several_parts_is_that_of_each():
     torch.manual_seed(0)
     weight, scale = torch.randn(3, 4, 9), torch.full((3, 4, 9), 0.5)
-    hessian = torch.cat([second_moment(correlated(9)[None]) for _ in range(3)])
+    hessian = torch.cat([moment_sum(correlated(9)[None]) / 400 for _ in range(3)])
     zeros = torch.randint(-8, 8, (3, 4, 9)).float()
     whole = gptq(weight, hessian, scale, zeros, -8, 7)
     for n in range(3):
@@ -251,7 +252,7 @@ def test_dead_inputs_and_a_singular_hessian_are_no_obstacle(rank):
     inputs = torch.randn(rank, 12) if rank else torch.zeros(1, 12)
     inputs[:, 4:6] = 0
     weight, scale = torch.randn(1, 6, 12), torch.full((1, 6, 12), 0.3)
-    hessian = second_moment(inputs[None])
+    hessian = moment_sum(inputs[None]) / len(inputs)
     for damping in (0.0, 0.01):
         made = gptq(weight, hessian, scale, 0 * scale, -8, 7, damping=damping)
         assert torch.isfinite(made).all()
@@ -265,17 +266,20 @@ def test_pruned_weights_stay_zero_and_the_rest_makes_up_for_rounding():
     torch.manual_seed(0)
     weight = torch.randn(1, 8, 16)
     weight.view(-1, 4)[:, :2] = 0  # 2:4
-    hessian = second_moment(correlated(16)[None])
+    hessian = moment_sum(correlated(16)[None]) / 400
     made = gptq(weight, hessian, torch.full_like(weight, 0.4), torch.zeros_like(weight), -8, 7)
     assert not made[weight == 0].any() and made[weight != 0].any()
 
 
-def test_the_factor_is_that_of_the_inverse():
-    hessian = second_moment(correlated(20)[None]).double()
-    upper = inverse_factor(hessian, 0.1)
-    damped = hessian[0] + 0.1 * hessian[0].diagonal().mean() * torch.eye(20, dtype=torch.float64)
-    assert torch.allclose(upper[0].T @ upper[0], damped.inverse(), rtol=1e-8)
-    assert torch.equal(upper[0].tril(-1), torch.zeros(20, 20, dtype=torch.float64))
+def test_moments_and_their_factor_are_those_of_all_rows():
+    rows = torch.randn(2, 40, 1100).double()  # three panels
+    moments = moment_sum(rows)
+    assert torch.allclose(moments, rows.mT @ rows) and torch.equal(moments, moments.mT)
+    lower = triangular_factor(moments, 0.1)
+    level = moments.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
+    damped = moments + 0.1 * level * torch.eye(1100, dtype=torch.float64)
+    assert torch.allclose(lower @ lower.mT, damped, rtol=1e-8)
+    assert torch.equal(lower, lower.tril())
 
 
 # --- the step --------------------------------------------------------------------------------

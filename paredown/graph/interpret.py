@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
@@ -67,6 +68,42 @@ class Pass(fx.Interpreter):
         """Free what ``node`` was the last to use."""
         for done in self.user_to_last_uses.get(node, []):
             del self.env[done]
+
+    def fork(self, rule: Rule | None = None) -> Pass:
+        """The same batch at the same node, to go on by another rule; what either then writes into
+        its values does not reach the other's."""
+        twin = copy.copy(self)
+        twin._rule = rule
+        twin.env = dict(self.env)
+        if any(writes(node) for node in self.graph.nodes):
+            held = [node for node in self.env if node.op != "get_attr"]
+            values = copy.deepcopy([self.env[node] for node in held])  # views stay views of theirs
+            twin.env |= dict(zip(held, values, strict=True))
+        return twin
+
+    def finish(self, node: fx.Node) -> list[Tensor]:
+        """The outputs' tensors of a batch that has come as far as before this node.
+
+        Example:
+            >>> import paredown
+            >>> model = paredown.capture(torch.nn.Sequential(torch.nn.ReLU()), (torch.zeros(1, 2),))
+            >>> lane, nodes = Pass(model.graph).start([torch.ones(1, 2)]), model.graph.graph.nodes
+            >>> first = next(iter(nodes))
+            >>> _ = lane.step(first)
+            >>> lane.fork(lambda run, node: run.compute(node)).finish(first.next)
+            [tensor([[1., 1.]])]
+        """
+        while node.op != "output":
+            self.step(node)
+            self.forget(node)
+            node = node.next
+        return list(self.graph.process_outputs(self.step(node)))
+
+
+def writes(node: fx.Node) -> bool:
+    """Whether the op writes into one of its inputs."""
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable
 
 
 def _copies(leaves: Sequence[Tensor]) -> list[Tensor]:

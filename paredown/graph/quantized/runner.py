@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
-from paredown.graph.interpret import Arguments, Note, Pass
+from paredown.graph.interpret import Arguments, Note, Pass, writes
 from paredown.graph.model import Model
 from paredown.graph.quantized.forms import form_of
 from paredown.graph.quantized.quantizers import quantizers, rounded
@@ -30,7 +31,7 @@ class Runner:
         self._note: Note | None = None
         self._rounded: dict[str, Tensor] = {}
         # an op that writes into its input must not reach the value before a quantizer passed by
-        self._writes = any(_writes(node) for node in graph.graph.nodes)
+        self._writes = any(writes(node) for node in graph.graph.nodes)
 
     def outputs(
         self,
@@ -53,6 +54,43 @@ class Runner:
         self._edges, self._given = edges, {}
         found = self._pass.outputs(leaves)
         self._given = {}
+        return found
+
+    def alone(
+        self, leaves: Sequence[Tensor], groups: Mapping[str, Collection[str]]
+    ) -> tuple[list[Tensor], dict[str, list[Tensor]]]:
+        """The outputs with every quantizer passed by, and with all but those of each group.
+
+        What comes before the values that a group rounds is run once for all of them.
+        """
+        every = {node.name for node in quantizers(self.source)}
+        self._passed, self._weights, self._note, self._edges = every, {}, None, ()
+        starts, found = self._starts(groups), dict[str, list[Tensor]]()
+        with torch.no_grad():
+            main = self._pass.start(leaves)
+            for node in self.source.graph.nodes:
+                for name in starts.get(node, ()):
+                    self._passed = every - set(groups[name])
+                    lane = main.fork(self._value)
+                    weights = [n for n in lane.env if n.name in groups[name] and form_of(n)]
+                    lane.env |= {weight: self.weight(weight) for weight in weights}
+                    found[name] = lane.finish(node)
+                self._passed = every
+                if node.op == "output":
+                    break
+                main.step(node)
+                main.forget(node)
+            return main.finish(node), found
+
+    def _starts(self, groups: Mapping[str, Collection[str]]) -> dict[fx.Node, list[str]]:
+        """The first node that a group's quantizers change, with the names of the groups: those of
+        weights may stand anywhere before."""
+        place = {node: number for number, node in enumerate(self.source.graph.nodes)}
+        found: dict[fx.Node, list[str]] = {}
+        for name, group in groups.items():
+            own = [node for node in place if node.name in group]
+            changed = [n for o in own for n in (o.users if form_of(o) is not None else [o])]
+            found.setdefault(min(changed, key=place.__getitem__), []).append(name)
         return found
 
     def _value(self, run: Pass, node: fx.Node) -> Any:
@@ -93,11 +131,6 @@ class Runner:
 def _source(quantizer: fx.Node) -> str:
     source = quantizer.args[0]
     return str(source.target) if isinstance(source, fx.Node) else ""
-
-
-def _writes(node: fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and schema.is_mutable
 
 
 def without_quantizers(model: Model) -> Model:

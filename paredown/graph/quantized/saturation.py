@@ -29,6 +29,7 @@ from torch.nn import functional as F
 
 from paredown.graph.interpret import Pass
 from paredown.graph.patches import groups_of, layer_inputs
+from paredown.graph.quantized.forms import form_of
 from paredown.graph.quantized.per_channel import PER_CHANNEL
 from paredown.graph.quantized.quantizers import (
     DYNAMIC,
@@ -90,8 +91,9 @@ def _pair_sums(codes: Tensor, integers: Tensor) -> Iterator[tuple[Tensor, Tensor
     each = max(1, CHUNK // max(1, codes.shape[1]))
     for start in range(0, len(part), each):
         g, r, j = (found[start : start + each] for found in (part, output, pair))
-        taken = codes[g, :, j].long()  # (n, P, 2)
-        yield g * integers.shape[1] + r, (taken * integers[g, r, j].long()[:, None]).sum(-1)
+        taken, weights = codes[g, :, j].long(), integers[g, r, j].long()[:, None]  # (n, P, 2)
+        sums = taken[..., 0] * weights[..., 0] + taken[..., 1] * weights[..., 1]
+        yield g * integers.shape[1] + r, sums
 
 
 def _in_pairs(values: Tensor) -> Tensor:
@@ -100,9 +102,10 @@ def _in_pairs(values: Tensor) -> Tensor:
 
 def _reaching(largest: Tensor, integers: Tensor) -> tuple[Tensor, ...]:
     """The part, output and pair of what can leave 16 bits where codes (G, J, 2) are the largest."""
-    weights, codes = integers.int(), largest.int()[:, None]
-    top = (weights.clamp(min=0) * codes).sum(-1)  # (G, R, J)
-    bottom = (weights.clamp(max=0) * codes).sum(-1)
+    # the two of each pair by name: a sum over so short a dimension takes four times as long
+    one, other = (integers[..., n].int() * largest[:, None, :, n].int() for n in (0, 1))
+    top = one.clamp(min=0) + other.clamp(min=0)  # (G, R, J)
+    bottom = one.clamp(max=0) + other.clamp(max=0)
     return ((top > MOST) | (bottom < LEAST)).nonzero(as_tuple=True)
 
 
@@ -219,6 +222,7 @@ class Watch:
     def __init__(self, graph: fx.GraphModule) -> None:
         self._left: dict[fx.Node, Layer] = {layer.site.node: layer for layer in layers(graph)}
         self._codes: dict[fx.Node, tuple[Tensor, int]] = {}
+        self._weights: dict[fx.Node, Any] = {}  # rounded once, not at every batch
         self._pass = Pass(graph, self._value)
         self.found: set[str] = set()
 
@@ -235,6 +239,10 @@ class Watch:
         self._codes.clear()
 
     def _value(self, run: Pass, node: fx.Node) -> Any:
+        if form_of(node) is not None:
+            if node not in self._weights:
+                self._weights[node] = run.compute(node)
+            return self._weights[node]
         value = run.compute(node)
         if node.target is DYNAMIC:
             self._codes[node] = _dynamic_codes(*run.arguments(node)[0]), 0

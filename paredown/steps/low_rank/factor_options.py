@@ -66,10 +66,10 @@ def options(layer: FactorLayer, rows: Rows, search: Search) -> list[Option]:
     """
     y = rows.y[:, rows.held].double()
     total = float((y - y.mean(1, keepdim=True)).square().sum())
-    found = []
+    found: list[Option] = []
     for method in layer.methods(search.method):
         made = {"channel": _channel, "spatial": _spatial, "tucker": _tucker}[method]
-        found += made(layer, rows, search, max(total, 1e-300))
+        found += made(layer, rows, search, max(total, 1e-300), found)
     return found
 
 
@@ -102,7 +102,9 @@ def _option(
     return Option(method, ranks, saved, layer.macs - macs, loss, make)
 
 
-def _channel(layer: FactorLayer, rows: Rows, search: Search, total: float) -> list[Option]:
+def _channel(
+    layer: FactorLayer, rows: Rows, search: Search, total: float, others: Sequence[Option]
+) -> list[Option]:
     ranks = _allowed(layer, "channel", search)
     if not ranks:
         return []
@@ -128,30 +130,67 @@ def _channel(layer: FactorLayer, rows: Rows, search: Search, total: float) -> li
     ]
 
 
-def _spatial(layer: FactorLayer, rows: Rows, search: Search, total: float) -> list[Option]:
+def _spatial(
+    layer: FactorLayer, rows: Rows, search: Search, total: float, others: Sequence[Option]
+) -> list[Option]:
+    """The ranks are nested: what the largest reads holds what the smaller ones do."""
     ranks = _few(_allowed(layer, "spatial", search), POINTS)
     if not ranks:
         return []
     assert rows.x is not None
     first, last = math_of.spatial_directions(layer.weight, rows.x[:, : rows.fitted])
-    made = [(r,) for r in ranks]
-    return [
-        _tried(layer, rows, total, "spatial", r, math_of.spatial_factors(first, last, *r))
-        for r in made
-    ]
+    first, last = math_of.spatial_factors(first, last, ranks[-1])
+    seen = math_of.seen_by_last([first], last, rows.x)  # (N, P, R * width)
+    fitted = math_of.fitted_last(last, seen[:, : rows.fitted], rows.y[:, : rows.fitted], ranks)
+    found = []
+    for rank, each in zip(ranks, fitted, strict=True):
+        made, read = (first[:, :rank], each), seen[:, :, : rank * layer.kernel[1]]
+        found.append(_tried(layer, rows, total, "spatial", (rank,), made, read))
+    return found
 
 
-def _tucker(layer: FactorLayer, rows: Rows, search: Search, total: float) -> list[Option]:
+def _tucker(
+    layer: FactorLayer, rows: Rows, search: Search, total: float, others: Sequence[Option]
+) -> list[Option]:
+    """Every other pair of ranks first, and those between where one beside them is worth it."""
     assert rows.x is not None
     modes = math_of.Modes.of(layer.weight, math_of.channel_root(rows.x[:, : rows.fitted]))
     pairs = _pairs(layer, modes, search)
-    return [
-        _tried(
-            *(layer, rows, total, "tucker", pair),
-            math_of.tucker_factors(layer.weight, modes, pair[1], pair[0]),
-        )
-        for pair in pairs
-    ]
+    found: dict[int, Option] = {}
+
+    def look(place: int) -> None:
+        assert rows.x is not None
+        pair = pairs[place]
+        *before, last = math_of.tucker_factors(layer.weight, modes, pair[1], pair[0])
+        seen = math_of.seen_by_last(before, last, rows.x)  # (N, P, R)
+        fit = seen[:, : rows.fitted], rows.y[:, : rows.fitted]
+        made = *before, *math_of.fitted_last(last, *fit, [pair[1]])
+        found[place] = _tried(layer, rows, total, "tucker", pair, made, seen)
+
+    coarse = range(len(pairs) - 1, -1, -2)
+    for place in coarse:
+        look(place)
+    worth = {place for place in coarse if not beaten(found[place], others)}
+    for place in set(range(len(pairs))) - set(coarse):
+        if worth & {place - 1, place + 1}:
+            look(place)
+    return [found[place] for place in sorted(found)]
+
+
+def beaten(option: Option, others: Sequence[Option]) -> bool:
+    """Whether another saves as much and loses no more.
+
+    Example:
+        >>> one, other = (Option("channel", (r,), 9, 9, loss, None) for r, loss in ((1, 0), (2, 1)))
+        >>> beaten(one, [other]), beaten(other, [one])
+        (False, True)
+    """
+    return any(
+        other.parameters >= option.parameters
+        and other.macs >= option.macs
+        and other.loss <= option.loss
+        for other in others
+    )
 
 
 def _pairs(layer: FactorLayer, modes: math_of.Modes, search: Search) -> list[tuple[int, int]]:
@@ -177,15 +216,15 @@ def _tried(
     method: str,
     ranks: tuple[int, ...],
     made: Factors,
+    seen: Tensor,
 ) -> Option:
-    """The option with its last factor fitted to the rows, and what it loses on those held out."""
-    assert rows.x is not None
-    x, y = rows.x[:, : rows.fitted], rows.y[:, : rows.fitted]
-    made = math_of.balanced(math_of.refit_last(made, x, y))
-    loss = math_of.lost(layer.weight, made, rows.x[:, rows.held]) / total
+    """The option with what it loses on the rows held out, of which ``seen`` is what the last factor
+    reads."""
+    loss = math_of.missed(made[-1], seen[:, rows.held], rows.y[:, rows.held]) / total
+    made = math_of.balanced(made)
     shift = None
     if rows.mean_x is not None:
-        change = layer.weight.double() - math_of.product(made)
+        change = layer.weight.double() - math_of.product([factor.double() for factor in made])
         shift = (rows.mean_x.double().flatten(2) @ change.flatten(2).mT).flatten()
     kept = tuple(factor.float() for factor in made)
     return _option(layer, method, ranks, loss, lambda: (kept, shift))

@@ -58,13 +58,12 @@ def _seen(
     width = layer.weight[0, 0].numel() if wants_inputs else layer.weight.shape[1]
     most = max(32, min(ROWS, NUMBERS // (width * layer.groups)) // (len(lanes) * len(layer.uses)))
     for seed, lane in enumerate(lanes):
-        if wants_inputs:
+        x = None
+        if wants_inputs:  # at the same places as the outputs, since the seed is the same
             raw = tensor_of(model.graph, site.weight)
             x = sampled_inputs(site, raw, lane.env[site.input].float(), most, seed)  # (N, P, F)
-            y = x @ layer.weight.flatten(2).float().mT
-            yield x.unflatten(2, layer.weight.shape[2:]), y
-        else:
-            yield None, _outputs(model, layer, site, lane.env[site.node].float(), most, seed)
+            x = x.unflatten(2, layer.weight.shape[2:])
+        yield x, _outputs(model, layer, site, lane.env[site.node].float(), most, seed)
 
 
 def _outputs(

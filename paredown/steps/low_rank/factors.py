@@ -17,11 +17,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from paredown.train.reconstruct import refit
+from paredown.data.moments import exact_cross_sum, exact_moment_sum
 
 DAMPING = 0.01  # share of what all directions alike add to those that the inputs show
 RIDGE = 1e-4
-SWEEPS = 3  # of alternating least squares in a Tucker decomposition
+SWEEPS = 2  # of alternating least squares in a Tucker decomposition
 
 Factors = tuple[Tensor, ...]
 
@@ -120,19 +120,32 @@ def channel_factors(weight: Tensor, directions: Tensor, rank: int) -> Factors:
 
 
 def root(rows: Tensor, damping: float = DAMPING) -> tuple[Tensor, Tensor]:
-    """S (N, F, F) with ``S S'`` the second moment of the rows (N, P, F), and its inverse.
+    """S (N, F, F) with ``S S'`` the second moment of the rows (N, P, F), and its inverse; of the
+    matrices that are such a root the triangular one, which takes least to find.
 
     Example:
         >>> whole, inverse = root(torch.eye(2)[None], 0.0)
         >>> (whole @ whole.mT * 2).round().tolist()
         [[[1.0, 0.0], [0.0, 1.0]]]
     """
-    moment = rows.double().mT @ rows.double() / max(1, rows.shape[1])
-    level = moment.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
-    level = torch.where(level > 0, damping * level, 1.0)
-    values, vectors = torch.linalg.eigh(moment + level * torch.eye(moment.shape[1]).double())
-    roots = values.clamp(min=1e-12 * float(values.max())).sqrt()[:, None]
-    return vectors * roots, (vectors / roots).mT
+    moment = exact_moment_sum(rows.float()) / max(1, rows.shape[1])
+    diagonal = moment.diagonal(dim1=1, dim2=2)
+    level = diagonal.mean(1, keepdim=True)
+    diagonal.add_(torch.where(level > 0, damping * level, 1.0))
+    whole = _cholesky(moment)
+    identity = torch.eye(moment.shape[1], dtype=moment.dtype).expand_as(moment)
+    return whole, torch.linalg.solve_triangular(whole, identity, upper=False)
+
+
+def _cholesky(moment: Tensor, damping: float = 1e-12) -> Tensor:
+    """Lower triangular factors (N, F, F), of a matrix that rounding has made indefinite those of
+    one damped a little."""
+    lower, failed = torch.linalg.cholesky_ex(moment)
+    if not failed.any():
+        return lower
+    level = moment.diagonal(dim1=1, dim2=2).mean(1)[:, None, None].clamp(min=1e-300)
+    identity = torch.eye(moment.shape[1], dtype=moment.dtype)
+    return _cholesky(moment + damping * level * identity, 100 * damping)
 
 
 def spatial_directions(weight: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -143,13 +156,13 @@ def spatial_directions(weight: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
 
     Example:
         >>> weight, x = torch.randn(1, 4, 3, 3, 3), torch.randn(1, 200, 3, 3, 3)
-        >>> torch.allclose(product(spatial_directions(weight, x)), weight.double(), atol=1e-5)
+        >>> torch.allclose(product(spatial_directions(weight, x)), weight, atol=1e-4)
         True
     """
     groups, outputs, inputs, height, width = weight.shape
     columns = x.permute(0, 1, 4, 2, 3).flatten(3).flatten(1, 2)  # (N, P w, C h)
-    whole, inverse = root(columns)
-    matrix = weight.double().permute(0, 1, 4, 2, 3).reshape(groups, -1, inputs * height)
+    whole, inverse = (each.float() for each in root(columns))
+    matrix = weight.float().permute(0, 1, 4, 2, 3).reshape(groups, -1, inputs * height)
     white = matrix @ whole
     if white.shape[1] <= white.shape[2]:  # the moment of the shorter side tells the same directions
         left = torch.linalg.eigh(white @ white.mT).eigenvectors.flip(2)
@@ -218,18 +231,18 @@ def tucker_factors(weight: Tensor, modes: Modes, outputs: int, inputs: int) -> F
         >>> weight = torch.randn(1, 4, 3, 3, 3)
         >>> modes = Modes.of(weight, channel_root(torch.randn(1, 99, 3, 3, 3)))
         >>> factors = tucker_factors(weight, modes, 4, 3)
-        >>> torch.allclose(product(factors), weight.double(), atol=1e-5)
+        >>> torch.allclose(product(factors), weight, atol=1e-4)
         True
     """
-    white = modes.white
-    left, right = modes.outputs[..., :outputs], modes.inputs[..., :inputs]
+    white = modes.white.float()
+    left, right = modes.outputs[..., :outputs].float(), modes.inputs[..., :inputs].float()
     for _ in range(SWEEPS):
         left = _turned(torch.einsum("nock,nci->noik", white, right), left)
         right = _turned(torch.einsum("nock,nor->ncrk", white, left), right)
     core = torch.einsum("nock,nor,nci->nrik", white, left, right)
     ones = [1] * (weight.dim() - 3)
     kernel = weight.shape[3:]
-    down = (right.mT @ modes.inverse).reshape(len(weight), inputs, -1, *ones)
+    down = (right.mT @ modes.inverse.float()).reshape(len(weight), inputs, -1, *ones)
     return down, core.reshape(*core.shape[:3], *kernel), left.reshape(*left.shape, *ones)
 
 
@@ -242,33 +255,65 @@ def _turned(tensor: Tensor, subspace: Tensor) -> Tensor:
 # --- on the inputs that there are -------------------------------------------------------------
 
 
-def refit_last(factors: Factors, x: Tensor, y: Tensor) -> Factors:
-    """The last factor anew, by least squares on what the others make of the inputs.
+def seen_by_last(before: Sequence[Tensor], last: Tensor, x: Tensor) -> Tensor:
+    """What the last factor (N, O, R, *K') reads of inputs (N, P, C, *K): (N, P, R * cells of K').
+
+    Example:
+        >>> first, last = torch.ones(1, 2, 3, 3, 1), torch.ones(1, 4, 2, 1, 3)
+        >>> seen_by_last([first], last, torch.ones(1, 5, 3, 3, 3)).shape
+        torch.Size([1, 5, 6])
+    """
+    made = product(before).to(x.dtype).flatten(2)  # (N, R, C * its own cells)
+    own = last.shape[3:].numel()
+    if own == 1:
+        return x.flatten(2) @ made.mT
+    cells = x.shape[3:].numel() // own  # of the kernel before, apart from the last one's
+    split = x.reshape(*x.shape[:3], cells, own).movedim(4, 2)  # (N, P, own, C, cells)
+    seen = split.flatten(3).flatten(1, 2) @ made.mT  # (N, P * own, R)
+    return seen.unflatten(1, (-1, own)).transpose(2, 3).flatten(2)
+
+
+def fitted_last(last: Tensor, seen: Tensor, y: Tensor, counts: Sequence[int]) -> list[Tensor]:
+    """The last factor (N, O, R, *K') anew, by least squares on what it reads with ridge towards
+    what it is; for the first so many of its inputs alone, in ascending ``counts``, each.
+
+    Leading inputs have the leading block of the normal equations, of its Cholesky factor and of
+    what forward substitution gives, so that all of them take one factorization.
+
+    Shapes: seen (N, P, R * cells of K'), y (N, P, O).
 
     Example:
         >>> x, weight = torch.randn(1, 50, 4), torch.randn(1, 3, 4)
-        >>> factors = (torch.eye(4)[None], torch.zeros(1, 3, 4))
-        >>> made = refit_last(factors, x, x @ weight.mT)
-        >>> torch.allclose(product(made), weight.double(), atol=1e-2)
-        True
+        >>> [half, made] = fitted_last(torch.zeros(1, 3, 4), x, x @ weight.mT, [2, 4])
+        >>> half.shape, torch.allclose(made, weight.double(), atol=1e-2)
+        (torch.Size([1, 3, 2]), True)
     """
-    *first, last = (factor.double() for factor in factors)
-    before = product(first).to(x.dtype)
-    cells = before.shape[3:].numel()
-    split = x.reshape(*x.shape[:3], cells, -1)  # its own kernel apart from that before
-    seen = torch.einsum("npcyx,nrcy->nprx", split, before.reshape(*before.shape[:3], -1))
-    rows, flat = seen.flatten(2), last.flatten(2)
-    made = [refit(*each, None, RIDGE)[0] for each in zip(rows, y.double(), flat, strict=True)]
-    return (*first, torch.stack(made).reshape(last.shape))
+    cells = last.shape[3:].numel()
+    inputs = counts[-1] * cells
+    flat = last.double().flatten(2)[..., :inputs]  # (N, O, M)
+    gram, cross = exact_moment_sum(seen[..., :inputs]), exact_cross_sum(seen[..., :inputs], y)
+    diagonal = gram.diagonal(dim1=1, dim2=2)
+    level = diagonal.mean(1, keepdim=True)
+    level = torch.where(level > 0, RIDGE * level, 1.0)
+    diagonal.add_(level)
+    lower = _cholesky(gram)
+    asked = cross + level[..., None] * flat.mT  # (N, M, O)
+    halfway = torch.linalg.solve_triangular(lower, asked, upper=False)
+    made = []
+    for count in counts:
+        part = slice(0, count * cells)
+        upper = lower[:, part, part].mT
+        found = torch.linalg.solve_triangular(upper, halfway[:, part], upper=True)
+        made.append(found.mT.reshape(*last.shape[:2], count, *last.shape[3:]))
+    return made
 
 
-def lost(weight: Tensor, factors: Sequence[Tensor], x: Tensor) -> float:
-    """``|y - y'|^2`` on the inputs, (N, P, C, *K).
+def missed(last: Tensor, seen: Tensor, y: Tensor) -> float:
+    """``|y - y'|^2`` of what the last factor makes of its inputs (N, P, M).
 
     Example:
-        >>> factors = [torch.ones(1, 1, 2), torch.zeros(1, 1, 1)]
-        >>> lost(torch.ones(1, 1, 2), factors, torch.ones(1, 3, 2))
+        >>> missed(torch.zeros(1, 1, 2), torch.ones(1, 3, 2), torch.full((1, 3, 1), 2.0))
         12.0
     """
-    change = (weight.double() - product([f.double() for f in factors])).float().flatten(2)
-    return float((x.flatten(2).float() @ change.mT).square().sum(dtype=torch.float64))
+    change = y - seen @ last.to(seen.dtype).flatten(2).mT
+    return float(change.square().sum(dtype=torch.float64))

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from paredown.core import progress
 from paredown.core.task import Task
 from paredown.data import feed, splits
-from paredown.graph.interpret import Pass
+from paredown.graph.interpret import Pass, Rule
 from paredown.graph.model import Model
 
 SHARE = 0.1  # of what the layer's outputs vary, as noise
@@ -42,12 +42,21 @@ def sensitivities(model: Model, task: Task, groups: Sequence[Sequence[fx.Node]])
     split = splits.split(task, "calibration")
     size = feed.size(model, task.batch_size, EXAMPLES)
     [batch] = feed.whole(model, split, "calibration", size, 1, shuffle=True).bound()
-    with torch.random.fork_rng(devices=[]):
-        before = _outputs(model.eval().graph, batch.inputs, [])
-        return [
-            _change(before, _outputs(model.graph, batch.inputs, nodes))
-            for nodes in progress.track(groups, "disturb", len(groups))
-        ]
+    names = [{node.name for node in group} for group in groups]
+    after: dict[int, list[Tensor]] = {}
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        lane = Pass(model.eval().graph).start(batch.inputs)
+        nodes = list(model.graph.graph.nodes)
+        for node in progress.track(nodes, "disturb", len(nodes)):
+            for place, own in enumerate(names):
+                if node.name in own and place not in after:  # what is before it is run once for all
+                    after[place] = lane.fork(_disturbing(groups[place])).finish(node)
+            if node.op == "output":
+                before = lane.finish(node)
+                return [_change(before, after[place]) for place in range(len(groups))]
+            lane.step(node)
+            lane.forget(node)
+    raise AssertionError("a graph ends with its outputs")
 
 
 def _change(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
@@ -62,11 +71,9 @@ def _change(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
     return changed / max(energy, 1e-300)
 
 
-def _outputs(
-    graph: fx.GraphModule, leaves: list[Tensor], disturbed: Sequence[fx.Node]
-) -> list[Tensor]:
-    """The outputs with noise on the values of some nodes."""
-    places = {node.name: place for place, node in enumerate(disturbed)}
+def _disturbing(nodes: Sequence[fx.Node]) -> Rule:
+    """Noise on the values of some nodes."""
+    places = {node.name: place for place, node in enumerate(nodes)}
 
     def rule(run: Pass, node: fx.Node) -> Any:
         result = run.compute(node)
@@ -75,4 +82,4 @@ def _outputs(
             return result + noise_like(result, SHARE, axis, places[node.name])
         return result
 
-    return Pass(graph, rule).outputs(leaves)
+    return rule

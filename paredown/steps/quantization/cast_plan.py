@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from paredown.graph.interpret import Pass
 from paredown.graph.memory import aliases, marked
+from paredown.graph.sites import CONVOLUTIONS
 from paredown.graph.state import tensor_of
 
 aten = torch.ops.aten
@@ -46,6 +47,12 @@ _CARRIERS = {
 
 
 _SCALING = {aten.div.Tensor, aten.div.Scalar, aten.div_.Tensor}  # by a number, not to a number
+# Sums of products, which CPUs without 16-bit units take many times longer for in 16 bits.
+_PRODUCTS = {
+    *(*CONVOLUTIONS, aten.conv_transpose1d.default, aten.conv_transpose2d.input),
+    *(aten.conv_transpose3d.input, aten.linear.default, aten.addmm.default, aten.mm.default),
+    *(aten.matmul.default, aten.bmm.default, aten.baddbmm.default),
+}
 
 
 # --- what was seen ---------------------------------------------------------------------------
@@ -73,6 +80,8 @@ class Facts:
             place = inner_graph(args)
             facts = self.inner.setdefault(node.name, Facts(args[place]))
             value = facts.run(*args[place + 1 :])
+        elif node.target in _PRODUCTS:
+            value = single_sums(node.target, *run.arguments(node))
         else:
             value = run.compute(node)
         self._look(node, [t for t in pytree.tree_leaves(value) if isinstance(t, Tensor)])
@@ -90,6 +99,25 @@ class Facts:
                 self.spoilt.add(n.name)
                 peak = float(tensor.where(tensor.isfinite(), 0).abs().max())
             self.largest[n.name] = max(self.largest.get(n.name, 0.0), peak)
+
+
+def single_sums(op: Any, args: Any, kwargs: Any) -> Tensor:
+    """What an op that sums products of 16-bit numbers gives, its sums in float32.
+
+    16-bit kernels sum in float32 and round once, so that both are the same to rounding; a sum
+    beyond the range of the 16 bits becomes infinite in both.
+
+    Example:
+        >>> row = torch.full((1, 2), 300.0).half()
+        >>> single_sums(aten.mm.default, (row, row.T), {})
+        tensor([[inf]], dtype=torch.float16)
+    """
+    leaves = [item for item in pytree.tree_leaves((args, kwargs)) if isinstance(item, Tensor)]
+    dtypes = {leaf.dtype for leaf in leaves}
+    if len(dtypes) > 1 or not dtypes <= {torch.float16, torch.bfloat16}:
+        return op(*args, **kwargs)  # type: ignore[no-any-return]
+    args, kwargs = pytree.tree_map_only(Tensor, Tensor.float, (args, kwargs))
+    return op(*args, **kwargs).to(*dtypes)  # type: ignore[no-any-return]
 
 
 def inner_graph(args: Any) -> int:

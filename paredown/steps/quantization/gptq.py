@@ -1,6 +1,9 @@
 """GPTQ (Frantar et al. 2210.17323): round a layer's weights one input at a time, and let the inputs
 still to come make up for the error.
 
+In the form of LDLQ (Chee et al. 2307.13304), which their theorem 6 shows to be the same: each input
+makes up for the errors of those before it, by the Hessian's own factor in place of its inverse's.
+
 Shapes: N independent parts of a layer (a grouped convolution has several, other layers one) of R
 outputs and F inputs. What a part's outputs lose by a change D (R, F) of its weights is
 ``trace(D H D')``, with H (F, F) the second moment of its inputs.
@@ -15,42 +18,26 @@ BLOCK = 128  # inputs whose error is passed on together: fewer passes over the w
 MOST_DAMPING = 1e3  # times the mean of the diagonal; a matrix this damped is all diagonal
 
 
-def second_moment(rows: Tensor) -> Tensor:
-    """Of the inputs of each part, (N, P, F) at P places -> (N, F, F).
+def triangular_factor(hessian: Tensor, damping: float) -> Tensor:
+    """Lower triangular L (N, F, F) with ``L L'`` the damped Hessian.
 
-    Example:
-        >>> second_moment(torch.tensor([[[1.0, 2.0], [3.0, 0.0]]]))
-        tensor([[[5., 1.],
-                 [1., 2.]]])
-    """
-    return rows.mT @ rows / rows.shape[1]
-
-
-def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
-    """Upper triangular U (N, F, F) with ``U' U`` the inverse of the damped Hessian.
-
-    One factor of the Hessian, taken from the last input to the first, and its inverse; where that
-    fails, since inputs are too few or depend on each other, more damping is tried.
+    Where there is none, since inputs are too few or depend on each other, more damping is tried.
 
     Example:
         >>> hessian = torch.tensor([[[2.0, 1.0], [1.0, 2.0]]])
-        >>> upper = inverse_factor(hessian, 0.0)
-        >>> torch.allclose(upper.mT @ upper, hessian.inverse())
+        >>> lower = triangular_factor(hessian, 0.0)
+        >>> torch.allclose(lower @ lower.mT, hessian)
         True
     """
-    diagonal = hessian.diagonal(dim1=1, dim2=2)
-    level = diagonal.mean(1, keepdim=True).clamp(min=torch.finfo(hessian.dtype).tiny)  # (N, 1)
+    level = hessian.diagonal(dim1=1, dim2=2).mean(1, keepdim=True)  # (N, 1)
+    level = level.clamp(min=torch.finfo(hessian.dtype).tiny)
     while True:
         damped = hessian.clone()
         damped.diagonal(dim1=1, dim2=2).add_(damping * level)
-        lower, failed = torch.linalg.cholesky_ex(damped.flip(1, 2))
-        del damped
+        lower, failed = torch.linalg.cholesky_ex(damped)
         if not failed.any() or damping > MOST_DAMPING:
-            break
+            return lower
         damping = max(10 * damping, 1e-4)
-    upper = lower.flip(1, 2)  # H = R R' with R upper triangular
-    identity = torch.eye(upper.shape[1], dtype=upper.dtype).expand_as(upper)
-    return torch.linalg.solve_triangular(upper, identity, upper=True)
 
 
 def gptq(
@@ -68,8 +55,12 @@ def gptq(
     Zeros stay zero: they are pruned weights. An input that never was anything but zero (a dead
     one) takes no part, and its weights are rounded to nearest.
 
+    With L from `triangular_factor`, the inputs in the order of its rows, the error E (R, F) loses
+    ``sum_k L[k, k] ** 2 * |E[:, k] + sum_j E[:, j] L[j, k] / L[k, k]| ** 2`` over ``j > k``: from
+    the last input to the first, each is rounded where its own term is least.
+
     Args:
-        hessian: (N, F, F), see `second_moment`.
+        hessian: (N, F, F), the second moment of the inputs.
         scale, zero_point: of each weight, (N, R, F); found beforehand, so that groups may be
             rounded in any order.
         damping: added to the diagonal, as a share of its mean.
@@ -83,52 +74,56 @@ def gptq(
         (tensor([[[0., 1.]]]), tensor([[[0., 0.]]]))
     """
     outputs, inputs = weight.shape[1:]
-    places, upper = _in_order(hessian, damping, order)
-    columns = places[:, None].expand(-1, outputs, -1)  # (N, R, F)
-    w = weight.take_along_dim(columns, 2)
-    pruned = w == 0
-    for start in range(0, inputs, BLOCK):
-        block = slice(start, min(start + BLOCK, inputs))
-        at = columns[:, :, block]
-        grid = scale.take_along_dim(at, 2), zero_point.take_along_dim(at, 2)
-        part = (w[:, :, block], pruned[:, :, block], upper[:, block, block])
-        errors = _round_block(*part, *grid, low, high)
-        w[:, :, block.stop :] -= errors @ upper[:, block, block.stop :]
-    return torch.empty_like(w).scatter_(2, columns, w)
+    places, lower = _in_order(hessian, damping, order)
+    rows = places[:, :, None].expand(-1, -1, outputs)  # (N, F, R)
+    w = weight.mT.take_along_dim(rows, 1)
+    errors = torch.empty_like(w)
+    for stop in range(inputs, 0, -BLOCK):
+        block = slice(max(0, stop - BLOCK), stop)
+        steps, zeros = (each.mT.take_along_dim(rows[:, block], 1) for each in (scale, zero_point))
+        passed = lower[:, block, block].diagonal(dim1=1, dim2=2)[:, None]  # (N, 1, B)
+        moved = (lower[:, stop:, block] / passed).mT @ errors[:, stop:]
+        within = lower[:, block, block] / passed
+        _round_block(w[:, block], moved, errors[:, block], within, steps, zeros, low, high)
+    return torch.empty_like(w).scatter_(1, rows, w).mT
 
 
 def _in_order(hessian: Tensor, damping: float, order: bool) -> tuple[Tensor, Tensor]:
-    """The inputs (N, F) in the order in which they are rounded, and the factor in that order."""
+    """The inputs (N, F), the last of which is rounded first, and the factor in that order."""
     diagonal = hessian.diagonal(dim1=1, dim2=2)  # (N, F)
-    dead = diagonal == 0
     if order:
-        places = diagonal.argsort(dim=1, descending=True, stable=True)  # (N, F)
+        places = diagonal.argsort(dim=1, descending=True, stable=True).flip(1)  # (N, F)
     else:
-        places = torch.arange(diagonal.shape[1]).expand(len(diagonal), -1)
-    hessian = hessian.take_along_dim(places[:, :, None], 1).take_along_dim(places[:, None], 2)
-    hessian.diagonal(dim1=1, dim2=2)[dead.take_along_dim(places, 1)] = 1.0
-    return places, inverse_factor(hessian, damping)
+        places = torch.arange(diagonal.shape[1]).flip(0).expand(len(diagonal), -1)
+    dead = (diagonal == 0).take_along_dim(places, 1)
+    pairs = zip(hessian, places, strict=True)
+    hessian = torch.stack([each.index_select(0, p).index_select(1, p) for each, p in pairs])
+    hessian.diagonal(dim1=1, dim2=2)[dead] = 1.0
+    return places, triangular_factor(hessian, damping)
 
 
 def _round_block(
     w: Tensor,
-    pruned: Tensor,
-    upper: Tensor,
+    moved: Tensor,
+    errors: Tensor,
+    within: Tensor,
     scale: Tensor,
     zero_point: Tensor,
     low: int,
     high: int,
-) -> Tensor:
-    """Round inputs (N, R, B) one after the other, in place; the errors that those behind the block
-    make up for, (N, R, B)."""
-    errors = torch.empty_like(w)
-    for j in range(w.shape[2]):
-        made = _round(w[:, :, j], scale[:, :, j], zero_point[:, :, j], low, high)
-        made[pruned[:, :, j]] = 0
-        errors[:, :, j] = (w[:, :, j] - made) / upper[:, j, j, None]  # (N, R)
-        w[:, :, j + 1 :] -= errors[:, :, j, None] * upper[:, None, j, j + 1 :]
-        w[:, :, j] = made
-    return errors
+) -> None:
+    """Round inputs (N, B, R), the last of them first, in place; what that changes is ``errors``.
+
+    ``moved`` (N, B, R) is what the errors of the inputs before the block ask for, ``within``
+    (N, B, B) what an error (rows) asks of another input (columns).
+    """
+    pruned = w == 0
+    for k in range(w.shape[1] - 1, -1, -1):
+        asked = within[:, None, k + 1 :, k] @ errors[:, k + 1 :]  # (N, 1, R)
+        made = _round(w[:, k] + moved[:, k] + asked[:, 0], scale[:, k], zero_point[:, k], low, high)
+        made[pruned[:, k]] = 0
+        errors[:, k] = w[:, k] - made
+        w[:, k] = made
 
 
 def _round(w: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int) -> Tensor:

@@ -13,6 +13,7 @@ from paredown.core.task import Task
 from paredown.data import lockstep
 from paredown.data.layer_inputs import sampled_inputs
 from paredown.data.lockstep import run
+from paredown.data.moments import moment_sum
 from paredown.graph.interpret import Pass
 from paredown.graph.model import Model
 from paredown.graph.ops import argument
@@ -20,10 +21,11 @@ from paredown.graph.patches import groups_of
 from paredown.graph.quantized.group_scales import Grid, choose_grid
 from paredown.graph.quantized.grouped import spread
 from paredown.graph.rows import from_rows, rows
-from paredown.steps.quantization.gptq import gptq, second_moment
+from paredown.steps.quantization.gptq import gptq
 from paredown.steps.quantization.weight_layers import WeightLayer
 
 PLACES = 16_384  # of a layer's inputs that are looked at, at most
+TOGETHER = 2048  # places whose moments are summed at once
 FLOOR = 0.01  # of the mean importance: inputs that calibration never saw count a little too
 
 
@@ -56,15 +58,16 @@ def from_parts(layer: WeightLayer, made: Tensor) -> Tensor:
 
 
 def hessian_of(layer: WeightLayer, inputs: Sequence[Tensor]) -> Tensor:
-    """The second moment (N, F, F) of the layer's inputs, one batch at a time."""
+    """The second moment (N, F, F) of the layer's inputs, some batches at a time."""
     most = max(1, PLACES // len(inputs))
-    total, count = None, 0
+    total, count, waiting = torch.zeros(()), 0, list[Tensor]()
     for seed, x in enumerate(inputs):
-        seen = sampled_inputs(layer.uses[0], layer.weight, x.float(), most, seed)
-        moment = second_moment(seen).mul_(seen.shape[1])
-        total = moment if total is None else total.add_(moment)
-        count += seen.shape[1]
-    assert total is not None
+        waiting.append(sampled_inputs(layer.uses[0], layer.weight, x.float(), most, seed))
+        places = sum(part.shape[1] for part in waiting)
+        if places >= TOGETHER or seed == len(inputs) - 1:
+            total = moment_sum(torch.cat(waiting, 1)).add_(total)
+            count += places
+            waiting.clear()
     if not bool(total.isfinite().all()):
         raise UserError(
             f"calibration: inputs of the layer of {layer.name!r} are NaN or infinite; check the "
