@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim
 
 from paredown.core.errors import UserError
-from paredown.graph import mode, structure
+from paredown.graph import lazily, mode, structure
 from paredown.graph.doors import norms, regions, sizes
 from paredown.graph.doors.example import Example, dynamic_leaves, input_names
 from paredown.graph.doors.python_file import users_line
@@ -69,7 +69,7 @@ def check_parameters(module: nn.Module) -> None:
                 f"{name}: is {tensor.dtype}; expected torch.float32: call .float() on the module "
                 'and on its inputs, and let Cast("fp16") make 16 bits in the file.'
             )
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        if not lazily.finite(tensor):
             bad = int((~torch.isfinite(tensor)).sum())
             raise UserError(f"{name}: {bad} of {tensor.numel()} weights are NaN or infinite.")
 
@@ -244,12 +244,14 @@ def _run(
 
 
 def _borrowed(module: nn.Module) -> nn.Module:
-    """A copy with the module's own parameters; buffers, which a run may change, are copied too.
+    """A copy with the module's own parameters; buffers, which a run may change, are copied too,
+    and take memory where it does.
 
     Tensors that a run leaves in the module, such as the weight that ``torch.nn.utils.weight_norm``
     makes, cannot be copied with their gradient.
     """
-    memo: dict[int, Any] = {id(each): each for each in module.parameters()}
+    memo: dict[int, Any] = dict(lazily.copies(module.buffers()))
+    memo |= {id(each): each for each in module.parameters()}
     for owner in module.modules():
         for value in vars(owner).values():
             if isinstance(value, Tensor) and not value.is_leaf:
@@ -302,7 +304,9 @@ def _export(
                 dynamic_shapes={"tensors": tuple(shapes)},
                 strict=False,
             )
-            graph = copy.deepcopy(program.module(check_guards=False))
+            exported = program.module(check_guards=False)
+            state = [*exported.parameters(), *exported.buffers()]
+            graph = copy.deepcopy(exported, dict(lazily.copies(state)))
     except Exception as error:
         if training:
             return None

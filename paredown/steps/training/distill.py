@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -145,8 +144,7 @@ class Distill(Step):
         """What the student is: its graph and weights, whichever files they come from."""
         if self.student is None:
             return {}
-        made = store.encode(found(self.student, task))
-        return {str(self.student): hashlib.sha256(made).hexdigest()}
+        return {str(self.student): store.digest(found(self.student, task))}
 
     def _placed(self, model: Model, task: Task) -> Model:
         """The model that is trained."""
