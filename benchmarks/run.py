@@ -29,6 +29,7 @@ BENCHMARKS: dict[str, tuple[str, ...]] = {
     "sharing": ("sharing",),
     "low-rank": ("low_rank",),
     "forks": ("forks",),
+    "memory": ("memory",),
 }
 PEERS = ("nncf", "openvino", "torch_pruning", "torchao", "ai_edge_quantizer", "tensorly")
 
