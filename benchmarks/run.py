@@ -30,6 +30,7 @@ BENCHMARKS: dict[str, tuple[str, ...]] = {
     "low-rank": ("low_rank",),
     "forks": ("forks",),
     "steps-time": ("steps_time",),
+    "memory": ("memory",),
 }
 PEERS = ("nncf", "openvino", "torch_pruning", "torchao", "ai_edge_quantizer", "tensorly")
 

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import errno
+import functools
+import hashlib
 import os
 import secrets
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from paredown.core.errors import UserError
 
 FAILPOINT = "PAREDOWN_FAILPOINT"  # "name:action" in the environment; see `failpoint`
 FILE_POINTS = ("before-write", "after-write", "after-fsync", "after-rename", "after-folder-fsync")
+Data = (
+    bytes | Iterable["bytes | memoryview"]
+)  # of a file: whole, or in parts that follow each other
 _TEMPORARY = (".paredown-", ".tmp")  # how the name of an unfinished file begins and ends
 
 
@@ -33,23 +38,34 @@ def failpoint(name: str, short: Callable[[], object] | None = None) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def write_synced(handle: int, data: bytes, point: str) -> None:
+def parts_of(data: Data) -> Iterable[bytes | memoryview]:
+    """What a file holds, part by part."""
+    return (data,) if isinstance(data, bytes) else data
+
+
+def write_synced(handle: int, data: Data, point: str) -> None:
     """Write all of ``data`` and fsync; ``point`` begins the names of the failpoints in between.
 
     Raises:
         OSError: what the disk said. After a failed fsync nothing is known of what was written,
             so it is never retried.
     """
-    failpoint(f"{point}-before-write", lambda: os.write(handle, data[: len(data) // 2]))
-    rest = memoryview(data)
-    while rest:
-        rest = rest[os.write(handle, rest) :]
+    for number, part in enumerate(parts_of(data)):
+        rest = memoryview(part)
+        if not number:
+            failpoint(f"{point}-before-write", functools.partial(_half, handle, rest))
+        while rest:
+            rest = rest[os.write(handle, rest) :]
     failpoint(f"{point}-after-write")
     os.fsync(handle)
     failpoint(f"{point}-after-fsync")
 
 
-def write_atomically(path: Path, data: bytes) -> None:
+def _half(handle: int, part: memoryview) -> None:
+    os.write(handle, part[: len(part) // 2])
+
+
+def write_atomically(path: Path, data: Data) -> None:
     """Write, fsync, rename, fsync the folder: the file is whole or not there.
 
     Raises:
@@ -76,7 +92,31 @@ def write_atomically(path: Path, data: bytes) -> None:
         raise UserError(f"{path}: cannot be written: {error.strerror or error}.") from error
 
 
-def write_together(files: dict[Path, bytes]) -> None:
+def sha256(data: Data) -> str:
+    """The digest of what a file holds.
+
+    Example:
+        >>> sha256(b"ab") == sha256([b"a", b"b"])
+        True
+    """
+    made = hashlib.sha256()
+    for part in parts_of(data):
+        made.update(part)
+    return made.hexdigest()
+
+
+def read_parts(path: Path) -> Iterator[bytes]:
+    """What a file holds, a mebibyte at a time.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with path.open("rb") as file:
+        while part := file.read(2**20):
+            yield part
+
+
+def write_together(files: Mapping[Path, Data]) -> None:
     """Write the files of one artifact, the first of which is opened: it is whole with all the
     others, or not there.
 

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from paredown.core.errors import UserError
 from paredown.core.files import write_atomically
-from paredown.graph import mode, store, structure
+from paredown.graph import lazily, mode, store, structure
 from paredown.graph.holds.sharing import Sharing
 from paredown.graph.parts import Input, told
 from paredown.graph.state import owner_of
@@ -82,15 +82,18 @@ class Model:
         return len(fixed[0]) if fixed and fixed[0].dim() else None
 
     def copy(self) -> Model:
-        """A deep copy: nothing done to it reaches this model."""
+        """A copy, whose tensors take memory once they change: nothing done to it reaches this
+        model."""
         kept = {name: dict(dims) for name, dims in self.kept.items()}
         graph, masks, shared = copy_graph(self.graph), dict(self.masks), dict(self.shared)
         return replace(self, graph=graph, masks=masks, kept=kept, shared=shared)
 
     def frozen(self) -> Model:
-        """A copy to run and export, not to train, in evaluation mode: its graph is its own, its
-        tensors are this model's, seen without gradients."""
-        return replace(self, graph=copy_graph(self.graph, share=True)).eval()
+        """A copy to run and export, not to train: in evaluation mode, without gradients."""
+        graph = copy_graph(self.graph)
+        for parameter in graph.parameters():
+            parameter.requires_grad_(False)
+        return replace(self, graph=graph).eval()
 
     def train(self, training: bool = True) -> Model:
         """Switch to training mode in place (batch norm, dropout, drop-path); returns itself."""
@@ -124,7 +127,7 @@ class Model:
 
     def save(self, path: str | Path) -> None:
         """Write the model to one safetensors file, atomically."""
-        write_atomically(Path(path), store.encode(self))
+        write_atomically(Path(path), store.encoded(self))
 
     @staticmethod
     def load(path: str | Path) -> Model:
@@ -171,17 +174,14 @@ def check_shape(item: Input, tensor: Tensor) -> None:
             )
 
 
-def copy_graph(graph: fx.GraphModule, share: bool = False) -> fx.GraphModule:
-    """A deep copy with all of the state: FX leaves out what no op reads, and what is transient.
-
-    Args:
-        share: whether the copy's tensors are views of the graph's own, without gradients.
-    """
+def copy_graph(graph: fx.GraphModule) -> fx.GraphModule:
+    """A copy with all of the state: FX leaves out what no op reads, and what is transient. Tensors
+    take memory once they change, see `paredown.graph.lazily`."""
     named = [
         *graph.named_parameters(remove_duplicate=False),
         *graph.named_buffers(remove_duplicate=False),
     ]
-    memo: dict[int, Any] = {id(old): _view(old) for _, old in named} if share else {}
+    memo: dict[int, Any] = dict(lazily.copies(tensor for _, tensor in named))
     made = copy.deepcopy(graph, memo)
     have: dict[str, Tensor] = dict(made.named_parameters(remove_duplicate=False))
     have |= dict(made.named_buffers(remove_duplicate=False))
@@ -198,12 +198,6 @@ def copy_graph(graph: fx.GraphModule, share: bool = False) -> fx.GraphModule:
         else:
             owner.register_buffer(leaf, tensor, persistent=name in persistent)
     return made
-
-
-def _view(tensor: Tensor) -> Tensor:
-    """The same memory, without gradients."""
-    seen = tensor.detach()
-    return nn.Parameter(seen, requires_grad=False) if isinstance(tensor, nn.Parameter) else seen
 
 
 def made_from(model: Model, original: Model) -> bool:

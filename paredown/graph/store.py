@@ -8,7 +8,8 @@ from __future__ import annotations
 import io
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,7 +19,8 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, fx, nn
 
 from paredown.core.errors import UserError
-from paredown.graph import structure
+from paredown.core.files import sha256
+from paredown.graph import lazily, structure
 from paredown.graph.graph_json import graph_from_json, graph_to_json
 from paredown.graph.holds.every import HOLDS
 from paredown.graph.parts import Input, Parts
@@ -27,10 +29,37 @@ from paredown.graph.state import keep_state, owner_of
 
 M = TypeVar("M", bound=Parts)
 FORMAT = 1
+MAPPED = 1 << 26  # bytes of a file that are mapped at once
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A model as its file holds it: a header, and the tensors in their order.
+
+    To go through it gives the file's bytes in parts, read from the model as it is then.
+    """
+
+    header: bytes
+    tensors: list[Tensor]
+
+    def __iter__(self) -> Iterator[bytes | memoryview]:
+        yield self.header
+        for tensor in self.tensors:
+            yield from lazily.parts(tensor)
 
 
 def encode(model: Parts) -> bytes:
     """The file's bytes; the same model gives the same bytes."""
+    return b"".join(encoded(model))
+
+
+def digest(model: Parts) -> str:
+    """The SHA-256 of the model's file."""
+    return sha256(encoded(model))
+
+
+def encoded(model: Parts) -> Encoded:
+    """The model as its file holds it, without a copy of its tensors."""
     tensors, ties = _untied(model.graph)
     header = {
         "format": FORMAT,
@@ -57,8 +86,22 @@ def encode(model: Parts) -> bytes:
         for name in besides:
             stored.pop(f"state:{ties.get(name, name)}")
         stored |= parts
-    contiguous = {k: stored[k].detach().cpu().contiguous().clone() for k in sorted(stored)}
-    return to_bytes(contiguous, {"paredown": json.dumps(header)})
+    return laid_out(stored, {"paredown": json.dumps(header)})
+
+
+def laid_out(stored: dict[str, Tensor], metadata: dict[str, str]) -> Encoded:
+    """Tensors in the order and the header that safetensors gives them."""
+    alike = {name: torch.zeros(1, dtype=each.dtype) for name, each in sorted(stored.items())}
+    small = to_bytes(alike, metadata)
+    told = json.loads(small[8 : 8 + int.from_bytes(small[:8], "little")])
+    names, end = [name for name in told if name != "__metadata__"], 0
+    for name in names:
+        start, end = end, end + stored[name].nbytes
+        told[name] |= {"shape": list(stored[name].shape), "data_offsets": [start, end]}
+    text = json.dumps(told, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    header = len(text).to_bytes(8, "little") + text
+    return Encoded(header, [stored[name] for name in names])
 
 
 def _untied(graph: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -84,25 +127,32 @@ def _transient(graph: nn.Module) -> set[str]:
     return {n for n, _ in graph.named_buffers(remove_duplicate=False) if n not in kept}
 
 
+def decode(data: bytes, path: str, make: Callable[..., M]) -> M:
+    """The model in a file's bytes, which came from ``path``; see `load`."""
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(data)
+        file.flush()
+        return _load(Path(file.name), path, make)
+
+
 def load(path: Path, make: Callable[..., M]) -> M:
-    """What the file holds, see `decode`."""
+    """The model in the file: ``make`` of its `Parts`, by their names.
+
+    Raises:
+        UserError: it cannot be read, is damaged, or not a paredown model.
+    """
     if not path.is_file():
         raise UserError(f"{path}: no such file.")
     try:
-        data = path.read_bytes()
+        path.open("rb").close()
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}.") from error
-    return decode(data, str(path), make)
+    return _load(path, str(path), make)
 
 
-def decode(data: bytes, path: str, make: Callable[..., M]) -> M:
-    """The model in the file's bytes: ``make`` of its `Parts`, by their names.
-
-    Raises:
-        UserError: they are damaged, or not a paredown model.
-    """
+def _load(file: Path, path: str, make: Callable[..., M]) -> M:
     try:
-        header, tensors = _read(data)
+        header, tensors = _read(file)
         ties = header["ties"]
         held = {h.field: h.restored(header.get(h.field), ties, tensors) for h in HOLDS}
         _refuse_nan(tensors)
@@ -175,19 +225,25 @@ def _is_limit(least: Any, most: Any) -> bool:
     return type(least) is int and (most is None or (type(most) is int and most >= least))
 
 
-def _read(data: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    size = int.from_bytes(data[:8], "little")
-    if size > len(data):
-        raise ValueError("the header is longer than the file")
-    _refuse_duplicates(data[8 : 8 + size])
-    with tempfile.NamedTemporaryFile() as file:
-        file.write(data)
-        file.flush()
-        with safe_open(file.name, "pt") as opened:
-            text = (opened.metadata() or {}).get("paredown")
-            if text is None:
-                raise ValueError("no graph in its header")
-            tensors = {key: opened.get_tensor(key).clone() for key in opened.keys()}  # noqa: SIM118
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        if size > path.stat().st_size:
+            raise ValueError("the header is longer than the file")
+        _refuse_duplicates(file.read(size))
+    with safe_open(path, "pt") as opened:
+        text = (opened.metadata() or {}).get("paredown")
+        if text is None:
+            raise ValueError("no graph in its header")
+        waiting = list(opened.keys())
+    tensors: dict[str, Tensor] = {}
+    while waiting:
+        read = 0  # what is read of a mapped file stays in memory as long as it is mapped
+        with safe_open(path, "pt") as opened:
+            while waiting and read < MAPPED:
+                key = waiting.pop(0)
+                tensors[key] = opened.get_tensor(key).clone()
+                read += tensors[key].nbytes
     header = json.loads(text)
     if header["format"] != FORMAT:
         raise ValueError(f"format {header['format']}; this paredown reads format {FORMAT}")
@@ -196,7 +252,8 @@ def _read(data: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def _refuse_nan(tensors: dict[str, Tensor]) -> None:
     for name, tensor in tensors.items():
-        if name.startswith("state:") and tensor.is_floating_point() and tensor.isnan().any():
+        told = name.startswith("state:") and tensor.is_floating_point()
+        if told and lazily.extremes(tensor).isnan().any():
             raise ValueError(f"{name.removeprefix('state:')} holds NaN")
 
 

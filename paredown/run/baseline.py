@@ -18,10 +18,11 @@ from paredown.core.measurement import Measurement
 from paredown.core.task import Target, Task
 from paredown.data import feed, splits
 from paredown.data.evaluate import evaluate
+from paredown.graph import store
 from paredown.graph.model import Model
 from paredown.measure.measure import measure
 from paredown.measure.memory import floor, machine
-from paredown.run.identity import ignore_of, model_digest, where
+from paredown.run.identity import ignore_of, where
 from paredown.targets.runtimes import runtime
 
 LASTS_S = 3600.0  # a machine's speed drifts
@@ -71,7 +72,7 @@ def _key(model: Model, task: Task, target: Target, code: list[str | None]) -> di
     data = splits.split(task, "validation")
     few = range(min(splits.size(data), feed.size(model, task.batch_size)))
     return {
-        "model": model_digest(model),
+        "model": store.digest(model),
         "data": splits.fingerprint(data),
         "scores": [float(f"{score:.5g}") for score in evaluate(model, Subset(data, few), task)],
         "batch_size": task.batch_size,

@@ -65,7 +65,7 @@ def _model(ledger: Ledger, sha256: str) -> Model:
     path = ledger.get(sha256, MODEL)
     if path is None:
         raise UserError(f"{ledger.folder}: its stage {sha256[:12]} is gone; run it again.")
-    return Model.decode(path.read_bytes(), str(path))
+    return Model.load(path)
 
 
 def _file(artifact: Artifact) -> Path:

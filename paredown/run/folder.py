@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from paredown.core import progress
-from paredown.core.files import write_atomically, write_together
+from paredown.core.files import read_parts, write_atomically, write_together
 from paredown.core.results import Artifact, Run
 from paredown.core.task import Target, Task
 from paredown.data import splits
@@ -29,7 +29,7 @@ def write(run: Run, folder: Path, artifact: Path, original: Path) -> Run:
         f"paredown replay {shlex.quote(str(folder))}",
     ]
     for name, file in ((run.artifact.path, artifact), (run.original.path, original)):
-        given = [part.read_bytes() for part in parts(file)]
+        given = map(read_parts, parts(file))
         write_together(dict(zip(parts(folder / name), given, strict=True)))
     write_atomically(folder / "recipe.toml", run.artifact.recipe.encode())
     write_atomically(folder / "run.json", run.to_json().encode())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import platform
 from collections.abc import Sequence
@@ -16,8 +15,8 @@ from paredown.core.files import sync_folder, write_atomically
 from paredown.core.goals import Goals
 from paredown.core.task import SPLITS, Target, Task
 from paredown.data import splits
+from paredown.graph import store
 from paredown.graph.model import Model
-from paredown.graph.store import encode
 from paredown.steps import recipe
 from paredown.steps.step import Step
 from paredown.targets.runtimes import ready
@@ -35,7 +34,7 @@ def identity_of(
     """What every stage of a run depends on."""
     given = {name: getattr(task, name) for name in SPLITS if getattr(task, name) is not None}
     return {
-        "model": model_digest(model),
+        "model": store.digest(model),
         "data": {
             name: {"examples": splits.size(split), "fingerprint": splits.fingerprint(split)}
             for name, split in given.items()
@@ -73,10 +72,6 @@ def ignore_of(task: Task) -> dict[str, list[int]]:
     """What the task says of ignored labels, where it says something, as JSON has it."""
     given = splits.ignored(task)
     return {} if given is None else {"ignore": list(given)}
-
-
-def model_digest(model: Model) -> str:
-    return hashlib.sha256(encode(model)).hexdigest()
 
 
 def versions(name: str) -> dict[str, str]:

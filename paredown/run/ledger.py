@@ -24,7 +24,10 @@ from typing import Any
 from paredown.core import progress
 from paredown.core.errors import UserError
 from paredown.core.files import (
+    Data,
     is_temporary,
+    read_parts,
+    sha256,
     sync_folder,
     write_atomically,
     write_synced,
@@ -145,16 +148,19 @@ class Ledger:
         """Every record, oldest first; a copy."""
         return copy.deepcopy(self._records)
 
-    def put(self, data: bytes, suffix: str) -> str:
+    def put(self, data: Data, suffix: str) -> str:
         """Keep ``data`` as a stage and return its SHA-256; the same bytes are kept once.
+
+        Args:
+            data: what the file holds; its parts are gone through twice.
 
         Raises:
             UserError: the disk is full or cannot be written.
         """
-        sha256 = hashlib.sha256(data).hexdigest()
-        if self.get(sha256, suffix) is None:
-            write_atomically(self._stage(sha256, suffix), data)
-        return sha256
+        found = sha256(data)
+        if self.get(found, suffix) is None:
+            write_atomically(self._stage(found, suffix), data)
+        return found
 
     def keep(self, artifact: Path) -> str:
         """Keep an exported file and its companions as one stage; returns its digest.
@@ -163,12 +169,12 @@ class Ledger:
             UserError: as `put`.
         """
         with _explained(artifact):
-            sha256 = digest(artifact)
-            if self.get(sha256, artifact.suffix) is None:
-                stage = parts(self._stage(sha256, artifact.suffix))
-                given = [part.read_bytes() for part in parts(artifact)]
+            found = digest(artifact)
+            if self.get(found, artifact.suffix) is None:
+                stage = parts(self._stage(found, artifact.suffix))
+                given = map(read_parts, parts(artifact))
                 write_together(dict(zip(stage, given, strict=True)))
-        return sha256
+        return found
 
     def get(self, sha256: str, suffix: str) -> Path | None:
         """The file of a stage, its digest checked; None, and deleted, where it is damaged."""

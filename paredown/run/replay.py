@@ -13,12 +13,10 @@ from paredown.core.errors import UserError
 from paredown.core.results import Artifact, Run
 from paredown.core.task import Target, Task
 from paredown.data import splits
-from paredown.graph import machine
+from paredown.graph import machine, store
 from paredown.graph.capture import capture
 from paredown.graph.model import Model
-from paredown.graph.store import encode
 from paredown.run.folder import changed_task
-from paredown.run.identity import model_digest
 from paredown.steps import recipe
 from paredown.steps.step import Setting
 from paredown.targets.artifact import digest
@@ -45,7 +43,8 @@ def replay(
             progress.say(f"  {recipe.line(step)}")
             with machine.same_numbers(run.seed):
                 applied = recipe.apply_step(captured, step, task, setting)
-            captured = Model.decode(encode(applied), "replay")  # the stored form, as in the run
+            applied.save(Path(made) / "replay.safetensors")  # the stored form, as in the run
+            captured = Model.load(Path(made) / "replay.safetensors")
         chosen = runtime(run.artifact.runtime)
         path = chosen.lower(captured, Path(made) / f"replay{chosen.SUFFIX}")
         return run.artifact, digest(path)
@@ -53,7 +52,7 @@ def replay(
 
 def _changed(run: Run, model: Model, task: Task) -> Iterator[str]:
     """What is not as it was in the run."""
-    if model_digest(model) != run.details["model_sha256"]:
+    if store.digest(model) != run.details["model_sha256"]:
         yield "the model"
     steps = recipe.from_toml(run.artifact.recipe if run.artifact else "", "the run's recipe")
     try:

@@ -20,7 +20,7 @@ from paredown.core.units import human
 from paredown.graph import machine
 from paredown.graph.holds import own_zeros
 from paredown.graph.model import Model
-from paredown.graph.store import encode
+from paredown.graph.store import encoded
 from paredown.measure import looks
 from paredown.measure.inputs import real_inputs
 from paredown.measure.looks import Question
@@ -90,7 +90,7 @@ def begun(
     asked: bool,
 ) -> State:
     progress.say("Baseline: export the original and measure it")
-    stage = ledger.put(encode(model), MODEL)
+    stage = ledger.put(encoded(model), MODEL)
     _check_space(ledger, model)
     file = _lowered(ledger, stage, target, task)
     key = stage_key({"baseline": stage})
@@ -298,7 +298,7 @@ def _apply(
             with machine.same_numbers(state.seed):
                 step = step.settle(model, state.task, setting)
             made = _apply_step(state, model, step, setting)
-            record = {"stage": state.ledger.put(encode(made), MODEL), "suffix": MODEL}
+            record = {"stage": state.ledger.put(encoded(made), MODEL), "suffix": MODEL}
             record |= {"recipe": recipe.to_toml([step]), "findings": found}
             state.ledger.finish(partial, record)
         shutil.rmtree(scratch, ignore_errors=True)
@@ -322,7 +322,7 @@ def _stored(ledger: Ledger, stage: str) -> Model:
     if path is None:
         gone = FileNotFoundError(f"stage {stage}")
         raise UserError(f"{ledger.folder}: {gone} is gone; start the same run again.") from gone
-    return Model.decode(path.read_bytes(), str(path))
+    return Model.load(path)
 
 
 def _figures(m: Measurement) -> str:

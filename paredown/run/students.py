@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from paredown.core.files import write_atomically
+from paredown.core.files import sha256, write_atomically
 from paredown.core.task import Task
 from paredown.graph.store import encode
 from paredown.steps import recipe
@@ -34,7 +33,7 @@ class Students:
         for student in [*given, task.student]:
             if student is not None and not isinstance(student, (str, Path)):
                 data = encode(captured(student, task))
-                name = f"student-{hashlib.sha256(data).hexdigest()[:16]}.safetensors"
+                name = f"student-{sha256(data)[:16]}.safetensors"
                 made.files[name], made._names[id(student)] = data, name
         return made
 

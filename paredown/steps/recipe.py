@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import tomli_w
-import torch
 from torch import nn
 
 from paredown.core import progress
 from paredown.core.errors import UserError
 from paredown.core.task import Target, Task
 from paredown.data import splits
-from paredown.graph import machine
+from paredown.graph import lazily, machine
 from paredown.graph.capture import capture
 from paredown.graph.holds.every import HOLDS
 from paredown.graph.model import Model
@@ -74,7 +73,7 @@ def apply_step(model: Model, step: Step, task: Task, setting: Setting = ALONE) -
         if broken is not None:
             raise UserError(f"{line(step)}: {broken}")
     for name, tensor in made.state_dict().items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if not lazily.finite(tensor):
             raise UserError(f"{line(step)}: {name!r} became NaN or infinite.")
     return made
 

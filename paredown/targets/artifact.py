@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
+import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from paredown.core.files import read_parts, sha256
 from paredown.core.results import Artifact
 from paredown.core.task import Target
 from paredown.targets.runtimes import RUNTIMES, Batches, ready, runtime
@@ -40,12 +41,7 @@ def digest(path: Path) -> str:
     Raises:
         OSError: one of its files cannot be read.
     """
-    made = hashlib.sha256()
-    for part in parts(path):
-        with part.open("rb") as file:
-            while block := file.read(2**20):
-                made.update(block)
-    return made.hexdigest()
+    return sha256(itertools.chain.from_iterable(map(read_parts, parts(path))))
 
 
 def export(model: Model, target: Target, path: str | Path, data: Batches = ()) -> Artifact:

@@ -14,7 +14,7 @@ from paredown.core.errors import UserError
 from paredown.core.task import Task
 from paredown.data import batches, feed, splits
 from paredown.data.evaluate import evaluate
-from paredown.graph import machine
+from paredown.graph import lazily, machine
 from paredown.graph.holds import own_zeros
 from paredown.graph.holds.every import HOLDS
 from paredown.graph.holds.hold import Keeper
@@ -217,7 +217,7 @@ def _check_loss(loss: float, epoch: int, index: int, rate: float) -> None:
 
 def _check_weights(model: Model, epoch: int) -> None:
     for name, parameter in trainable(model).items():
-        if not torch.isfinite(parameter).all():
+        if not lazily.finite(parameter):
             raise UserError(
                 f"training: {name} became NaN or infinite in epoch {epoch + 1}; use a smaller "
                 "lr and set clip_norm."

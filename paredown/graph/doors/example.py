@@ -9,6 +9,7 @@ from torch import nn
 
 from paredown.core.errors import UserError
 from paredown.graph import structure
+from paredown.graph.parts import Input, told
 
 Example = tuple[Any, ...] | dict[str, Any]
 
@@ -67,3 +68,22 @@ def _dynamic_pairs(
         if spec is not None and not isinstance(spec, dict):
             raise UserError(f'dynamic: expected {{dimension: "name"}} or None, got {spec!r}.')
     return pairs
+
+
+def fixed_notes(inputs: tuple[Input, ...], specs: list[dict[int, str]]) -> list[str]:
+    """Sentences on the dimensions that were asked to vary and do not, or not freely."""
+    notes = []
+    for item, spec in zip(inputs, specs, strict=True):
+        for dim, name in {0: "batch", **spec}.items():
+            which = f"dimension {dim} ({name}) of input {item.name!r}"
+            if dim in item.limits:
+                notes.append(
+                    f"{which} may be {told(item.limits[dim])}: at other sizes the model computes "
+                    "something else than was captured"
+                )
+            elif dim not in item.dynamic and dim < item.example.dim():
+                notes.append(
+                    f"{which} became fixed at {item.example.shape[dim]}: "
+                    "something in the model depends on its exact size"
+                )
+    return notes

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import io
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +15,12 @@ from torch import Tensor, fx, nn
 from torch.export import Dim
 
 from paredown.core.errors import UserError
-from paredown.graph import mode, structure
+from paredown.graph import lazily, mode, structure
 from paredown.graph.doors import norms, recurrent, regions, sizes
-from paredown.graph.doors.example import Example, dynamic_leaves, input_names
+from paredown.graph.doors.example import Example, dynamic_leaves, fixed_notes, input_names
 from paredown.graph.doors.python_file import users_line
 from paredown.graph.model import Model, copy_graph
-from paredown.graph.parts import Input, Limit, told
+from paredown.graph.parts import Input, Limit
 from paredown.graph.state import keep_state
 
 ONLY_EVALUATION = (
@@ -69,7 +69,7 @@ def check_parameters(module: nn.Module) -> None:
                 f"{name}: is {tensor.dtype}; expected torch.float32: call .float() on the module "
                 'and on its inputs, and let Cast("fp16") make 16 bits in the file.'
             )
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        if not lazily.finite(tensor):
             bad = int((~torch.isfinite(tensor)).sum())
             raise UserError(f"{name}: {bad} of {tensor.numel()} weights are NaN or infinite.")
 
@@ -105,7 +105,7 @@ def capture_module(module: nn.Module, example: Example, dynamic: Any) -> Model:
         for where, kind in structure.opaque(outputs).items()
     ]
     inputs = _inputs(names, leaves, specs, limits)
-    notes += _fixed_notes(inputs, specs)
+    notes += fixed_notes(inputs, specs)
     return Model(graph, inputs, arguments, outputs, notes=tuple(notes))
 
 
@@ -244,12 +244,14 @@ def _run(
 
 
 def _borrowed(module: nn.Module) -> nn.Module:
-    """A copy with the module's own parameters; buffers, which a run may change, are copied too.
+    """A copy with the module's own parameters; buffers, which a run may change, are copied too,
+    and take memory where it does.
 
     Tensors that a run leaves in the module, such as the weight that ``torch.nn.utils.weight_norm``
     makes, cannot be copied with their gradient.
     """
-    memo: dict[int, Any] = {id(each): each for each in module.parameters()}
+    memo: dict[int, Any] = dict(lazily.copies(module.buffers()))
+    memo |= {id(each): each for each in module.parameters()}
     for owner in module.modules():
         for value in vars(owner).values():
             if isinstance(value, Tensor) and not value.is_leaf:
@@ -294,16 +296,16 @@ def _export(
 
     copied.forward = flat
     try:
-        quiet = contextlib.redirect_stderr(io.StringIO())
-        with warnings.catch_warnings(), quiet, recurrent.any_length():
-            warnings.simplefilter("ignore")  # the exporter's deprecations, and pages of its graph
+        with _quiet(), recurrent.any_length():
             program = torch.export.export(
                 copied,
                 tuple(leaf.clone() for leaf in leaves),
                 dynamic_shapes={"tensors": tuple(shapes)},
                 strict=False,
             )
-            graph = copy.deepcopy(program.module(check_guards=False))
+            exported = program.module(check_guards=False)
+            state = [*exported.parameters(), *exported.buffers()]
+            graph = copy.deepcopy(exported, dict(lazily.copies(state)))
     except Exception as error:
         if training:
             return None
@@ -313,6 +315,14 @@ def _export(
     made = _tidy(graph, set(module.state_dict()))
     regions.refuse_graphs_apart(made)
     return _Captured(made, sizes.Guards.of(program))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporter's deprecations, and pages of its graph."""
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _bare(module: nn.Module) -> nn.Module:
@@ -388,24 +398,6 @@ def _inputs(
         limited = {dim: limit for dim, limit in sorted(kept.items()) if limit != (1, None)}
         found.append(Input(name, leaf.detach().clone(), dynamic, limited))
     return tuple(found)
-
-
-def _fixed_notes(inputs: tuple[Input, ...], specs: list[dict[int, str]]) -> list[str]:
-    notes = []
-    for item, spec in zip(inputs, specs, strict=True):
-        for dim, name in {0: "batch", **spec}.items():
-            which = f"dimension {dim} ({name}) of input {item.name!r}"
-            if dim in item.limits:
-                notes.append(
-                    f"{which} may be {told(item.limits[dim])}: at other sizes the model computes "
-                    "something else than was captured"
-                )
-            elif dim not in item.dynamic and dim < item.example.dim():
-                notes.append(
-                    f"{which} became fixed at {item.example.shape[dim]}: "
-                    "something in the model depends on its exact size"
-                )
-    return notes
 
 
 def _explain(what: str, error: Exception) -> str:

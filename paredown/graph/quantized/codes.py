@@ -21,7 +21,7 @@ def to_bytes(codes: Tensor, bits: int) -> Tensor:
     each = 8 // bits
     padded = torch.nn.functional.pad(codes.to(torch.uint8), (0, -codes.shape[-1] % each))
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=codes.device)
-    return (padded.unflatten(-1, (-1, each)) << shifts).sum(-1).to(torch.uint8)
+    return (padded.unflatten(-1, (-1, each)) << shifts).sum(-1, dtype=torch.uint8)
 
 
 def from_bytes(packed: Tensor, bits: int, count: int) -> Tensor:

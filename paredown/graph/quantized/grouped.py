@@ -7,10 +7,14 @@ is shorter where ``group`` does not divide F. A group of 0 is the whole row.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from paredown.graph.rows import from_rows, rows
+
+CHUNK = 1 << 20  # weights that are rounded at once
 
 
 def spread(values: Tensor, group: int, features: int) -> Tensor:
@@ -25,13 +29,18 @@ def spread(values: Tensor, group: int, features: int) -> Tensor:
     return values.repeat_interleave(group, 1)[:, :features]
 
 
-def grid_steps(
-    weight: Tensor, scale: Tensor, zero_point: Tensor | None, axis: int, group: int
-) -> Tensor:
-    """Rows (R, F) as numbers of grid steps, not yet clamped; whole numbers, in float."""
-    flat = rows(weight, axis)
-    steps = torch.round(flat / spread(scale, group, flat.shape[1]))
-    return steps if zero_point is None else steps + spread(zero_point, group, flat.shape[1])
+def _steps(
+    flat: Tensor, scale: Tensor, zero_point: Tensor | None, group: int, low: int, high: int
+) -> Iterator[tuple[slice, Tensor]]:
+    """Some rows (R, F) at a time: which, and their numbers of grid steps, whole, in float."""
+    features = flat.shape[1]
+    count = max(1, CHUNK // max(1, features))
+    for start in range(0, len(flat), count):
+        part = slice(start, start + count)
+        steps = (flat[part] / spread(scale[part], group, features)).round_()
+        if zero_point is not None:
+            steps = steps + spread(zero_point[part], group, features)
+        yield part, steps.clamp_(low, high)
 
 
 def integers(
@@ -49,7 +58,11 @@ def integers(
         >>> integers(torch.tensor([[0.1, 0.2, -9.0]]), torch.tensor([[0.1]]), None, 0, 0, -8, 7)
         tensor([[ 1,  2, -8]], dtype=torch.int8)
     """
-    return grid_steps(weight, scale, zero_point, axis, group).clamp_(low, high).to(torch.int8)
+    flat = rows(weight.detach(), axis)
+    made = torch.empty_like(flat, dtype=torch.int8)
+    for part, steps in _steps(flat, scale, zero_point, group, low, high):
+        made[part] = steps
+    return made
 
 
 @torch.library.custom_op("paredown::fake_quantize_group", mutates_args=())
@@ -70,12 +83,13 @@ def fake_quantize_group(
         >>> fake_quantize_group(weight, torch.tensor([[0.1, 0.8]]), None, 0, 2, -8, 7)
         tensor([[0.1000, 0.2000, 0.8000, 1.6000]])
     """
-    steps = grid_steps(weight, scale, zero_point, axis, group).clamp_(low, high)
-    features = steps.shape[1]
-    if zero_point is not None:
-        steps -= spread(zero_point, group, features)
-    made = from_rows(steps.mul_(spread(scale, group, features)), weight, axis)
-    return made.contiguous()
+    flat = rows(weight, axis)
+    made = torch.empty_like(flat, memory_format=torch.contiguous_format)
+    for part, steps in _steps(flat, scale, zero_point, group, low, high):
+        if zero_point is not None:
+            steps -= spread(zero_point[part], group, flat.shape[1])
+        made[part] = steps.mul_(spread(scale[part], group, flat.shape[1]))
+    return from_rows(made, weight, axis).contiguous()
 
 
 @fake_quantize_group.register_fake

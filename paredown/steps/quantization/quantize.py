@@ -202,7 +202,7 @@ class Quantize(Step):
             if smooth and not made.shared:
                 equalize(made, task, [site.weight for site in regions.sites], smooth)
             found = {} if self._dynamic else self._ranges(made, task, regions)
-            exact = _before(made)
+            exact = made.copy()
             if not self._dynamic:
                 insert_quantizers(made, regions, found, self._bits(made))
             insert_dynamic(made, [*(regions.sites if self._dynamic else ()), *recurrent])
@@ -292,18 +292,6 @@ class Quantize(Step):
 def _is_blind(task: Task | None) -> bool:
     """Whether there is no calibration data."""
     return task is None or bool(task.missing({"calibration"}))
-
-
-def _before(made: Model) -> Model:
-    """The model as it is now, of which nothing changes as quantizers come into ``made``: low-bit
-    weights and biases do so in place, others keep their values and need no copy."""
-    if quantizers(made.graph):
-        return made.copy()
-    exact = made.frozen()
-    for parameter in exact.parameters():
-        if parameter.dim() == 1:
-            parameter.data = parameter.data.clone()
-    return exact
 
 
 def _recurrent(model: Model, skipped: set[str]) -> list[Site]:

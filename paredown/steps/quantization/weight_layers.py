@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from paredown.core.errors import UserError
+from paredown.graph import lazily
 from paredown.graph.edit import keep_meta
 from paredown.graph.model import Model
 from paredown.graph.names import check_exclude, fits, with_layer
@@ -161,7 +162,7 @@ def _pays(layer: WeightLayer) -> bool:
     weight = layer.weight
     if weight.dtype is not torch.float32 or not layer.nodes:
         return False
-    if not bool(weight.isfinite().all()):
+    if not lazily.finite(weight):
         raise UserError(f"QuantizeWeights: {layer.name!r} holds NaN or infinite weights.")
     channels = weight.shape[layer.axis]
     return layer.rounding.stored_bytes(channels, weight.numel() // channels) < weight.nbytes

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from paredown.core.errors import UserError
+from paredown.graph import lazily
 from paredown.graph.holds import own_zeros
 from paredown.graph.holds.shared import refuse_shared
 from paredown.graph.model import Model
@@ -66,7 +67,7 @@ def _spared(model: Model, uses: list[Site], exclude: Sequence[str]) -> bool:
 
 def _one(model: Model, uses: list[Site]) -> Shareable:
     weight = tensor_of(model.graph, uses[0].weight)
-    if not bool(weight.isfinite().all()):
+    if not lazily.finite(weight):
         raise UserError(f"model: {uses[0].weight!r} holds NaN or infinite weights.")
     kept = own_zeros.kept(weight)
     for site in uses:

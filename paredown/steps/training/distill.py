@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -10,6 +9,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from paredown.core.errors import UserError
+from paredown.core.files import sha256
 from paredown.core.task import Task
 from paredown.data import feed, splits
 from paredown.graph import store
@@ -170,9 +170,8 @@ class Distill(Step):
             return {}
         if isinstance(self.student, str) and is_name(self.student):
             text = told(self.student, self.scale())
-            return {self.student: hashlib.sha256(text.encode()).hexdigest()}
-        made = store.encode(captured(self.student, task))
-        return {str(self.student): hashlib.sha256(made).hexdigest()}
+            return {self.student: sha256(text.encode())}
+        return {str(self.student): store.digest(captured(self.student, task))}
 
     def _placed(self, model: Model, task: Task) -> Model:
         """The model that is trained."""

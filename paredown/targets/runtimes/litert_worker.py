@@ -23,7 +23,6 @@ import numpy as np
 
 from paredown.core.errors import UserError
 from paredown.graph.model import Model
-from paredown.graph.store import encode
 from paredown.targets.devices import probe
 from paredown.targets.runtimes import runtime
 
@@ -45,7 +44,7 @@ class Worker:
         """
         with tempfile.TemporaryDirectory(prefix="paredown-") as folder:
             stored, made = Path(folder) / "model.safetensors", Path(folder) / "model.tflite"
-            stored.write_bytes(encode(model))
+            model.save(stored)
             self._ask("convert", model=str(stored), file=str(made))
             return made.read_bytes()
 
@@ -141,7 +140,7 @@ def worker() -> Worker:
 def _convert(model: str, file: str) -> dict[str, Any]:
     from paredown.targets.formats.litert import write
 
-    raw = write.encode(Model.decode(Path(model).read_bytes(), model))
+    raw = write.encode(Model.load(model))
     Path(file).write_bytes(raw)
     return {}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -108,9 +107,8 @@ class Lesson:
     extra: dict[str, nn.Parameter] = field(default_factory=dict)
 
     def mark(self) -> str:
-        digest = hashlib.sha256(store.encode(self.teacher)).hexdigest()
         told = [str(pair) for pair in self.pairs], [output.ignore for output in self.outputs]
-        return f"{asdict(self.how)} {told} {digest}"
+        return f"{asdict(self.how)} {told} {store.digest(self.teacher)}"
 
     def to(self, device: torch.device) -> None:
         machine.move(self.teacher, device)

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir as ir
-import torch
 from onnxscript import values as onnxscript_values
 
 from paredown.graph.fold import fold_batch_norm
@@ -22,7 +21,7 @@ from paredown.graph.model import Model
 from paredown.graph.quantized.forms import WEIGHT_FORMS, Form, Rounded
 from paredown.graph.quantized.low_bits import BINARY, TERNARY
 from paredown.graph.quantized.rounding import spread
-from paredown.targets.formats.onnx.edit import array, attribute, initializer, insert
+from paredown.targets.formats.onnx.edit import attribute, initializer, insert, tensor
 
 DOMAIN = "paredown"
 WEIGHTED = ("Conv", "Gemm", "MatMul")  # ops with an integer kernel
@@ -137,14 +136,14 @@ def pack_weights(model: ir.Model) -> None:
 
 def _uses(node: ir.Node) -> Iterator[tuple[ir.Node, int, tuple[int, ...]]]:
     """Each op that reads the weight, at which place, and the order of axes it reads it in."""
-    weight = array(node.inputs[0])
+    weight = tensor(node.inputs[0])
     assert weight is not None
     for user, position in node.outputs[0].uses():
         if user.op_type == "Transpose":
             order = tuple(attribute(user, "perm"))
             yield from ((u, p, order) for u, p in user.outputs[0].uses())
         else:
-            yield user, position, tuple(range(weight.ndim))
+            yield user, position, tuple(range(weight.dim()))
 
 
 @dataclass
@@ -169,10 +168,10 @@ class _Packed:
 
 def _read(node: ir.Node) -> Rounded:
     """What a low-bit fake quantizer makes of its weight."""
-    weight = array(node.inputs[0])
+    weight = tensor(node.inputs[0])
     assert weight is not None and node.inputs[0] is not None
     form, name = KINDS[node.op_type].form, str(node.inputs[0].name)
-    return form.read(name, torch.from_numpy(weight.copy()), attribute(node, "axis"))
+    return form.read(name, weight, attribute(node, "axis"))
 
 
 def _name(node: ir.Node, order: tuple[int, ...]) -> str:

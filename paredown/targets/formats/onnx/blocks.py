@@ -31,11 +31,11 @@ from paredown.targets.formats.onnx.bits import DOMAIN
 from paredown.targets.formats.onnx.edit import (
     SIGNED,
     UNSIGNED,
-    array,
     attribute,
     initializer,
     insert,
     replace,
+    tensor,
 )
 
 OP = "FakeQuantizeGroup"
@@ -139,13 +139,11 @@ def lower(model: ir.Model, standard: bool = False) -> None:
 
 def read(node: ir.Node) -> Rounded:
     """What a fake quantizer of groups makes of its weight."""
-    weight, scale, zero = (array(value) for value in (*node.inputs, None)[:3])
+    weight, scale, zero = (tensor(value) for value in (*node.inputs, None)[:3])
     assert weight is not None and scale is not None and node.inputs[0] is not None
     axis, group, low, high = (attribute(node, key) for key in ("axis", "group", "low", "high"))
-    w, s = torch.from_numpy(weight.copy()), torch.from_numpy(scale.copy())
-    z = None if zero is None else torch.from_numpy(zero.copy())
     form, name = of_grid(PER_GROUP, low, high), str(node.inputs[0].name)
-    return form.read(name, w, s, z, axis, group, low, high)
+    return form.read(name, weight, scale, zero, axis, group, low, high)
 
 
 def _laid(weight: Rounded) -> _Rounded:

@@ -9,14 +9,13 @@ import ml_dtypes
 import numpy as np
 import onnx
 import onnx_ir as ir
-import torch
 from onnx.defs import OpSchema
 from onnxscript import values as onnxscript_values
 
 from paredown.graph.quantized.forms import Rounded, of_grid
 from paredown.graph.quantized.per_channel import PER_CHANNEL
 from paredown.targets.formats.onnx.bits import DOMAIN
-from paredown.targets.formats.onnx.edit import SIGNED, array, attribute, initializer, insert
+from paredown.targets.formats.onnx.edit import SIGNED, attribute, initializer, insert, tensor
 
 OP = "FakeQuantizeChannel"
 
@@ -66,12 +65,11 @@ def lower(graph: ir.Graph) -> None:
 
 def read(node: ir.Node) -> Rounded:
     """What a fake quantizer of channels makes of its weight."""
-    weight, scale = array(node.inputs[0]), array(node.inputs[1])
+    weight, scale = tensor(node.inputs[0]), tensor(node.inputs[1])
     assert weight is not None and scale is not None and node.inputs[0] is not None
     axis, low, high = (attribute(node, key) for key in ("axis", "low", "high"))
     form = of_grid(PER_CHANNEL, low, high)
-    w, s = torch.from_numpy(weight.copy()), torch.from_numpy(scale.copy())
-    return form.read(str(node.inputs[0].name), w, s, axis, low, high)
+    return form.read(str(node.inputs[0].name), weight, scale, axis, low, high)
 
 
 def dequantize(

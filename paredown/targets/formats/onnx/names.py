@@ -15,33 +15,37 @@ from collections.abc import Iterator
 
 import onnx
 
+from paredown.core.files import sha256
+from paredown.targets.formats.onnx.file import File
+
 LETTERS = string.ascii_letters
+LOOKED_AT = 4096  # bytes of a tensor, before it is compared with another whole
 WEIGHT_AXES = 2  # of an initializer whose name tells a layer
 
 
-def shortened(encoded: bytes) -> bytes:
-    """The same model in fewer bytes; the same bytes give the same.
-
-    Args:
-        encoded: a serialized ModelProto.
+def shortened(file: File) -> File:
+    """The same model in fewer bytes; the same file gives the same.
 
     Example:
         >>> node = onnx.helper.make_node("Relu", ["x"], ["a_long_name"])
         >>> last = onnx.helper.make_node("Neg", ["a_long_name"], ["y"])
         >>> x, y = (onnx.helper.make_tensor_value_info(n, 1, [2]) for n in "xy")
         >>> model = onnx.helper.make_model(onnx.helper.make_graph([node, last], "g", [x], [y]))
-        >>> short = onnx.load_from_string(shortened(model.SerializeToString()))
-        >>> [list(each.output) for each in short.graph.node]
+        >>> short = shortened(File.read(model.SerializeToString()))
+        >>> [list(each.output) for each in short.proto.graph.node]
         [['a'], ['y']]
     """
-    model = onnx.load_from_string(encoded)
+    model = onnx.ModelProto()
+    model.CopyFrom(file.proto)
     model.ClearField("producer_name")
     model.graph.name = "g"
-    _share(model.graph)
+    _share(file, model.graph)
     names = _short_names(model.graph)
+    kept = {tensor.name for tensor in model.graph.initializer}
     for graph in _graphs(model.graph):
         _rename(graph, names)
-    return model.SerializeToString(deterministic=True)
+    numbers = {names.get(n, n): held for n, held in file.numbers.items() if n in kept}
+    return File(model, numbers)
 
 
 def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
@@ -54,17 +58,20 @@ def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
                 yield from _graphs(each)
 
 
-def _share(graph: onnx.GraphProto) -> None:
+def _share(file: File, graph: onnx.GraphProto) -> None:
     """Keep one of the initializers that hold the same."""
     kept: list[onnx.TensorProto] = []
-    first: dict[bytes, str] = {}
+    first: dict[str, str] = {}
     known = {value.name for value in graph.output}
     instead: dict[str, str] = {}
+    starts = {tensor.name: _start(file, tensor) for tensor in graph.initializer}
+    several = Counter(starts.values())
     for tensor in graph.initializer:
-        bare = onnx.TensorProto()
-        bare.CopyFrom(tensor)
-        bare.ClearField("name")
-        same = first.setdefault(bare.SerializeToString(deterministic=True), tensor.name)
+        if several[starts[tensor.name]] == 1:
+            kept.append(tensor)
+            continue
+        whole = sha256([starts[tensor.name], *file.parts(tensor.name)])
+        same = first.setdefault(whole, tensor.name)
         if same == tensor.name or tensor.name in known:
             kept.append(tensor)
         else:
@@ -77,6 +84,15 @@ def _share(graph: onnx.GraphProto) -> None:
         for node in inner.node:
             for place, name in enumerate(node.input):
                 node.input[place] = instead.get(name, name)
+
+
+def _start(file: File, tensor: onnx.TensorProto) -> bytes:
+    """What an initializer is, and the first of its numbers."""
+    bare = onnx.TensorProto()
+    bare.CopyFrom(tensor)
+    bare.ClearField("name")
+    first = next(file.parts(tensor.name), b"")[:LOOKED_AT]
+    return bare.SerializeToString(deterministic=True) + bytes(first)
 
 
 def _short_names(graph: onnx.GraphProto) -> dict[str, str]:

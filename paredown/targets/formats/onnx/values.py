@@ -10,6 +10,7 @@ import onnx
 import torch
 from torch import Tensor, fx
 
+from paredown.core.files import read_parts, sha256
 from paredown.graph.model import Model
 from paredown.graph.quantized.quantizers import PER_TENSOR, quantizers
 from paredown.targets.formats.onnx import write
@@ -73,10 +74,10 @@ def _float(quantizer: fx.Node, integers: Tensor) -> Tensor:
 
 def _with_names(model: Model, path: Path) -> onnx.ModelProto:
     """The file with the names of the graph it was made of; as it is where it is of another."""
-    encoded = write.encode(model)
-    if shortened(encoded) != path.read_bytes():
+    file = write.encode(model)
+    if sha256(shortened(file)) != sha256(read_parts(path)):
         return onnx.load(str(path))
-    return onnx.load_from_string(encoded)
+    return onnx.load_from_string(bytes(file))
 
 
 def _session(loaded: onnx.ModelProto, names: Sequence[str]) -> Any:

@@ -35,13 +35,14 @@ from paredown.targets.formats.onnx import (
     shared,
 )
 from paredown.targets.formats.onnx.edit import array, attribute, initializer, insert, replace
+from paredown.targets.formats.onnx.file import File
 from paredown.targets.formats.onnx.rewriter import exact_rules
 
 MAX_BYTES = 2**31 - 1
 
 
-def encode(model: Model, standard: bool = False) -> bytes:
-    """The ONNX file's bytes; the same model gives the same bytes.
+def encode(model: Model, standard: bool = False) -> File:
+    """The ONNX file; the same model gives the same bytes.
 
     Args:
         standard: with ONNX's own ops alone, and biases in float, for other runtimes than ONNX
@@ -69,13 +70,11 @@ def encode(model: Model, standard: bool = False) -> bytes:
         exported.metadata_props["paredown.limits"] = json.dumps(
             [item.limits for item in model.inputs]
         )
-    proto = ir.to_proto(exported)
-    if proto.ByteSize() > MAX_BYTES:
+    file = File.of(exported)
+    if file.size_bytes > MAX_BYTES:
         raise UserError("model: its ONNX file would be above 2 GB, the most that ONNX can hold.")
-    encoded = proto.SerializeToString(deterministic=True)
-    del proto
-    onnx.checker.check_model(encoded)
-    return encoded
+    file.check()
+    return file
 
 
 @functools.cache

@@ -89,7 +89,7 @@ def _converted(model: Model) -> Any:
     import openvino
     from openvino._offline_transformations import apply_moc_transformations
 
-    graph = openvino.Core().read_model(write.encode(model, standard=True))
+    graph = openvino.Core().read_model(bytes(write.encode(model, standard=True)))
     apply_moc_transformations(graph, cf=True)
     edit.rewrite(graph)
     if any(item.limits for item in model.inputs):
