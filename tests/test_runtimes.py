@@ -48,7 +48,7 @@ MOST_OF_WEIGHTS = {"int8": 0.6, "int4": 0.6, "fp16": 0.6, "bf16": 0.6}
 QUICK = {
     "openvino": ("resnet8", "vit", "lstm", "siamese"),
     "executorch": ("resnet8", "siamese"),
-    "litert": ("eca_resnet", "recommender"),
+    "litert": ("recommender",),
 }
 # The default runtime's are in test_architectures.py; PyTorch runs its own graphs.
 OTHERS = [name for name in RUNTIMES if name not in ("onnxruntime", "pytorch")]
