@@ -8,7 +8,7 @@ from pathlib import Path
 from paredown.core import progress
 from paredown.core.errors import UserError
 from paredown.core.files import write_atomically
-from paredown.core.results import Artifact, Run
+from paredown.core.results import Run
 from paredown.core.task import Task
 from paredown.data import splits
 from paredown.explain.explanation import Explanation, explain_file
@@ -17,7 +17,7 @@ from paredown.graph.model import Model
 from paredown.run.folder import changed_task
 from paredown.run.ledger import MODEL, RUN, Ledger
 from paredown.steps import recipe
-from paredown.targets.artifact import digest
+from paredown.targets.artifact import check_kept
 
 SECONDS = 120.0
 
@@ -55,7 +55,7 @@ def explain(folder: str | Path, task: Task, seconds: float = SECONDS) -> Explana
         original = _model(ledger, run.details["model_sha256"])
         compressed = _model(ledger, stage)
         steps = recipe.from_toml(artifact.recipe, "the run's recipe")
-        file, name = _file(artifact), artifact.runtime
+        file, name = check_kept(artifact), artifact.runtime
         found = explain_file(original, compressed, file, name, task, steps, seconds)
         _keep(ledger, run, found)
     return found
@@ -66,13 +66,6 @@ def _model(ledger: Ledger, sha256: str) -> Model:
     if path is None:
         raise UserError(f"{ledger.folder}: its stage {sha256[:12]} is gone; run it again.")
     return Model.decode(path.read_bytes(), str(path))
-
-
-def _file(artifact: Artifact) -> Path:
-    path = Path(artifact.path)
-    if not path.is_file() or digest(path) != artifact.sha256:
-        raise UserError(f"{path}: is not the file that the run exported; run it again.")
-    return path
 
 
 def _keep(ledger: Ledger, run: Run, found: Explanation) -> None:

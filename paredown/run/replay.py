@@ -21,7 +21,7 @@ from paredown.run.folder import changed_task
 from paredown.run.identity import model_digest
 from paredown.steps import recipe
 from paredown.steps.step import Setting
-from paredown.targets.artifact import digest
+from paredown.targets.artifact import check_kept, digest
 from paredown.targets.runtimes import runtime
 
 
@@ -31,10 +31,13 @@ def replay(
     """Make a run's artifact again from its recipe: the artifact as kept, and the new SHA-256.
 
     Raises:
-        UserError: the folder holds no finished run, or model or data are not those of the run.
+        UserError: the folder holds no finished run, or its artifact, the model or the data are not
+            those of the run; the artifact's two SHA-256 are given.
     """
     run, task = Run.load(folder), splits.prepared(task)
-    assert run.artifact is not None
+    if run.artifact is None:
+        raise UserError(f"{folder}: its run has no artifact.")
+    check_kept(run.artifact)
     captured = capture(model, task.example, task.dynamic)
     changed = next(_changed(run, captured, task), None)
     if changed:

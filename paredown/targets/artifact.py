@@ -6,6 +6,7 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from paredown.core.errors import UserError
 from paredown.core.results import Artifact
 from paredown.core.task import Target
 from paredown.targets.runtimes import RUNTIMES, Batches, ready, runtime
@@ -46,6 +47,27 @@ def digest(path: Path) -> str:
             while block := file.read(2**20):
                 made.update(block)
     return made.hexdigest()
+
+
+def check_kept(artifact: Artifact) -> Path:
+    """The file of a run's artifact, where it is still the one that the run wrote.
+
+    Raises:
+        UserError: it is gone, cannot be read, or is another one; gives both SHA-256.
+    """
+    file = Path(artifact.path)
+    again = "The same paredown run command writes it again."
+    try:
+        found = digest(file)
+    except OSError as error:
+        what = f"{error.filename or file}: cannot be read: {error.strerror or error}"
+        raise UserError(f"{what}. {again}") from error
+    if found != artifact.sha256:
+        raise UserError(
+            f"{file}: is damaged, or not the file of the run: its SHA-256 is {found}, and "
+            f"run.json records {artifact.sha256}. {again}"
+        )
+    return file
 
 
 def export(model: Model, target: Target, path: str | Path, data: Batches = ()) -> Artifact:
