@@ -274,6 +274,43 @@ def test_a_task_that_fails_on_an_example_is_told(tmp_path):
     ]
 
 
+@pytest.mark.parametrize(
+    ("made", "rows"),
+    [
+        (lambda output: output[:1], 1),  # which every target would be compared with
+        (lambda output: output[1:], 7),
+        (lambda output: torch.cat([output, output]), 16),
+        (lambda output: output.sum(), 1),
+        (lambda output: output[:3].numpy(), 3),
+        (lambda output: {"logits": output[:1]}, 1),
+        (lambda output: output.argmax(1).tolist()[2:], 6),
+        (lambda output: output, None),
+        (lambda output: {"boxes": output[2:], "of": torch.arange(6)}, None),
+        (lambda output: (output, torch.ones(1)), None),
+        (lambda output: [{"label": each} for each in output.argmax(1).tolist()], None),
+    ],
+)
+def test_a_postprocess_gives_a_row_for_each_example(made, rows):
+    task = Task(EXAMPLE, lambda output, target: (target >= 0).float(), postprocess=made)
+    given = task, torch.eye(8), torch.arange(8), 8
+    if rows is None:
+        assert evaluate.scored(*given).tolist() == [1.0] * 8
+        return
+    said = rf"task.postprocess: expected a row for each of the 8 examples of a batch, got {rows};"
+    with pytest.raises(UserError, match=said):
+        evaluate.scored(*given)
+
+
+@pytest.mark.parametrize(
+    ("score", "got"),
+    [(0.5, r"\(\)"), ([1.0] * 7, r"\(7,\)"), (np.ones(9), r"\(9,\)"), ("good", "str")],
+)
+def test_a_score_of_other_rows_is_refused(score, got):
+    task = Task(EXAMPLE, lambda output, target: score)
+    with pytest.raises(UserError, match=rf"for each example, shape \(8,\), got {got}; do not"):
+        evaluate.scored(task, torch.eye(8), torch.arange(8), 8)
+
+
 def test_they_are_timed_apart_and_with_the_model(tmp_path):
     task, _ = spoken()
     model = paredown.capture(identity(), EXAMPLE)
