@@ -2,8 +2,10 @@
 
 import dataclasses
 import multiprocessing
+import os
 import random
 import signal
+import sys
 
 import numpy as np
 import pytest
@@ -159,6 +161,10 @@ WRONG = {
     ),
     "targets": (Bad(lambda x, y: (x, [y, y])), "train: example 7 is float32 (3,) with int with"),
     "nothing": (Bad(lambda x, y: (None, y)), "train: example 7 is NoneType with int, and"),
+    "exit": (
+        Bad(lambda x, y: sys.exit(3)),
+        "train: example 7: its code ended the program (sys.exit, with 3); raise an error instead.",
+    ),
     "text": ([("a", 0), ("b", 1)] * 6, "train: expected inputs of numbers, got text; make"),
     "iterable": (
         Endless(),
@@ -180,13 +186,17 @@ def test_what_cannot_be_read_is_told_by_split_and_example(kind, workers):
     assert not multiprocessing.active_children()  # though the error holds what made them
 
 
-@pytest.mark.slow
-def test_a_process_that_ends_is_a_sentence():
-    import os
-
-    data = Bad(lambda x, y: os._exit(1))
-    with pytest.raises(UserError, match=r"train: a process that reads it ended: .*workers"):
-        values(task_of(data, workers=1).train)
+@pytest.mark.parametrize(
+    ("ends", "said"),
+    [
+        (lambda: os._exit(3), r"ended with exit code 3; use fewer Task\(workers=\)"),
+        (lambda: os.kill(os.getpid(), signal.SIGKILL), r"was killed \(SIGKILL\), as the system"),
+        (lambda: os.kill(os.getpid(), signal.SIGTERM), r"was ended from outside \(SIGTERM\); use"),
+    ],
+)
+def test_a_process_that_ends_is_a_sentence(ends, said):
+    with pytest.raises(UserError, match=f"^train: a process that reads it {said}"):
+        values(task_of(Bad(lambda x, y: ends()), workers=1).train)
 
 
 def test_a_loader_leaves_no_handler_of_signals_behind():
