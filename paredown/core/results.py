@@ -13,6 +13,7 @@ from typing import Any
 from paredown.core.errors import UserError
 from paredown.core.goals import GoalCheck
 from paredown.core.measurement import Comparison, Measurement
+from paredown.core.settings import check_arguments
 from paredown.core.units import GOALS, human
 
 FILES = ("artifact", "original")  # of a run
@@ -132,6 +133,7 @@ class Run:
         Raises:
             UserError: no finished run there, or a damaged one.
         """
+        check_arguments(folder=(folder, str | Path))
         path = Path(folder) / "run.json"
         if not path.is_file():
             raise UserError(f"{folder}: holds no finished run (no run.json).")

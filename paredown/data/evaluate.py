@@ -67,7 +67,8 @@ def failed(what: str, error: Exception, output: Any, target: Any) -> str:
         >>> failed("task.loss", IndexError("of 3."), torch.zeros(2, 3), torch.tensor([0, 7]))[:29]
         'task.loss failed: IndexError:'
     """
-    reason = f"{type(error).__name__}: {error}".split("\n")[0].rstrip(".")
+    kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+    reason = f"{kind}{error}".split("\n")[0].rstrip(".")
     both = f"an output of {_described(output)} and a target of {_described(target)}"
     return f"{what} failed: {reason}; it was given {both}."
 

@@ -9,17 +9,20 @@ from markupsafe import Markup
 
 from paredown.core.files import write_atomically
 from paredown.core.results import Run
+from paredown.core.settings import check_arguments
 from paredown.report.sections import sections
 from paredown.report.words import quantity, short
 from paredown.targets.artifact import parts
 
 
-def report(run: Run, path: Path) -> Path:
+def report(run: Run, path: str | Path) -> Path:
     """Write the page of ``run`` at ``path``, whole or not at all.
 
     Raises:
         UserError: the file cannot be written.
     """
+    check_arguments(run=(run, Run), path=(path, str | Path))
+    path = Path(path)
     write_atomically(path, render(run).encode())
     return path
 

@@ -9,6 +9,7 @@ from paredown.core import progress
 from paredown.core.errors import UserError
 from paredown.core.files import write_atomically
 from paredown.core.results import Run
+from paredown.core.settings import check_arguments
 from paredown.core.task import Task
 from paredown.data import splits
 from paredown.explain.explanation import Explanation, explain_file
@@ -39,6 +40,7 @@ def explain(folder: str | Path, task: Task, seconds: float = SECONDS) -> Explana
         UserError: no finished run there, one that compressed nothing, or data that are not the
             run's.
     """
+    check_arguments(folder=(folder, str | Path), task=(task, Task), seconds=(seconds, float))
     folder = Path(folder)
     run, task = Run.load(folder), splits.prepared(task)
     stage, artifact = run.details.get("stage_sha256"), run.artifact

@@ -11,6 +11,7 @@ from torch import nn
 from paredown.core import progress
 from paredown.core.errors import UserError
 from paredown.core.results import Artifact, Run
+from paredown.core.settings import check_arguments
 from paredown.core.task import Target, Task
 from paredown.data import splits
 from paredown.graph import machine
@@ -34,6 +35,7 @@ def replay(
         UserError: the folder holds no finished run, or its artifact, the model or the data are not
             those of the run; the artifact's two SHA-256 are given.
     """
+    check_arguments(model=(model, nn.Module | Model | str | Path), task=(task, Task))
     run, task = Run.load(folder), splits.prepared(task)
     if run.artifact is None:
         raise UserError(f"{folder}: its run has no artifact.")

@@ -9,7 +9,7 @@ from typing import overload
 
 from paredown.core.errors import UserError
 from paredown.core.results import Run
-from paredown.core.settings import MOST_THREADS, check_count
+from paredown.core.settings import MOST_THREADS, check_arguments, check_count
 from paredown.core.task import Task
 from paredown.ship.pipeline import Pipeline
 from paredown.ship.predictor import Predictor
@@ -35,6 +35,7 @@ def open(path: str | Path, threads: int = 1, task: Task | None = None) -> Predic
             or a damaged file or container; a folder without a finished run, or whose artifact has
             changed since.
     """
+    check_arguments(path=(path, str | Path), task=(task, Task | None))
     check_count("threads", threads, most=MOST_THREADS)
     path, outputs = Path(path), None
     if path.is_dir():

@@ -19,6 +19,7 @@ import numpy as np
 from paredown.core import progress
 from paredown.core.errors import UserError
 from paredown.core.files import sync_folder
+from paredown.core.settings import check_arguments
 from paredown.ship.pack import blocks, groups
 from paredown.ship.pack.belonging import belonging
 from paredown.ship.pack.blocks import Layout
@@ -75,6 +76,7 @@ def pack(path: str | Path, out: str | Path | None = None) -> Path:
         ...     (packed.name, packed.stat().st_size < 300, unpack(packed, folder + "/again").name)
         ('model.onnx.pare', True, 'model.onnx')
     """
+    check_arguments(path=(path, str | Path), out=(out, str | Path | None))
     path = Path(path)
     with _told(path, "read"):
         paths = belonging(path)
@@ -127,6 +129,7 @@ def unpack(path: str | Path, out: str | Path | None = None) -> Path:
         UserError: the container is damaged, cut off or hostile, there is no room, or another file
             of a name inside is there already; nothing is left behind then, nor changed.
     """
+    check_arguments(path=(path, str | Path), out=(out, str | Path | None))
     path = Path(path)
     folder = Path(out) if out is not None else path.parent
     with _told(path, "read"), path.open("rb") as coded:

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from paredown.core.errors import UserError
+from paredown.core.settings import check_arguments
 from paredown.core.task import Task
 from paredown.data import feed, splits
 from paredown.graph import store
@@ -111,6 +112,8 @@ class Distill(Step):
     def __post_init__(self) -> None:
         if isinstance(self.student, Path):
             object.__setattr__(self, "student", str(self.student))
+        kinds = str | nn.Module | Model | None
+        check_arguments(student=(self.student, kinds), cache=(self.cache, bool))
         self.teaching()
         self.training()
         needs = {"train", "loss"} if self.alpha > 0 else {"train"}
