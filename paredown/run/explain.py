@@ -54,7 +54,7 @@ def explain(folder: str | Path, task: Task, seconds: float = SECONDS) -> Explana
     if changed:
         raise UserError(f"{folder}: {changed} is not the one of the run.")
     with Ledger.reopen(folder) as ledger, machine.same_numbers(run.seed):
-        original = _model(ledger, run.details["model_sha256"])
+        original = _model(ledger, run.detail("model_sha256"))
         compressed = _model(ledger, stage)
         steps = recipe.from_toml(artifact.recipe, "the run's recipe")
         file, name = check_kept(artifact), artifact.runtime
@@ -74,6 +74,6 @@ def _keep(ledger: Ledger, run: Run, found: Explanation) -> None:
     """The run with its explanation, as `compress` finds it again and as the report reads it."""
     changed = dataclasses.replace(run, details={**run.details, "explanation": found.to_json()})
     text = changed.to_json().encode()
-    ledger.finish(run.details["finished"], {"stage": ledger.put(text, RUN), "suffix": RUN})
+    ledger.finish(run.detail("finished"), {"stage": ledger.put(text, RUN), "suffix": RUN})
     write_atomically(ledger.folder / "run.json", text)
     progress.say(f"Explanation in {ledger.folder / 'run.json'}")

@@ -58,14 +58,14 @@ def replay(
 
 def _changed(run: Run, model: Model, task: Task) -> Iterator[str]:
     """What is not as it was in the run."""
-    if model_digest(model) != run.details["model_sha256"]:
+    if model_digest(model) != run.detail("model_sha256"):
         yield "the model"
     steps = recipe.from_toml(run.artifact.recipe if run.artifact else "", "the run's recipe")
     try:
         now = recipe.contents(steps, task)
     except UserError as error:
         raise UserError(f"the run's recipe: {error}") from error
-    for name, sha256 in run.details.get("files", {}).items():
+    for name, sha256 in (run.details.get("files") or {}).items():
         if now.get(name) != sha256:
             yield name
     yield from changed_task(run, task)
