@@ -331,7 +331,7 @@ def test_what_cannot_be_explained_is_said(user, paredown_cli):
     user(NO_TRAIN, name="moved.py")
     Path("r/model.onnx").write_bytes(b"other")
     code, _, err = paredown_cli("explain", "r", "--file", "moved.py")
-    assert code == 1 and "is not the file that the run exported" in err
+    assert code == 1 and "not the file of the run: its SHA-256 is" in err
     assert Path("r/run.json").read_bytes() == before
 
 

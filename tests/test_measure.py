@@ -41,6 +41,8 @@ class Predictor:
     def __call__(self, x):
         if self.text == "abort":
             os.abort()
+        if self.text == "kill":
+            os.kill(os.getpid(), 9)
         if self.text == "hang":
             time.sleep(60)
         if self.text == "exit":
@@ -397,6 +399,7 @@ def test_a_corrupt_file_is_named(tmp_path: Path) -> None:
         ("leave", "opening it ended with exit code 7: no such kernel"),
         ("hang", "running it took more than 3 s and was stopped"),
         ("exit", "running it failed: SystemExit: 3"),
+        ("kill", r"running it was killed \(SIGKILL\), as the system does where the memory"),
         ("lack", r"opening it failed: .*no_such_kernels is not installed there; run pip install"),
         ("fill", "running it failed: .*MemoryError"),
         ("strings", "output 0 holds <U1, not numbers"),

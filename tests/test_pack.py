@@ -596,8 +596,16 @@ def test_what_cannot_be_packed(tmp_path):
         (tmp_path / "a.pare").write_bytes(b"PARE\x09" + bytes(60))
         unpack(tmp_path / "a.pare")
     for folder in (tmp_path, ".", "/"):
-        with pytest.raises(UserError, match="Is a directory"):
+        with pytest.raises(UserError, match="expected the artifact of a runtime, got a folder"):
             pack(folder)
+    (tmp_path / "run.json").touch()
+    with pytest.raises(UserError, match=r"got a run's folder; pack its artifact, .*model\.tflite"):
+        (tmp_path / "model.tflite").write_bytes(bytes(99))
+        pack(tmp_path)
+    packed = pack(tmp_path / "model.tflite").rename(tmp_path / "renamed.bin")
+    with pytest.raises(UserError, match=r"renamed\.bin: is packed already; .* paredown unpack"):
+        pack(packed)
+    assert not (tmp_path / "renamed.bin.pare").exists()
 
 
 def external(folder, location="weights.bin", name="model.onnx"):

@@ -2,8 +2,10 @@
 
 import dataclasses
 import multiprocessing
+import os
 import random
 import signal
+import sys
 
 import numpy as np
 import pytest
@@ -159,6 +161,10 @@ WRONG = {
     ),
     "targets": (Bad(lambda x, y: (x, [y, y])), "train: example 7 is float32 (3,) with int with"),
     "nothing": (Bad(lambda x, y: (None, y)), "train: example 7 is NoneType with int, and"),
+    "exit": (
+        Bad(lambda x, y: sys.exit(3)),
+        "train: example 7: its code ended the program (sys.exit, with 3); raise an error instead.",
+    ),
     "text": ([("a", 0), ("b", 1)] * 6, "train: expected inputs of numbers, got text; make"),
     "iterable": (
         Endless(),
@@ -180,13 +186,17 @@ def test_what_cannot_be_read_is_told_by_split_and_example(kind, workers):
     assert not multiprocessing.active_children()  # though the error holds what made them
 
 
-@pytest.mark.slow
-def test_a_process_that_ends_is_a_sentence():
-    import os
-
-    data = Bad(lambda x, y: os._exit(1))
-    with pytest.raises(UserError, match=r"train: a process that reads it ended: .*workers"):
-        values(task_of(data, workers=1).train)
+@pytest.mark.parametrize(
+    ("ends", "said"),
+    [
+        (lambda: os._exit(3), r"ended with exit code 3; use fewer Task\(workers=\)"),
+        (lambda: os.kill(os.getpid(), signal.SIGKILL), r"was killed \(SIGKILL\), as the system"),
+        (lambda: os.kill(os.getpid(), signal.SIGTERM), r"was ended from outside \(SIGTERM\); use"),
+    ],
+)
+def test_a_process_that_ends_is_a_sentence(ends, said):
+    with pytest.raises(UserError, match=f"^train: a process that reads it {said}"):
+        values(task_of(Bad(lambda x, y: ends()), workers=1).train)
 
 
 def test_a_loader_leaves_no_handler_of_signals_behind():
@@ -272,6 +282,43 @@ def test_a_task_that_fails_on_an_example_is_told(tmp_path):
     assert [problem[:45] for problem in found.problems] == [
         "task.postprocess failed: AttributeError: 'Ten"
     ]
+
+
+@pytest.mark.parametrize(
+    ("made", "rows"),
+    [
+        (lambda output: output[:1], 1),  # which every target would be compared with
+        (lambda output: output[1:], 7),
+        (lambda output: torch.cat([output, output]), 16),
+        (lambda output: output.sum(), 1),
+        (lambda output: output[:3].numpy(), 3),
+        (lambda output: {"logits": output[:1]}, 1),
+        (lambda output: output.argmax(1).tolist()[2:], 6),
+        (lambda output: output, None),
+        (lambda output: {"boxes": output[2:], "of": torch.arange(6)}, None),
+        (lambda output: (output, torch.ones(1)), None),
+        (lambda output: [{"label": each} for each in output.argmax(1).tolist()], None),
+    ],
+)
+def test_a_postprocess_gives_a_row_for_each_example(made, rows):
+    task = Task(EXAMPLE, lambda output, target: (target >= 0).float(), postprocess=made)
+    given = task, torch.eye(8), torch.arange(8), 8
+    if rows is None:
+        assert evaluate.scored(*given).tolist() == [1.0] * 8
+        return
+    said = rf"task.postprocess: expected a row for each of the 8 examples of a batch, got {rows};"
+    with pytest.raises(UserError, match=said):
+        evaluate.scored(*given)
+
+
+@pytest.mark.parametrize(
+    ("score", "got"),
+    [(0.5, r"\(\)"), ([1.0] * 7, r"\(7,\)"), (np.ones(9), r"\(9,\)"), ("good", "str")],
+)
+def test_a_score_of_other_rows_is_refused(score, got):
+    task = Task(EXAMPLE, lambda output, target: score)
+    with pytest.raises(UserError, match=rf"for each example, shape \(8,\), got {got}; do not"):
+        evaluate.scored(task, torch.eye(8), torch.arange(8), 8)
 
 
 def test_they_are_timed_apart_and_with_the_model(tmp_path):
@@ -378,7 +425,7 @@ def test_what_a_score_or_a_loss_was_given_is_told():
 
 @pytest.mark.parametrize("seed", [2**62, -1, 1.0, True])
 def test_a_seed_is_one_that_all_generators_take(seed):
-    said = "seed: expected a whole number from 0 to 4294967295, got"
+    said = "seed: expected a whole number( from 0 to 4294967295)?, got"
     for step in (paredown.FineTune, paredown.HashWeights, paredown.PruneChannels):
         with pytest.raises(UserError, match=said):
             step(seed=seed)

@@ -1,11 +1,13 @@
 """A finished run as a user sees it: printed, in a notebook, in a narrow terminal."""
 
 import dataclasses
+import json
 
 import pytest
 import torch
 
 import paredown
+from paredown.core.errors import UserError
 from paredown.core.goals import GoalCheck
 from paredown.core.results import Artifact
 from paredown.run.words import print_run
@@ -66,3 +68,54 @@ def test_progress_is_shown_in_python_when_asked(capsys):
     with paredown.progress():
         paredown.apply(model, [paredown.PruneWeights(0.5)], task)
     assert "PruneWeights" in capsys.readouterr().err
+
+
+WRONG = [  # the way to a field of run.json, what stands there (... deletes it), what is said
+    (("seed",), ..., "field 'seed' is missing"),
+    (("seed",), "0", "field 'seed': expected a whole number, got '0'"),
+    (("met",), 1, "field 'met': expected true or false, got 1"),
+    (("baseline", "size_bytes"), ..., "field 'baseline.size_bytes' is missing"),
+    (("baseline", "score"), True, "field 'baseline.score': expected a number, got True"),
+    (("baseline", "energy_source"), "sun", "field 'baseline.energy_source': expected one of meas"),
+    (("baseline",), None, "field 'baseline': expected an object, got None"),
+    (("checks", 0, "bound"), [], "field 'checks[0].bound': expected a number, got a list"),
+    (("checks",), {}, "field 'checks': expected a list, got a dict"),
+    (("artifact", "path"), 3, "field 'artifact.path': expected a text, got 3"),
+    (("on_device", "original"), "x", "field 'on_device.original': expected an object, got 'x'"),
+    (("format",), 9, "field 'format' is unknown to this version of paredown"),
+    (("target", "threads"), "1", "field 'target.threads': expected a whole number, got '1'"),
+    (("target", "threads"), 0, "threads: expected a whole number from 1 to 1024, got 0"),
+    (("target", "colour"), "red", "field 'target.colour' is unknown"),
+    (("details", "layers"), 3, "field 'details.layers': expected a list, got 3"),
+]
+
+
+@pytest.mark.parametrize(("way", "value", "said"), WRONG)
+def test_a_field_of_a_run_that_is_not_as_it_should_be_is_named(run, tmp_path, way, value, said):
+    raw = json.loads(run.to_json()) | {"target": {"threads": 1}}
+    inner = raw
+    for key in way[:-1]:
+        inner = inner[key]
+    if value is ...:
+        del inner[way[-1]]
+    else:
+        inner[way[-1]] = value
+    (tmp_path / "run.json").write_text(json.dumps(raw))
+    with pytest.raises(UserError) as caught:
+        paredown.Run.load(tmp_path)
+    text = str(caught.value)
+    assert text.startswith(f"{tmp_path / 'run.json'}: is damaged: {said}")
+    assert text.endswith("; the same paredown run command writes it again.")
+
+
+def test_what_a_run_does_not_hold_is_told(run, tmp_path):
+    lacking = dataclasses.replace(run, details={"classes": [{"name": "a"}]})
+    with pytest.raises(UserError, match=r"its section 'classes' shows: KeyError: 'before'\. Wher"):
+        paredown.report(lacking, tmp_path / "report.html")
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(UserError, match=r"field 'details\.batch_size' is missing"):
+        lacking.detail("batch_size")
+    for text in ("[]", "nothing", "[" * 100_000, "\udcff"):
+        (tmp_path / "run.json").write_text(text, errors="surrogateescape")
+        with pytest.raises(UserError, match=r"run\.json: is damaged: "):
+            paredown.Run.load(tmp_path)

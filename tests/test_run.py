@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 import random
@@ -723,11 +724,20 @@ def test_replay(user, paredown_cli, monkeypatch):
     before = names("r")
     code, out, err = paredown_cli("replay", "r")
     assert (code, err) == (0, "") and "the same file" in out and names("r") == before
-    monkeypatch.setattr(recipe, "from_toml", lambda *_: [paredown.Cast()])
-    code, out, _ = paredown_cli("replay", "r")
-    assert code == 4 and "another file" in out
-    code, out, _ = paredown_cli("replay", "r", "--json")
-    assert code == 4 and json.loads(out)["same"] is False
+    with monkeypatch.context() as other:
+        other.setattr(recipe, "from_toml", lambda *_: [paredown.Cast()])
+        code, out, _ = paredown_cli("replay", "r")
+        assert code == 4 and "another file" in out
+        code, out, _ = paredown_cli("replay", "r", "--json")
+        assert code == 4 and json.loads(out)["same"] is False
+    kept = json.loads(Path("r/run.json").read_text())["artifact"]["sha256"]
+    Path("r/model.onnx").write_bytes(b"another")
+    code, _, err = paredown_cli("replay", "r")
+    found = hashlib.sha256(b"another").hexdigest()
+    assert code == 1 and f"its SHA-256 is {found}, and run.json records {kept}" in err
+    Path("r/model.onnx").unlink()
+    code, _, err = paredown_cli("replay", "r")
+    assert code == 1 and "model.onnx: cannot be read: No such file" in err and "again" in err
 
 
 OTHER_TEST = "old = task\ndef task():\n    return old(test=images(9))\n"

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from paredown.core.measurement import Comparison, Measurement
+from paredown.core.settings import check_arguments
 from paredown.core.units import GOALS, Limit, amount, human, parse_drop, parse_limit
 
 TIMED = ("latency", "throughput", "energy")  # what drifts with the machine's speed
@@ -39,6 +40,7 @@ class Goals:
     proof: bool = False
 
     def __post_init__(self) -> None:
+        check_arguments(proof=(self.proof, bool))
         if self.max_drop is not None:
             object.__setattr__(self, "max_drop", parse_drop(self.max_drop))
         for goal in GOALS:

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Iterator, Sized
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, TypeVar
 
+from paredown.core.settings import check_arguments
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
@@ -34,6 +36,8 @@ def shown(console: Console | None = None) -> Iterator[None]:
         half done
     """
     from rich.console import Console as Where
+
+    check_arguments(console=(console, Where | None))
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,

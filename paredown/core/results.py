@@ -8,11 +8,14 @@ import json
 import textwrap
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
+from paredown.core.decode import decoded
 from paredown.core.errors import UserError
 from paredown.core.goals import GoalCheck
 from paredown.core.measurement import Comparison, Measurement
+from paredown.core.settings import check_arguments
+from paredown.core.task import Target
 from paredown.core.units import GOALS, human
 
 FILES = ("artifact", "original")  # of a run
@@ -54,6 +57,32 @@ class Trial:
     shipped: bool = False  # whether its steps are in the artifact
 
 
+class _Details(TypedDict, total=False):
+    """What a run's details are, each there or not."""
+
+    batch_size: int
+    census: dict[str, Any]
+    classes: list[dict[str, Any]]
+    explanation: dict[str, Any]
+    files: dict[str, str]
+    finished: str
+    flip_counts: dict[str, int]
+    flips: list[dict[str, Any]]
+    folder: str
+    histograms: list[dict[str, Any]]
+    in_reach: str
+    instruction_sets: str
+    latency_samples_ms: dict[str, list[float]]
+    layers: list[dict[str, Any]]
+    model_sha256: str
+    notes: list[str]
+    packed_bytes: dict[str, int]
+    reproduce: list[str]
+    score: str
+    stage_sha256: str
+    useless: str
+
+
 @dataclass(frozen=True)
 class Run:
     """Everything a report says; `run.json` holds exactly this."""
@@ -88,6 +117,19 @@ class Run:
             return "not proven"
         unsure = any(check.unproven for check in self.checks) or self.details.get("useless")
         return "open" if unsure else "met"
+
+    def detail(self, name: str) -> Any:
+        """One of the details that a run always has.
+
+        Raises:
+            UserError: it is missing, as where the file was edited.
+        """
+        if self.details.get(name) is None:
+            raise UserError(
+                f"run.json: field 'details.{name}' is missing; the same paredown run command "
+                "writes it again."
+            )
+        return self.details[name]
 
     def __repr__(self) -> str:
         """Verdict, figures and artifact, in lines of at most 60 columns but for the last."""
@@ -132,13 +174,18 @@ class Run:
         Raises:
             UserError: no finished run there, or a damaged one.
         """
+        check_arguments(folder=(folder, str | Path))
         path = Path(folder) / "run.json"
         if not path.is_file():
             raise UserError(f"{folder}: holds no finished run (no run.json).")
         try:
-            return Run.from_json(path.read_text()).within(path.parent)
-        except (ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{path}: is damaged: {error}.") from error
+            return Run.from_json(path.read_text(encoding="utf-8")).within(path.parent)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read: {error.strerror or error}.") from error
+        except (ValueError, RecursionError, UserError) as error:
+            said = str(error).rstrip(".")
+            again = "the same paredown run command writes it again"
+            raise UserError(f"{path}: is damaged: {said}; {again}.") from error
 
     def within(self, folder: Path) -> Run:
         """This run with the paths of its files in a folder, whatever the current one may become."""
@@ -149,25 +196,18 @@ class Run:
 
     @staticmethod
     def from_json(text: str) -> Run:
-        raw = json.loads(text)
-        raw["baseline"] = Measurement(**raw["baseline"])
-        raw["trials"] = [_trial(trial) for trial in raw["trials"]]
-        for name in FILES:
-            raw[name] = raw[name] and Artifact(**raw[name])
-        raw["on_device"] = {name: Measurement(**m) for name, m in raw["on_device"].items()}
-        raw["comparison"] = raw["comparison"] and Comparison(**raw["comparison"])
-        raw["checks"] = [GoalCheck(**check) for check in raw["checks"]]
-        return Run(**raw)
+        """The run that a text holds.
+
+        Raises:
+            ValueError: it is no JSON, or a field is missing, unknown or of a wrong type; names it.
+        """
+        run: Run = decoded(Run, json.loads(text))
+        decoded(Target, run.target, "target")
+        decoded(_Details, run.details, "details")
+        return run
 
 
 def _score(m: Measurement | None) -> str:
     if m is None or m.score is None:
         return ""
     return f"{m.score:.2%}" if m.score_in_points else f"{m.score:.4g}"
-
-
-def _trial(raw: dict[str, Any]) -> Trial:
-    raw = dict(raw)
-    raw["measurement"] = raw["measurement"] and Measurement(**raw["measurement"])
-    raw["comparison"] = raw["comparison"] and Comparison(**raw["comparison"])
-    return Trial(**raw)

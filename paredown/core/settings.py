@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
+import typing
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from paredown.core.errors import UserError
@@ -101,3 +104,86 @@ def names_of(name: str, value: Any) -> tuple[str, ...]:
     if not isinstance(value, (tuple, list)) or not all(isinstance(each, str) for each in value):
         raise UserError(f"{name}: expected a tuple of names, got {value!r}.")
     return tuple(value)
+
+
+# --- types ----------------------------------------------------------------------------------------
+
+_TYPES: dict[str, tuple[tuple[type, ...], str]] = {  # of an annotation, what is taken
+    "float": ((int, float), "a number"),
+    "int": ((int,), "a whole number"),
+    "str": ((str,), "a text"),
+    "bool": ((bool,), "true or false"),
+    "None": ((type(None),), '"none"'),
+}
+_NAMES = "tuple[str, ...]"
+_WORDS = {  # of a type, by its name
+    "str": "a text",
+    "int": "a whole number",
+    "float": "a number",
+    "dict": "a dict",
+    "NoneType": "None",
+    "Path": "a path",
+    "Module": "an nn.Module",
+    "Model": "a Model of paredown.capture",
+    "Run": "a Run of paredown.compress",
+}
+
+
+def check_fields(settings: Any) -> None:
+    """Refuse a dataclass one of whose fields is not of the plain types that it is annotated with.
+
+    Raises:
+        UserError: says what was expected, and what came.
+    """
+    for field in dataclasses.fields(settings):
+        value, parts = getattr(settings, field.name), str(field.type).split(" | ")
+        if parts == [_NAMES]:
+            names_of(field.name, value)
+        elif all(part in _TYPES for part in parts):
+            kinds = [_TYPES[part] for part in parts]
+            fits = any(_is(value, allowed) for allowed, _ in kinds)
+            require(field.name, value, fits, " or ".join(words for _, words in kinds))
+
+
+def check_arguments(**given: tuple[object, Any]) -> None:
+    """Refuse an argument that is not of its type, each given as ``name=(value, type)``.
+
+    Raises:
+        UserError: says what was expected, and what came.
+
+    Example:
+        >>> check_arguments(threads=(2, int), folder=("runs/mine", str | Path))
+        >>> check_arguments(folder=(None, str | Path))
+        Traceback (most recent call last):
+            ...
+        paredown.core.errors.UserError: folder: expected a path, got None.
+    """
+    for name, (value, kind) in given.items():
+        kinds = typing.get_args(kind) or (kind,)
+        if not _is(value, kinds):
+            there = [each for each in kinds if not (each is str and Path in kinds)]
+            words = [_WORDS.get(each.__name__) or _a(each) for each in there]
+            raise UserError(f"{name}: expected {' or '.join(words)}, got {described(value)}.")
+
+
+def _is(value: object, kinds: tuple[type, ...]) -> bool:
+    """As `isinstance`, but True and False are no numbers, and a whole number is a number."""
+    if isinstance(value, bool):
+        return bool in kinds
+    return isinstance(value, kinds) or (float in kinds and isinstance(value, int))
+
+
+def _a(kind: type) -> str:
+    return f"{'an' if kind.__name__[0] in 'AEIOUaeiou' else 'a'} {kind.__name__}"
+
+
+def described(value: object) -> str:
+    """What came instead of what was expected.
+
+    Example:
+        >>> described(3), described({}), described(dict)
+        ('3', 'a dict', 'the class dict')
+    """
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return repr(value)
+    return f"the class {value.__name__}" if isinstance(value, type) else _a(type(value))

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from paredown.core.settings import MOST_THREADS, check_count, require
+from paredown.core.settings import MOST_THREADS, check_arguments, check_count, check_fields, require
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -79,6 +79,11 @@ class Task:
     workers: int = 0
 
     def __post_init__(self) -> None:
+        check_arguments(
+            example=(self.example, tuple | dict),
+            dynamic=(self.dynamic, tuple | dict | None),
+            ignore=(self.ignore, int | tuple | list | None),
+        )
         check_count("batch_size", self.batch_size)
         check_count("workers", self.workers, 0)
         for name in ("score", "loss", "preprocess", "postprocess"):
@@ -115,5 +120,6 @@ class Target:
     rounds: int = 10
 
     def __post_init__(self) -> None:
+        check_fields(self)
         check_count("threads", self.threads, most=MOST_THREADS)
         check_count("rounds", self.rounds, 2)

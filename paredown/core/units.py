@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 
 from paredown.core.errors import UserError
+from paredown.core.settings import check_fields
 
 
 @dataclass(frozen=True)
@@ -15,6 +16,9 @@ class Limit:
 
     value: float
     relative: bool = False
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     def absolute(self, baseline: float) -> float:
         return self.value * baseline if self.relative else self.value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -66,7 +67,8 @@ def failed(what: str, error: Exception, output: Any, target: Any) -> str:
         >>> failed("task.loss", IndexError("of 3."), torch.zeros(2, 3), torch.tensor([0, 7]))[:29]
         'task.loss failed: IndexError:'
     """
-    reason = f"{type(error).__name__}: {error}".split("\n")[0].rstrip(".")
+    kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+    reason = f"{kind}{error}".split("\n")[0].rstrip(".")
     both = f"an output of {_described(output)} and a target of {_described(target)}"
     return f"{what} failed: {reason}; it was given {both}."
 
@@ -84,12 +86,31 @@ def _described(value: Any) -> str:
     return ", ".join(told)
 
 
+def _check_rows(output: Any, count: int) -> None:
+    """Refuse what a postprocess made of a batch where a score would set its rows beside the wrong
+    targets, or one row beside all of them; what has a row for each example, or tells by its nesting
+    whose each row is, passes."""
+    leaves = structure.flatten(output)[0]
+    if isinstance(output, (Tensor, np.ndarray)):
+        rows = len(output) if output.ndim else 1
+    elif isinstance(output, (tuple, list)) and not leaves:
+        rows = len(output)
+    else:
+        every = {len(leaf) if leaf.dim() else 1 for leaf in leaves}
+        rows = 1 if every == {1} else count
+    if rows != count:
+        raise UserError(
+            f"task.postprocess: expected a row for each of the {count} examples of a batch, got "
+            f"{rows}; keep every example, in its place."
+        )
+
+
 def scored(task: Task, output: Any, target: Any, count: int) -> Tensor:
     """The scores of a batch of ``count`` examples, (B,) float64 on the CPU.
 
     Raises:
-        UserError: ``task.score`` or ``task.postprocess`` fails, or the score does not give one
-            finite number for each example.
+        UserError: ``task.score`` or ``task.postprocess`` fails, the latter gives another number of
+            rows, or the score does not give one finite number for each example.
 
     Example:
         >>> task = Task((torch.zeros(1, 2),), score=lambda out, y: out.argmax(1) == y)
@@ -98,6 +119,7 @@ def scored(task: Task, output: Any, target: Any, count: int) -> Tensor:
     """
     if task.postprocess is not None:
         output = postprocessed(task, output)
+        _check_rows(output, count)
     try:
         given = task.score(output, target)
     except Exception as error:
@@ -105,10 +127,10 @@ def scored(task: Task, output: Any, target: Any, count: int) -> Tensor:
     try:
         scores = torch.as_tensor(given).detach().cpu()
     except Exception:
-        scores = torch.zeros(0)  # of no shape that fits
-    if scores.shape != (count,) or scores.is_complex():
-        got: Any = tuple(scores.shape) if isinstance(given, Tensor) else type(given).__name__
-        got = scores.dtype if scores.is_complex() else got
+        scores = None  # no numbers
+    if scores is None or scores.shape != (count,) or scores.is_complex():
+        got: Any = type(given).__name__ if scores is None else tuple(scores.shape)
+        got = scores.dtype if scores is not None and scores.is_complex() else got
         raise UserError(
             f"task.score: expected one number for each example, shape ({count},), got {got}; do "
             "not average over the batch, return for example (output.argmax(1) == target).float()."

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from torch.utils.data._utils import signal_handling
 
 from paredown.core.errors import UserError
+from paredown.core.processes import ended
 from paredown.data import reading
 from paredown.data.reading import Split
 from paredown.graph import machine
@@ -166,14 +167,20 @@ def _told(found: Iterator[Any], name: str) -> Iterator[Any]:
         except StopIteration:
             return
         except RuntimeError as error:
-            reason = str(error).split("\n")[0]
             raise UserError(
-                f"{name}: a process that reads it ended: {reason} Out of memory? Use fewer "
-                "Task(workers=), or 0."
+                f"{name}: a process that reads it {_how_ended(found, error)}; use fewer "
+                "Task(workers=), or 0, which reads it here."
             ) from error
         if isinstance(answer, str):
             raise UserError(answer)
         yield answer
+
+
+def _how_ended(found: Iterator[Any], error: RuntimeError) -> str:
+    """What became of the processes that ended, or where none did, what the loader says."""
+    workers = found._workers  # type: ignore[attr-defined]
+    codes = [code for each in workers if (code := each.exitcode) is not None]
+    return ended(codes[0]) if codes else "failed: " + str(error).split("\n")[0].rstrip(".")
 
 
 def _received(

@@ -148,6 +148,9 @@ def _told(name: str, which: str, what: str) -> Iterator[None]:
         yield
     except (UserError, MemoryError):
         raise
+    except SystemExit as end:  # it is told wherever it is read
+        said = f"its code ended the program (sys.exit, with {end.code!r}); raise an error instead"
+        raise UserError(f"{name}: {which}: {said}.") from end
     except Exception as error:
         raise UserError(f"{name}: {which}: {what}: {type(error).__name__}: {error}") from error
 

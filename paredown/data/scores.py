@@ -5,7 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from paredown.core.settings import check_arguments
+
 IGNORE = -100  # a target that does not count, as in torch's cross entropy
+
+
+def _check(output: Tensor, target: Tensor) -> None:
+    check_arguments(output=(output, Tensor), target=(target, Tensor))
 
 
 def accuracy(output: Tensor, target: Tensor) -> Tensor:
@@ -15,6 +21,7 @@ def accuracy(output: Tensor, target: Tensor) -> Tensor:
         >>> accuracy(torch.tensor([[0.1, 0.9], [0.8, 0.2]]), torch.tensor([1, 1])).tolist()
         [1.0, 0.0]
     """
+    _check(output, target)
     return (output.argmax(1) == target).float()
 
 
@@ -25,6 +32,7 @@ def squared_error(output: Tensor, target: Tensor) -> Tensor:
         >>> squared_error(torch.tensor([[1.0, 3.0]]), torch.tensor([[1.0, 1.0]])).tolist()
         [-2.0]
     """
+    _check(output, target)
     error = (output - target.reshape(output.shape)) ** 2
     return -error.reshape(len(output), -1).mean(1)
 
@@ -36,6 +44,7 @@ def multilabel_accuracy(output: Tensor, target: Tensor) -> Tensor:
         >>> multilabel_accuracy(torch.tensor([[2.0, -1.0]]), torch.tensor([[1, 1]])).tolist()
         [0.5]
     """
+    _check(output, target)
     return ((output > 0) == (target > 0.5)).float().reshape(len(output), -1).mean(1)
 
 
@@ -49,6 +58,8 @@ def token_accuracy(output: Tensor, target: Tensor, ignore: int = IGNORE) -> Tens
         >>> token_accuracy(logits, torch.tensor([[1, 1]])).tolist()
         [0.5]
     """
+    _check(output, target)
+    check_arguments(ignore=(ignore, int))
     counts = target != ignore
     right = ((output.argmax(-1) == target) & counts).sum(-1).float()
     total = counts.sum(-1).float()

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from paredown.core.errors import UserError
+from paredown.core.settings import check_arguments, described
 from paredown.core.task import Task
 from paredown.graph.doors.example import Example
 from paredown.graph.doors.module import capture_module, check_parameters
@@ -39,12 +40,13 @@ def capture(
         >>> capture(torch.nn.Linear(4, 2), (torch.zeros(1, 4),)).inputs[0].name
         'input'
     """
+    check_arguments(example=(example, tuple | dict | None), dynamic=(dynamic, tuple | dict | None))
     if isinstance(module, Model):
         return module
     if isinstance(module, (str, Path)):
         return _capture_file(Path(module), example, dynamic)
     if not isinstance(module, nn.Module):
-        raise UserError(f"model: expected an nn.Module, got {type(module).__name__}.")
+        raise UserError(f"model: expected an nn.Module, got {described(module)}.")
     if example is None:
         raise UserError("example: capture(module, example) needs the inputs as deployed.")
     check_parameters(module)

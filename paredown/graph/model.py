@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 
 from paredown.core.errors import UserError
 from paredown.core.files import write_atomically
+from paredown.core.settings import check_arguments
 from paredown.graph import lazily, mode, store, structure
 from paredown.graph.holds.sharing import Sharing
 from paredown.graph.parts import Input, told
@@ -136,6 +137,7 @@ class Model:
         Raises:
             UserError: the file is missing, damaged, or not a paredown model.
         """
+        check_arguments(path=(path, str | Path))
         return store.load(Path(path), Model)
 
     @staticmethod

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ from torch import Tensor
 
 from paredown.core.errors import UserError
 from paredown.core.measurement import Comparison, Measurement
-from paredown.core.task import Target, Task
+from paredown.core.settings import check_arguments, check_choice, require
+from paredown.core.task import SPLITS, Target, Task
 from paredown.data import splits
 from paredown.graph import structure
 from paredown.graph.model import Model
@@ -46,7 +47,7 @@ class Measured:
 
 
 def measure(
-    files: dict[str, Path],
+    files: Mapping[str, str | Path],
     model: Model,
     task: Task,
     target: Target,
@@ -73,6 +74,10 @@ def measure(
             data does not fit the model; or ``task.score`` does not give one finite number per
             example.
     """
+    files = _checked(files, model, task, target)
+    check_choice("split", split, SPLITS)
+    require("timeout_s", timeout_s, _seconds(timeout_s), "a number of seconds above 0")
+    check_arguments(questions=(questions, tuple | list | None))
     task = splits.prepared(task)
     examples = splits.split(task, split)
     with timing.opened(files, target, timeout_s, fresh=False) as probes:
@@ -109,6 +114,20 @@ def measure(
         )
         for name, file in files.items()
     }
+
+
+def _checked(
+    files: Mapping[str, str | Path], model: Model, task: Task, target: Target
+) -> dict[str, Path]:
+    check_arguments(files=(files, dict), model=(model, Model), task=(task, Task))
+    check_arguments(target=(target, Target))
+    for name, file in files.items():
+        check_arguments(**{f"files[{name!r}]": (file, str | Path)})
+    return {name: Path(file) for name, file in files.items()}
+
+
+def _seconds(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
 
 
 def _around(

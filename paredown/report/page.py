@@ -4,22 +4,26 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, UndefinedError
 from markupsafe import Markup
 
+from paredown.core.errors import UserError
 from paredown.core.files import write_atomically
 from paredown.core.results import Run
-from paredown.report.sections import sections
+from paredown.core.settings import check_arguments
+from paredown.report.sections import Section, sections
 from paredown.report.words import quantity, short
 from paredown.targets.artifact import parts
 
 
-def report(run: Run, path: Path) -> Path:
+def report(run: Run, path: str | Path) -> Path:
     """Write the page of ``run`` at ``path``, whole or not at all.
 
     Raises:
         UserError: the file cannot be written.
     """
+    check_arguments(run=(run, Run), path=(path, str | Path))
+    path = Path(path)
     write_atomically(path, render(run).encode())
     return path
 
@@ -34,12 +38,24 @@ def render(run: Run) -> str:
         lstrip_blocks=True,
     )
     templates.filters |= {"human": quantity, "short": short, "files": _files}
-    shown = [
-        Markup(templates.get_template(f"sections/{section.template}").render(facts, run=run))
-        for section in sections()
-        if (facts := section.facts(run)) is not None
-    ]
+    shown = [text for each in sections() if (text := _shown(each, templates, run)) is not None]
     return templates.get_template("page.html").render(run=run, sections=shown)
+
+
+def _shown(section: Section, templates: Environment, run: Run) -> Markup | None:
+    try:
+        facts = section.facts(run)
+        if facts is None:
+            return None
+        template = templates.get_template(f"sections/{section.template}")
+        return Markup(template.render(facts, run=run))
+    except (LookupError, TypeError, ValueError, AttributeError, UndefinedError) as error:
+        name = section.template.removesuffix(".html")
+        raise UserError(
+            f"report: the run does not hold what its section {name!r} shows: "
+            f"{type(error).__name__}: {error}. Where its run.json was edited, the same paredown "
+            "run command writes it again."
+        ) from error
 
 
 def _files(path: str) -> str:

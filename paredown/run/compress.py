@@ -15,7 +15,7 @@ from paredown.core import progress
 from paredown.core.errors import UserError
 from paredown.core.goals import Goals
 from paredown.core.results import Run, Trial
-from paredown.core.settings import check_seed
+from paredown.core.settings import check_arguments, check_seed
 from paredown.core.task import Target, Task
 from paredown.data import splits
 from paredown.explain.explanation import within_run
@@ -69,6 +69,9 @@ def compress(
         UserError: a problem with the model, the task, the goals or the folder; nothing is lost.
     """
     check_seed("seed", seed)
+    check_arguments(task=(task, Task), goals=(goals, Goals), target=(target, Target | None))
+    check_arguments(out=(out, str | Path | None), command=(command, str))
+    steps = None if steps is None else recipe.checked(steps)
     target, task = target or Target(), splits.prepared(task)
     captured = capture(model, task.example, task.dynamic)
     found = problems(captured, task, target, steps or [])

@@ -8,7 +8,8 @@ from pathlib import Path
 from paredown.core import progress
 from paredown.core.errors import UserError
 from paredown.core.files import write_atomically
-from paredown.core.results import Artifact, Run
+from paredown.core.results import Run
+from paredown.core.settings import check_arguments
 from paredown.core.task import Task
 from paredown.data import splits
 from paredown.explain.explanation import Explanation, explain_file
@@ -17,7 +18,7 @@ from paredown.graph.model import Model
 from paredown.run.folder import changed_task
 from paredown.run.ledger import MODEL, RUN, Ledger
 from paredown.steps import recipe
-from paredown.targets.artifact import digest
+from paredown.targets.artifact import check_kept
 
 SECONDS = 120.0
 
@@ -39,6 +40,7 @@ def explain(folder: str | Path, task: Task, seconds: float = SECONDS) -> Explana
         UserError: no finished run there, one that compressed nothing, or data that are not the
             run's.
     """
+    check_arguments(folder=(folder, str | Path), task=(task, Task), seconds=(seconds, float))
     folder = Path(folder)
     run, task = Run.load(folder), splits.prepared(task)
     stage, artifact = run.details.get("stage_sha256"), run.artifact
@@ -52,10 +54,10 @@ def explain(folder: str | Path, task: Task, seconds: float = SECONDS) -> Explana
     if changed:
         raise UserError(f"{folder}: {changed} is not the one of the run.")
     with Ledger.reopen(folder) as ledger, machine.same_numbers(run.seed):
-        original = _model(ledger, run.details["model_sha256"])
+        original = _model(ledger, run.detail("model_sha256"))
         compressed = _model(ledger, stage)
         steps = recipe.from_toml(artifact.recipe, "the run's recipe")
-        file, name = _file(artifact), artifact.runtime
+        file, name = check_kept(artifact), artifact.runtime
         found = explain_file(original, compressed, file, name, task, steps, seconds)
         _keep(ledger, run, found)
     return found
@@ -68,17 +70,10 @@ def _model(ledger: Ledger, sha256: str) -> Model:
     return Model.load(path)
 
 
-def _file(artifact: Artifact) -> Path:
-    path = Path(artifact.path)
-    if not path.is_file() or digest(path) != artifact.sha256:
-        raise UserError(f"{path}: is not the file that the run exported; run it again.")
-    return path
-
-
 def _keep(ledger: Ledger, run: Run, found: Explanation) -> None:
     """The run with its explanation, as `compress` finds it again and as the report reads it."""
     changed = dataclasses.replace(run, details={**run.details, "explanation": found.to_json()})
     text = changed.to_json().encode()
-    ledger.finish(run.details["finished"], {"stage": ledger.put(text, RUN), "suffix": RUN})
+    ledger.finish(run.detail("finished"), {"stage": ledger.put(text, RUN), "suffix": RUN})
     write_atomically(ledger.folder / "run.json", text)
     progress.say(f"Explanation in {ledger.folder / 'run.json'}")

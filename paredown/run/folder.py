@@ -39,7 +39,7 @@ def write(run: Run, folder: Path, artifact: Path, original: Path) -> Run:
 
 def changed_task(run: Run, task: Task) -> Iterator[str]:
     """What of a task is not as it was in the run."""
-    if task.batch_size != run.details["batch_size"]:
+    if task.batch_size != run.detail("batch_size"):
         yield "the task's batch_size"
     if ignore_of(task).get("ignore") != run.details.get("ignore"):
         yield "the task's ignore"

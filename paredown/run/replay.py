@@ -11,6 +11,7 @@ from torch import nn
 from paredown.core import progress
 from paredown.core.errors import UserError
 from paredown.core.results import Artifact, Run
+from paredown.core.settings import check_arguments
 from paredown.core.task import Target, Task
 from paredown.data import splits
 from paredown.graph import machine, store
@@ -19,7 +20,7 @@ from paredown.graph.model import Model
 from paredown.run.folder import changed_task
 from paredown.steps import recipe
 from paredown.steps.step import Setting
-from paredown.targets.artifact import digest
+from paredown.targets.artifact import check_kept, digest
 from paredown.targets.runtimes import runtime
 
 
@@ -29,10 +30,14 @@ def replay(
     """Make a run's artifact again from its recipe: the artifact as kept, and the new SHA-256.
 
     Raises:
-        UserError: the folder holds no finished run, or model or data are not those of the run.
+        UserError: the folder holds no finished run, or its artifact, the model or the data are not
+            those of the run; the artifact's two SHA-256 are given.
     """
+    check_arguments(model=(model, nn.Module | Model | str | Path), task=(task, Task))
     run, task = Run.load(folder), splits.prepared(task)
-    assert run.artifact is not None
+    if run.artifact is None:
+        raise UserError(f"{folder}: its run has no artifact.")
+    check_kept(run.artifact)
     captured = capture(model, task.example, task.dynamic)
     changed = next(_changed(run, captured, task), None)
     if changed:
@@ -52,14 +57,14 @@ def replay(
 
 def _changed(run: Run, model: Model, task: Task) -> Iterator[str]:
     """What is not as it was in the run."""
-    if store.digest(model) != run.details["model_sha256"]:
+    if store.digest(model) != run.detail("model_sha256"):
         yield "the model"
     steps = recipe.from_toml(run.artifact.recipe if run.artifact else "", "the run's recipe")
     try:
         now = recipe.contents(steps, task)
     except UserError as error:
         raise UserError(f"the run's recipe: {error}") from error
-    for name, sha256 in run.details.get("files", {}).items():
+    for name, sha256 in (run.details.get("files") or {}).items():
         if now.get(name) != sha256:
             yield name
     yield from changed_task(run, task)

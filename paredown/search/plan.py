@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from paredown.core.goals import Goals
 from paredown.core.measurement import Measurement
+from paredown.core.settings import check_arguments, check_seed
 from paredown.core.task import Target, Task
 from paredown.data import splits
 from paredown.graph.model import Model
@@ -32,7 +33,18 @@ def plan(
     follows, for where the first one misses. Training is fine-tuning where there are labels and a
     loss, else distillation from the original. Later proposals are tried only where the earlier ones
     miss a goal. ``seed`` is that of the training.
+
+    Raises:
+        UserError: an argument of a wrong type.
     """
+    check_arguments(
+        model=(model, Model),
+        task=(task, Task),
+        goals=(goals, Goals),
+        baseline=(baseline, Measurement),
+        target=(target, Target | None),
+    )
+    check_seed("seed", seed)
     task = splits.prepared(task)
     situation = Situation(model, task, goals, baseline, target or Target(), seed)
     return [proposal for offer in offers() for proposal in offer(situation)]

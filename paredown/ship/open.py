@@ -9,11 +9,11 @@ from typing import overload
 
 from paredown.core.errors import UserError
 from paredown.core.results import Run
-from paredown.core.settings import MOST_THREADS, check_count
+from paredown.core.settings import MOST_THREADS, check_arguments, check_count
 from paredown.core.task import Task
 from paredown.ship.pipeline import Pipeline
 from paredown.ship.predictor import Predictor
-from paredown.targets.artifact import digest
+from paredown.targets.artifact import check_kept
 from paredown.targets.runtimes import RUNTIMES, ready, runtime
 
 PACKED = ".pare"  # what `paredown.pack` writes
@@ -35,19 +35,14 @@ def open(path: str | Path, threads: int = 1, task: Task | None = None) -> Predic
             or a damaged file or container; a folder without a finished run, or whose artifact has
             changed since.
     """
+    check_arguments(path=(path, str | Path), task=(task, Task | None))
     check_count("threads", threads, most=MOST_THREADS)
     path, outputs = Path(path), None
     if path.is_dir():
         run = Run.load(path)
         if run.artifact is None:
             raise UserError(f"{path}: its run has no artifact.")
-        file, outputs = Path(run.artifact.path), run.details.get("outputs")
-        if file.is_file() and digest(file) != run.artifact.sha256:
-            raise UserError(
-                f"{file}: is damaged, or not the file of the run in {path}: its SHA-256 differs. "
-                "The same paredown run command writes it again."
-            )
-        path = file
+        path, outputs = check_kept(run.artifact), run.details.get("outputs")
     predictor = _predictor(path, threads)
     return predictor if task is None else Pipeline(predictor, task, outputs)
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from paredown.core import progress
 from paredown.core.errors import UserError
+from paredown.core.settings import check_arguments, described
 from paredown.core.task import Target, Task
 from paredown.data import splits
 from paredown.graph import lazily, machine
@@ -47,7 +48,8 @@ def apply(
         >>> int((pruned.state_dict()["weight"] == 0).sum())
         4
     """
-    task = splits.prepared(task)
+    check_arguments(task=(task, Task), target=(target, Target | None))
+    steps, task = checked(steps), splits.prepared(task)
     made = capture(model, task.example, task.dynamic)
     found = problems(steps, task, target) or unfit(steps, made, task)
     if found:
@@ -58,6 +60,34 @@ def apply(
         with machine.same_numbers(0):
             made = apply_step(made, step.settle(made, task, setting), task, setting)
     return made
+
+
+def checked(steps: Any) -> list[Step]:
+    """The steps of a recipe that came from Python.
+
+    Raises:
+        UserError: they are no sequence of steps.
+
+    Example:
+        >>> from paredown.steps.quantization.cast import Cast
+        >>> checked(Cast())
+        Traceback (most recent call last):
+            ...
+        paredown.core.errors.UserError: steps: expected a list of steps, got a Cast; write [Cast()].
+    """
+    hint = f"; write [{line(steps)}]" if _is_step(steps) else ""
+    if not isinstance(steps, (list, tuple)):
+        raise UserError(f"steps: expected a list of steps, got {described(steps)}{hint}.")
+    for number, step in enumerate(steps, 1):
+        if not _is_step(step):
+            made = isinstance(step, type) and dataclasses.is_dataclass(step)
+            hint = f"; write {step.__name__}()" if made else ""
+            raise UserError(f"steps, step {number}: expected a step, got {described(step)}{hint}.")
+    return list(steps)
+
+
+def _is_step(value: Any) -> bool:
+    return isinstance(value, Step) and dataclasses.is_dataclass(value)
 
 
 def apply_step(model: Model, step: Step, task: Task, setting: Setting = ALONE) -> Model:
@@ -229,29 +259,4 @@ def _step(table: dict[str, Any]) -> Step:
         )
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in table.items()}
     values = {k: None if v == NONE else v for k, v in values.items()}
-    for field in dataclasses.fields(kind):  # type: ignore[arg-type]
-        if field.name in values:
-            _check_type(field.name, values[field.name], str(field.type))
     return kind(**values)
-
-
-_TYPES = {
-    "float": ((int, float), "a number"),
-    "int": ((int,), "a whole number"),
-    "str": ((str,), "a text"),
-    "bool": ((bool,), "true or false"),
-    "tuple[str, ...]": ((tuple,), "a list of texts"),
-    "None": ((type(None),), '"none"'),
-}
-
-
-def _check_type(name: str, value: Any, annotation: str) -> None:
-    """That a value from TOML is of a type that its setting takes."""
-    allowed = [_TYPES[part] for part in annotation.split(" | ") if part in _TYPES]
-    fits = [
-        isinstance(value, kinds) and (not isinstance(value, bool) or bool in kinds)
-        for kinds, _ in allowed
-    ]
-    if allowed and not any(fits):
-        expected = " or ".join(words for _, words in allowed)
-        raise UserError(f"{name}: expected {expected}, got {value!r}.")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from paredown.core.errors import UserError
 from paredown.core.files import read_parts, sha256
 from paredown.core.results import Artifact
+from paredown.core.settings import check_arguments, require
 from paredown.core.task import Target
 from paredown.targets.runtimes import RUNTIMES, Batches, ready, runtime
 
@@ -44,6 +46,36 @@ def digest(path: Path) -> str:
     return sha256(itertools.chain.from_iterable(map(read_parts, parts(path))))
 
 
+def check_kept(artifact: Artifact) -> Path:
+    """The file of a run's artifact, where it is still the one that the run wrote.
+
+    Raises:
+        UserError: it is gone, cannot be read, or is another one; gives both SHA-256.
+    """
+    file = Path(artifact.path)
+    again = "The same paredown run command writes it again."
+    try:
+        found = digest(file)
+    except OSError as error:
+        what = f"{error.filename or file}: cannot be read: {error.strerror or error}"
+        raise UserError(f"{what}. {again}") from error
+    if found != artifact.sha256:
+        raise UserError(
+            f"{file}: is damaged, or not the file of the run: its SHA-256 is {found}, and "
+            f"run.json records {artifact.sha256}. {again}"
+        )
+    return file
+
+
+def _check_batches(name: str, data: Any) -> None:
+    """Refuse what is not, for each batch, a tensor for each input."""
+    from torch import Tensor
+
+    batches = isinstance(data, (tuple, list)) and all(isinstance(e, (tuple, list)) for e in data)
+    fits = batches and all(isinstance(leaf, Tensor) for each in data for leaf in each)
+    require(name, data, fits, "a list of batches, each a list of one tensor per input")
+
+
 def export(model: Model, target: Target, path: str | Path, data: Batches = ()) -> Artifact:
     """Write the model as a file of the target's runtime; the file is checked against the model.
 
@@ -62,6 +94,10 @@ def export(model: Model, target: Target, path: str | Path, data: Batches = ()) -
         ...     paredown.open(artifact.path)(torch.zeros(3, 4).numpy())[0].shape
         (3, 2)
     """
+    from paredown.graph.model import Model  # PyTorch, which `paredown --help` does not wait for
+
+    check_arguments(model=(model, Model), target=(target, Target), path=(path, str | Path))
+    _check_batches("data", data)
     written = ready(target.runtime).lower(model, path, data)
     size = sum(part.stat().st_size for part in parts(written))
     return Artifact(str(written), target.runtime, digest(written), size, "")

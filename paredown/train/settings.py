@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from paredown.core.settings import check_seed, require
+from paredown.core.settings import check_fields, check_seed, require
 from paredown.graph.holds import own_zeros
 from paredown.train import qat
 
@@ -58,6 +58,7 @@ class Training:
     device: str = "auto"
 
     def __post_init__(self) -> None:
+        check_fields(self)
         require("epochs", self.epochs, 0 < self.epochs < math.inf, "a number above 0")
         require("optimizer", self.optimizer, self.optimizer in _OPTIMIZERS, '"adamw" or "sgd"')
         require("lr", self.lr, 0 < self.lr < math.inf, "a number above 0, such as 5e-4")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from paredown.core.errors import UserError
+from paredown.core.settings import check_arguments
 from paredown.graph.capture import capture
 from paredown.graph.coupling.coupling import analyze
 from paredown.graph.model import Model, kept_since
@@ -55,6 +56,8 @@ def verify(
         >>> verify(model, small).error < 1e-5
         True
     """
+    check_arguments(after=(after, Model), inputs=(inputs, tuple | list | None))
+    check_arguments(before=(before, Model | nn.Module))
     original = before
     if not isinstance(original, Model):
         original = capture(original, tuple(item.example for item in after.inputs))

@@ -19,11 +19,12 @@ import numpy as np
 from paredown.core import progress
 from paredown.core.errors import UserError
 from paredown.core.files import sync_folder
+from paredown.core.settings import check_arguments
 from paredown.ship.pack import blocks, groups
 from paredown.ship.pack.belonging import belonging
 from paredown.ship.pack.blocks import Layout
 from paredown.ship.pack.entropy import Damaged
-from paredown.ship.pack.index import File, Index, Stream, head_bytes, read, write
+from paredown.ship.pack.index import MAGIC, File, Index, Stream, head_bytes, read, write
 from paredown.ship.pack.streams import chunk_layout, gather, streams
 from paredown.targets.artifact import parts
 
@@ -63,8 +64,8 @@ def pack(path: str | Path, out: str | Path | None = None) -> Path:
         out: the container; by default the artifact's name with ``.pare`` behind it.
 
     Raises:
-        UserError: a file that cannot be read or is missing, weights in another folder than the
-            artifact, or a container that cannot be written; none is left.
+        UserError: a folder, a container, a file that cannot be read or is missing, weights in
+            another folder than the artifact, or a container that cannot be written; none is left.
 
     Example:
         >>> import tempfile
@@ -75,8 +76,10 @@ def pack(path: str | Path, out: str | Path | None = None) -> Path:
         ...     (packed.name, packed.stat().st_size < 300, unpack(packed, folder + "/again").name)
         ('model.onnx.pare', True, 'model.onnx')
     """
+    check_arguments(path=(path, str | Path), out=(out, str | Path | None))
     path = Path(path)
     with _told(path, "read"):
+        _check_unpacked(path)
         paths = belonging(path)
         files = [_file(each) for each in paths]
     target = Path(out) if out is not None else path.with_name(path.name + SUFFIX)
@@ -127,6 +130,7 @@ def unpack(path: str | Path, out: str | Path | None = None) -> Path:
         UserError: the container is damaged, cut off or hostile, there is no room, or another file
             of a name inside is there already; nothing is left behind then, nor changed.
     """
+    check_arguments(path=(path, str | Path), out=(out, str | Path | None))
     path = Path(path)
     folder = Path(out) if out is not None else path.parent
     with _told(path, "read"), path.open("rb") as coded:
@@ -160,6 +164,20 @@ def contents(path: str | Path) -> Contents:
 
 
 # --- packing ---------------------------------------------------------------------------------
+
+
+def _check_unpacked(path: Path) -> None:
+    """Refuse a folder, and what is a container by its bytes, whatever its name."""
+    if path.is_dir():
+        own = sorted(path.glob("model.*")) if (path / "run.json").is_file() else []
+        instead = f"a run's folder; pack its artifact, {own[0]}" if own else "a folder"
+        raise UserError(f"{path}: expected the artifact of a runtime, got {instead}.")
+    with path.open("rb") as stream:
+        if stream.read(len(MAGIC)) == MAGIC:
+            raise UserError(
+                f"{path}: is packed already; ship it as it is, or get the artifact back with "
+                "paredown unpack."
+            )
 
 
 def _file(path: Path) -> File:

@@ -10,7 +10,7 @@ from typing import ClassVar
 
 from paredown.core import progress
 from paredown.core.errors import UserError
-from paredown.core.settings import check_choice, check_count, names_of
+from paredown.core.settings import check_choice, check_count, check_fields, names_of
 from paredown.core.task import Task
 from paredown.core.units import human
 from paredown.graph.computed import fold_computed_weights
@@ -113,6 +113,7 @@ class LowRank(Step):
     examples: int = 256
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not (isinstance(self.ratio, (int, float)) and 0 < self.ratio < 1):
             raise UserError(f"ratio: expected a share above 0 and below 1, got {self.ratio!r}.")
         check_choice("amount", self.amount, AMOUNTS)

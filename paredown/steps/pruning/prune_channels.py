@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from paredown.core import progress
 from paredown.core.errors import UserError
-from paredown.core.settings import check_choice, check_count, check_seed, names_of
+from paredown.core.settings import check_choice, check_count, check_fields, check_seed, names_of
 from paredown.core.task import Task
 from paredown.core.units import human
 from paredown.graph.coupling.coupling import Choice, Coupling, analyze
@@ -106,6 +106,7 @@ class PruneChannels(Step):
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_fields(self)
         _check_share("ratio", self.ratio, self.ratio < 1, "above 0 and below 1")
         _check_share("max_ratio", self.max_ratio, self.max_ratio <= 1, "above 0 and at most 1")
         check_choice("amount", self.amount, AMOUNTS)

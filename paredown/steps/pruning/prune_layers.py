@@ -14,7 +14,7 @@ from torch.utils.data import Subset
 
 from paredown.core import progress
 from paredown.core.errors import UserError
-from paredown.core.settings import check_count, names_of
+from paredown.core.settings import check_count, check_fields, names_of
 from paredown.core.task import Task
 from paredown.data import feed, observe, splits
 from paredown.graph.memory import sweep
@@ -233,6 +233,7 @@ class PruneLayers(Step):
     examples: int = 64
 
     def __post_init__(self) -> None:
+        check_fields(self)
         object.__setattr__(self, "exclude", names_of("exclude", self.exclude))
         check_count("examples", self.examples)
         if self.unit not in ("block", "branch"):

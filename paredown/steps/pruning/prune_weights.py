@@ -12,7 +12,7 @@ from torch import Tensor
 
 from paredown.core import progress
 from paredown.core.errors import UserError
-from paredown.core.settings import names_of
+from paredown.core.settings import check_fields, names_of
 from paredown.core.task import Task
 from paredown.graph.computed import fold_computed_weights
 from paredown.graph.holds import own_zeros
@@ -148,6 +148,7 @@ class PruneWeights(Step):
     exclude: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        check_fields(self)
         object.__setattr__(self, "exclude", names_of("exclude", self.exclude))
         if not 0 < self.sparsity < 1:
             raise UserError(f"sparsity: expected above 0 and below 1, got {self.sparsity!r}.")

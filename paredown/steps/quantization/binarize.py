@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from paredown.core import progress
 from paredown.core.errors import UserError
-from paredown.core.settings import names_of
+from paredown.core.settings import check_fields, names_of
 from paredown.core.task import Task
 from paredown.graph.computed import fold_computed_weights
 from paredown.graph.edit import keep_meta
@@ -80,6 +80,7 @@ class Binarize(Step):
     exclude: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.form not in WEIGHT_FORMS or not WEIGHT_FORMS[self.form].follows:
             raise UserError(f'form: expected "binary" or "ternary", got {self.form!r}.')
         object.__setattr__(self, "exclude", names_of("exclude", self.exclude))

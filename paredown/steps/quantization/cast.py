@@ -12,6 +12,7 @@ from torch import Tensor, fx
 
 from paredown.core import progress
 from paredown.core.errors import UserError
+from paredown.core.settings import check_fields
 from paredown.core.task import Task
 from paredown.data import observe
 from paredown.graph.model import Model
@@ -68,6 +69,7 @@ class Cast(Step):
     dtype: str = "fp16"
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.dtype not in DTYPES:
             raise UserError(f'dtype: expected "fp16" or "bf16", got {self.dtype!r}.')
 

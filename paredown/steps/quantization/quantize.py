@@ -14,7 +14,7 @@ import torch
 
 from paredown.core.errors import UserError
 from paredown.core.progress import say
-from paredown.core.settings import names_of
+from paredown.core.settings import check_fields, names_of
 from paredown.core.task import Task
 from paredown.core.units import parse_drop
 from paredown.data.observe import channels_last, observe
@@ -145,6 +145,7 @@ class Quantize(Step):
     max_drop: float | str | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.scheme not in SCHEMES:
             known = " or ".join(f'"{name}"' for name in SCHEMES)
             raise UserError(f"quantize: scheme {self.scheme!r} is not known; it can be {known}.")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from paredown.core import progress
-from paredown.core.settings import names_of, require
+from paredown.core.settings import check_fields, names_of, require
 from paredown.core.task import Task
 from paredown.graph.computed import fold_computed_weights
 from paredown.graph.holds.shared import refuse_shared
@@ -86,6 +86,7 @@ class QuantizeWeights(Step):
     examples: int = 512
 
     def __post_init__(self) -> None:
+        check_fields(self)
         require("bits", self.bits, self.bits in GROUPS, "4 or 8")
         power = self.group is not None and self.group >= 16 and self.group.bit_count() == 1
         fits = self.group is None or self.group == 0 or power

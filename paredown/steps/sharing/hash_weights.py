@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from paredown.core import progress
 from paredown.core.errors import UserError
-from paredown.core.settings import check_seed, names_of
+from paredown.core.settings import check_fields, check_seed, names_of
 from paredown.core.task import Task
 from paredown.graph.computed import fold_computed_weights
 from paredown.graph.holds.shared import hold
@@ -68,6 +68,7 @@ class HashWeights(Step):
     exclude: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not 0 < self.ratio < 1:
             raise UserError(f"ratio: expected above 0 and below 1, got {self.ratio!r}.")
         check_seed("seed", self.seed)

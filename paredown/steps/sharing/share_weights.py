@@ -11,7 +11,7 @@ from torch import Tensor
 
 from paredown.core import progress
 from paredown.core.errors import UserError
-from paredown.core.settings import check_count, names_of
+from paredown.core.settings import check_count, check_fields, names_of
 from paredown.core.task import Task
 from paredown.data import observe
 from paredown.graph.computed import fold_computed_weights
@@ -85,6 +85,7 @@ class ShareWeights(Step):
     exclude: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for name, value, least in (("k", self.k, 2), ("channels", self.channels, 1)):
             check_count(name, value, least)
         check_count("block", self.block, 1)

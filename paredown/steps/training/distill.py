@@ -10,6 +10,7 @@ from torch import nn
 
 from paredown.core.errors import UserError
 from paredown.core.files import sha256
+from paredown.core.settings import check_arguments
 from paredown.core.task import Task
 from paredown.data import feed, splits
 from paredown.graph import store
@@ -127,6 +128,8 @@ class Distill(Step):
         if isinstance(self.student, Path):
             object.__setattr__(self, "student", str(self.student))
         self.scale()
+        kinds = str | nn.Module | Model | None
+        check_arguments(student=(self.student, kinds), cache=(self.cache, bool))
         self.teaching()
         self.training()
         needs = {"train", "loss"} if self.alpha > 0 else {"train"}

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from paredown.core.errors import UserError
+from paredown.core.processes import ended
 from paredown.targets.devices import forks, probe
 from paredown.targets.devices.device import TIMEOUT_S, Device
 
@@ -183,12 +184,7 @@ class Probe:
             self._child.wait(5)
         code, said = self._child.returncode, self._last_words()
         self._kill()
-        if code is None:
-            how = "gave no answer"
-        elif code < 0:
-            how = f"crashed ({signal.Signals(-code).name})"
-        else:
-            how = f"ended with exit code {code}"
+        how = ended(code)
         return f"{how}: {said}" if said else how
 
     def _last_words(self) -> str:

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from paredown.core import progress
 from paredown.core.errors import UserError
+from paredown.core.settings import check_fields
 from paredown.core.task import Task
 from paredown.data import feed, splits
 from paredown.graph import machine, store, structure
@@ -65,6 +66,7 @@ class Teaching:
     match: str = "depth"
 
     def __post_init__(self) -> None:
+        check_fields(self)
         _one_of("loss", self.loss, (AUTO, *OUTPUTS))
         for name in self.internal:
             _one_of("internal", name, INTERNAL)
