@@ -152,21 +152,14 @@ def tried(
         item: the recipe that the attempt is part of.
         number: of the trial, from 1 up.
     """
-    key = stage_key(
-        {
-            "after": best.stage,
-            "steps": recipe.to_toml(attempt.steps),
-            "files": recipe.contents(attempt.steps, state.task),
-            "seed": state.seed,
-        }
-    )
+    key = stage_key({"attempt": _key(state, best.stage, attempt.steps)})
     record = state.ledger.done(key)
     measured = kept(state.ledger, record["measured"]) if record and record["measured"] else None
     if measured is not None and not _enough(state, best, measured):
         measured = None
     if record is None or (record["measured"] and measured is None):
         progress.say(f"  {attempt.title} ({', '.join(recipe.line(s) for s in attempt.steps)})")
-        record, measured = _made(state, attempt, best, key)
+        record, measured = _made(state, attempt, best)
         state.ledger.finish(key, record)
     trial = Trial(
         steps=[recipe.line(step) for step in recipe.from_toml(record["recipe"])],
@@ -186,6 +179,18 @@ def tried(
     if measured is None:
         return trial, None
     return _judged(state, trial, best, number, record, measured)
+
+
+def _key(state: State, after: str, steps: Sequence[Step]) -> str:
+    """What comes of these steps after a stage, "" of the original."""
+    return stage_key(
+        {
+            "after": after,
+            "steps": recipe.to_toml(steps),
+            "files": recipe.contents(steps, state.task),
+            "seed": state.seed,
+        }
+    )
 
 
 def _judged(
@@ -218,20 +223,16 @@ def _judged(
 
 
 def _made(
-    state: State, attempt: Attempt, best: Point, key: str
+    state: State, attempt: Attempt, best: Point
 ) -> tuple[dict[str, Any], dict[str, Measured] | None]:
     """The attempt's stage and record, and its file measured beside those it is compared with."""
     began = time.monotonic()
     try:
         model = best.model(state)
         _check_space(state.ledger, model)
-        stage, settled, found = _apply(state, attempt.steps, model, key)
+        stage, settled, found = _apply(state, attempt.steps, best.stage, model)
         file = _lowered(state.ledger, stage, state.target, state.task)
-        files = {"original": state.original_file, "candidate": file}
-        if best.stage:  # else the best so far is the original
-            files["best"] = best.file
-        timely = _questions(state, best)
-        measured = measure(files, state.original, state.task, state.target, questions=timely)
+        measured, sha256 = _measured(state, best, file)
     except UserError as error:
         if isinstance(error.__cause__, OSError):  # the disk's fault, not the step's
             raise
@@ -239,8 +240,26 @@ def _made(
         failed |= {"recipe": recipe.to_toml(attempt.steps), "problem": str(error)}
         return failed | {"seconds": time.monotonic() - began}, None
     record: dict[str, Any] = {"stage": stage, "suffix": MODEL, "problem": "", "findings": found}
-    record |= {"recipe": settled, "measured": keep(state.ledger, measured)}
+    record |= {"recipe": settled, "measured": sha256}
     return record | {"seconds": time.monotonic() - began}, measured
+
+
+def _measured(state: State, best: Point, file: Path) -> tuple[dict[str, Measured], str]:
+    """A file measured beside the original and the best so far, and the stage of what was measured;
+    once, by whichever steps it came."""
+    files = {"original": state.original_file, "candidate": file}
+    if best.stage:  # else the best so far is the original
+        files["best"] = best.file
+    key = stage_key({"measured": {name: each.name for name, each in files.items()}})
+    record = state.ledger.done(key)
+    measured = kept(state.ledger, record["stage"]) if record else None
+    if record is not None and measured is not None and _enough(state, best, measured):
+        return measured, str(record["stage"])
+    timely = _questions(state, best)
+    measured = measure(files, state.original, state.task, state.target, questions=timely)
+    sha256 = keep(state.ledger, measured)
+    state.ledger.finish(key, {"stage": sha256, "suffix": MEASURED})
+    return measured, sha256
 
 
 def _questions(state: State, best: Point) -> list[Question]:
@@ -278,17 +297,20 @@ def _pays_packed(best: Path, candidate: Path, decision: Decision) -> Decision:
 
 
 def _apply(
-    state: State, steps: Sequence[Step], start: Model, key: str
+    state: State, steps: Sequence[Step], stage: str, start: Model
 ) -> tuple[str, str, list[dict[str, Any]]]:
-    """The stage after the attempt's steps, each finished one being a stage of its own; the steps
-    as settled, in TOML; and what they found out.
+    """The stage after the attempt's steps, each finished one being a stage of its own that other
+    attempts which begin alike take too; the steps as settled, in TOML; and what they found out.
 
     Every step begins from the stored form, so that an interrupted run takes the same way.
+
+    Args:
+        stage: of ``start``, from which the first step begins.
     """
-    stage, settled = "", []
+    settled: list[str] = []
     noted: list[dict[str, Any]] = []
-    for count, step in enumerate(steps, 1):
-        partial = stage_key({"partial": key, "steps": recipe.to_toml(steps[:count])})
+    for step in steps:
+        partial = _key(state, stage, [step])
         record = state.ledger.done(partial)
         scratch = state.ledger.folder / "scratch" / partial
         if record is None:
