@@ -693,6 +693,8 @@ def test_what_the_data_cannot_prove_is_said_and_with_proof_missed(user, paredown
     run = load("r")
     assert code == 5 and not run.met and run.outcome == "not proven"
     assert run.verdict.startswith("Goals not proven.") and run.artifact.size_bytes < 25_000
+    assert "but it is not proven for score, as --proof asks, so what else there is" in out
+    assert "All that was planned was tried for it." in run.verdict
     code, _, _ = paredown_cli(*command[:-4], "--size", "1B", "--proof", "--out", "s")
     assert code == 3
 

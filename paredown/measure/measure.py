@@ -147,6 +147,7 @@ def compare(original: Measured, candidate: Measured, max_drop: float | None) -> 
         unit = None if in_points else ""
         found = stats.non_inferior(before, after, max_drop, name="score", unit=unit)
         verdict, claim = found.sentence, found.status
+    median = speedups.median_interval(candidate.rounds)
     return Comparison(
         difference.estimate,
         difference.low,
@@ -154,6 +155,8 @@ def compare(original: Measured, candidate: Measured, max_drop: float | None) -> 
         speedup.estimate,
         speedup.low,
         speedup.high,
+        median.low,
+        median.high,
         verdict,
         speedups.speedup_sentence(speedup),
         claim,

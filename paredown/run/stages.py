@@ -7,12 +7,13 @@ import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from paredown.core import progress
 from paredown.core.errors import UserError
-from paredown.core.goals import Goals
+from paredown.core.goals import GoalCheck, Goals
 from paredown.core.measurement import Measurement
 from paredown.core.results import Trial
 from paredown.core.task import Target, Task
@@ -28,7 +29,7 @@ from paredown.measure.measure import Measured, compare, measure
 from paredown.run.baseline import of_original
 from paredown.run.kept import MEASURED, keep, kept
 from paredown.run.ledger import MODEL, Ledger, stage_key
-from paredown.run.reach import unreachable
+from paredown.run.reach import steering, students, unreachable
 from paredown.search import decide
 from paredown.search.decide import Decision, Standing
 from paredown.search.proposal import Attempt, Proposal
@@ -53,11 +54,32 @@ class State:
     baseline: Measurement
     seed: int
     asked: bool  # for a recipe of the user's own
+    beyond: frozenset[str] = frozenset()  # goals that nothing can meet here
+
+    @property
+    def steering(self) -> Goals:
+        """The goals by which is decided what is tried and kept."""
+        return steering(self.goals, self.beyond)
 
     def done(self, standing: Standing) -> bool:
         """Whether there is nothing left to do: an amount was asked for, and every goal is met."""
-        missed = self.goals.missed(standing.measurement, standing.beside, standing.compared)
-        return decide.asks(self.goals) and not missed
+        return decide.asks(self.steering) and all(each.met for each in self._checks(standing))
+
+    def unproven(self, standing: Standing) -> str:
+        """That every goal is met as measured, and which lack the proof that was asked for; "" where
+        that is not so."""
+        checks = self._checks(standing)
+        lacking = [check.title for check in checks if not check.met]
+        if not lacking or not all(check.within for check in checks):
+            return ""
+        return (
+            f"Every goal is met as measured, but it is not proven for {' and '.join(lacking)}, as "
+            "--proof asks, so what else there is gets tried."
+        )
+
+    def _checks(self, standing: Standing) -> list[GoalCheck]:
+        measured = standing.measurement, standing.beside
+        return self.steering.check(*measured, compared=standing.compared)
 
     @property
     def start(self) -> Standing:
@@ -87,7 +109,7 @@ def begun(
     goals: Goals,
     target: Target,
     seed: int,
-    asked: bool,
+    steps: Sequence[Step] | None,
 ) -> State:
     progress.say("Baseline: export the original and measure it")
     stage = ledger.put(encode(model), MODEL)
@@ -104,9 +126,12 @@ def begun(
     progress.say(f"  {_takes(record['seconds'], target.rounds)}")
     for note in [*model.notes, *filter(None, [own_zeros.told(own_zeros.found(model))])]:
         progress.say(f"  note: {note}")
-    for sentence in unreachable(goals, target, measurement.size_bytes, record["graph_bytes"]):
+    sizes = measurement.size_bytes, record["graph_bytes"]
+    beyond = unreachable(goals, target, *sizes, partial(students, model, task, steps or ()))
+    for sentence in beyond.values():
         progress.say(f"  out of reach: {sentence}")
-    return State(ledger, task, goals, target, model, file, measurement, seed, asked)
+    given = ledger, task, goals, target, model, file, measurement, seed, steps is not None
+    return State(*given, frozenset(beyond))
 
 
 def _takes(baseline_s: float, rounds: int) -> str:
@@ -204,7 +229,7 @@ def _judged(
     """What the goals say of what was measured."""
     original, candidate = measured["original"], measured["candidate"]
     compared = compare(original, candidate, state.goals.allowed_drop(original.measurement))
-    found = decide.decide(state.goals, measured)
+    found = decide.decide(state.steering, measured)
     file = _lowered(state.ledger, record["stage"], state.target, state.task)
     fell = decide.too_far(state.goals, original.measurement, candidate.measurement)
     if state.asked and not (found.stands or fell):
@@ -263,7 +288,7 @@ def _measured(state: State, best: Point, file: Path) -> tuple[dict[str, Measured
 
 
 def _questions(state: State, best: Point) -> list[Question]:
-    return questions(state.goals, state.baseline, "best" if best.stage else "original")
+    return questions(state.steering, state.baseline, "best" if best.stage else "original")
 
 
 def _enough(state: State, best: Point, measured: dict[str, Measured]) -> bool:
@@ -310,9 +335,9 @@ def _apply(
     settled: list[str] = []
     noted: list[dict[str, Any]] = []
     for step in steps:
-        partial = _key(state, stage, [step])
-        record = state.ledger.done(partial)
-        scratch = state.ledger.folder / "scratch" / partial
+        key = _key(state, stage, [step])
+        record = state.ledger.done(key)
+        scratch = state.ledger.folder / "scratch" / key
         if record is None:
             model = _stored(state.ledger, stage) if stage else start
             found: list[dict[str, Any]] = []
@@ -322,7 +347,7 @@ def _apply(
             made = _apply_step(state, model, step, setting)
             record = {"stage": state.ledger.put(encode(made), MODEL), "suffix": MODEL}
             record |= {"recipe": recipe.to_toml([step]), "findings": found}
-            state.ledger.finish(partial, record)
+            state.ledger.finish(key, record)
         shutil.rmtree(scratch, ignore_errors=True)
         stage = record["stage"]
         settled.append(record["recipe"])
