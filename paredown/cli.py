@@ -150,6 +150,7 @@ def baseline(
     runtime: Runtime = "onnxruntime",
     device: Device = "local",
     threads: Threads = 1,
+    rounds: Rounds = 10,
     as_json: Json = False,
 ) -> None:
     """Measure the model as it is: the exported file, in a process of its own."""
@@ -157,7 +158,8 @@ def baseline(
 
     with working(as_json):
         model, task = _captured(file)
-        measurement, _ = preflight.baseline(model, task, Target(runtime, device, threads))
+        target = Target(runtime, device, threads, rounds)
+        measurement, _ = preflight.baseline(model, task, target)
     if as_json:
         print_json(dataclasses.asdict(measurement))
     else:
@@ -224,17 +226,19 @@ def plan_verb(
     runtime: Runtime = "onnxruntime",
     device: Device = "local",
     threads: Threads = 1,
+    rounds: Rounds = 10,
     recipe_file: RecipeFile = None,
     as_json: Json = False,
 ) -> None:
     """Say which recipes would be tried for these goals, in which order and why."""
     from paredown.run import preflight
+    from paredown.run.reach import steering
     from paredown.search.plan import as_asked, plan
     from paredown.search.words import plan_rows, print_plan
     from paredown.steps import recipe
 
     goals = Goals(max_drop, size, latency, memory, throughput, energy)
-    target = Target(runtime, device, threads)
+    target = Target(runtime, device, threads, rounds)
     steps = recipe.load(recipe_file) if recipe_file else None
     with working(as_json):
         model, task = _captured(file)
@@ -242,13 +246,14 @@ def plan_verb(
         lacking = recipe.problems(asked, task, target) or recipe.unfit(asked, model, task)
         if lacking:
             raise UserError("\n".join(lacking))
-        measurement, unreachable = preflight.baseline(model, task, target, goals)
+        measurement, beyond = preflight.baseline(model, task, target, goals, asked)
     given = [as_asked(steps)] if steps else None
+    goals, told = steering(goals, beyond), list(beyond.values())
     proposals = given or plan(model, task, goals, measurement, target=target)
     if as_json:
-        print_json(plan_rows(proposals, measurement, unreachable))
+        print_json(plan_rows(proposals, measurement, told))
     else:
-        print_plan(proposals, unreachable)
+        print_plan(proposals, told)
 
 
 @app.command()

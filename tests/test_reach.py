@@ -2,6 +2,7 @@
 """What is told before any work: goals out of reach; what is measured once; what memory means."""
 
 import dataclasses
+import inspect
 import json
 import subprocess
 import sys
@@ -14,14 +15,15 @@ import torch
 from torch import nn
 
 import paredown
+from paredown import cli
 from paredown.core import cache
 from paredown.core.goals import Goals
-from paredown.core.measurement import Measurement
+from paredown.core.measurement import Comparison, Measurement
 from paredown.core.task import Target
 from paredown.measure import memory
-from paredown.measure.measure import Measured
+from paredown.measure.measure import Measured, compare
 from paredown.report.table import comparison
-from paredown.run import baseline, preflight, stages
+from paredown.run import baseline, preflight, reach, stages
 from paredown.run.reach import unreachable
 from paredown.run.stages import Point, State
 from paredown.search import decide
@@ -109,18 +111,64 @@ def test_the_share_grows_with_the_model_and_not_with_the_runtime(tmp_path, monke
 )
 def test_goals_that_nothing_can_meet_are_told(monkeypatch, goals, words):
     monkeypatch.setattr(memory, "_floors", {})
-    found = " ".join(unreachable(goals, Target(), 50_000, 12_000))
+    found = " ".join(unreachable(goals, Target(), 50_000, 12_000).values())
     assert all(each in found for each in words) and bool(found) == bool(words)
 
 
 def test_energy_without_a_meter_is_told(monkeypatch):
     floor = memory.Floor(1000, 100, False)
     monkeypatch.setattr(memory, "_floors", {("onnxruntime", "local", 1): floor})
-    [sentence] = unreachable(Goals(energy="5mJ"), Target(), 50_000, 100)
+    [sentence] = unreachable(Goals(energy="5mJ"), Target(), 50_000, 100).values()
     assert "no meter can be read here" in sentence
     read = memory.Floor(1000, 100, True)
     monkeypatch.setattr(memory, "_floors", {("onnxruntime", "local", 1): read})
-    assert unreachable(Goals(energy="5mJ"), Target(), 50_000, 100) == []
+    assert unreachable(Goals(energy="5mJ"), Target(), 50_000, 100) == {}
+
+
+def test_a_size_is_in_reach_of_a_student_that_is_named(user, here):
+    model, task = load_user(Path(user()))
+    captured = paredown.capture(model, task.example)
+    pool = nn.Sequential(nn.AvgPool2d(4), nn.Flatten(), nn.Linear(4, 4))
+    whole, graph = reach.exported_bytes(captured, Target())
+    own = reach.exported_bytes(paredown.capture(pool, task.example), Target())[1]
+    assert own < graph
+    for size, missed in ((graph, False), (own, True)):
+        goals = Goals(size=f"{size}B")
+        assert preflight.check(model, task, Target(), goals=goals).problems
+        named = dataclasses.replace(task, student=pool)
+        assert bool(preflight.check(model, named, Target(), goals=goals).problems) is missed
+        steps = [paredown.Distill(student=pool)]
+        assert bool(preflight.check(model, task, Target(), steps, goals).problems) is missed
+
+
+def test_a_goal_out_of_reach_steers_nothing():
+    """A candidate that is smaller, and takes the hopeless goal further away, is kept and done."""
+    goals = Goals(size="0.5x", memory="1MB")
+    state = State(
+        None, None, goals, Target(), None, Path(), BESIDE, 0, False, frozenset({"memory"})
+    )
+    heavier = dataclasses.replace(MEASURED, memory_bytes=90_000_000, memory_model_bytes=30_000_000)
+    measured = {
+        name: Measured(each, torch.ones(4, dtype=torch.float64), [np.ones(3)] * 4, None)
+        for name, each in (("original", BESIDE), ("candidate", heavier))
+    }
+    assert not decide.decide(state.goals, measured).kept
+    assert decide.decide(state.steering, measured).kept
+    standing = Standing(heavier, BESIDE)
+    assert state.done(standing) and state.goals.missed(heavier, BESIDE)
+    assert decide.rank(state.steering, standing, BESIDE)[0] == 0
+
+
+def test_every_verb_that_measures_has_the_same_options():
+    given = [
+        dict(inspect.signature(verb.callback).parameters) for verb in cli.app.registered_commands
+    ]
+    options = ("device", "threads", "rounds")
+    measures = [each for each in given if "device" in each]
+    assert len(measures) == 3
+    for option in options:
+        kinds = {str(each[option]) for each in measures}
+        assert len(kinds) == 1
 
 
 def test_check_plan_and_run_say_it_before_any_work(user, paredown_cli):
@@ -189,6 +237,25 @@ def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv(cache.VARIABLE, str(tmp_path / "file"))
     assert cache.kept("kind", {}, lambda: {"value": 1}, dict) == {"value": 1}
+
+
+def test_an_absolute_latency_is_proven_by_its_own_interval():
+    before = Measurement(1, latency_ms_p50=4.0, throughput_per_s=250.0)
+    after = dataclasses.replace(before, latency_ms_p50=1.9, throughput_per_s=1000 / 1.9)
+    unsure = Comparison(speedup=2.1, speedup_low=1.9, speedup_high=2.3, latency_ms_high=2.1)
+    for goal in ({"latency": "2ms"}, {"throughput": "500/s"}):
+        for strict in (False, True):
+            [check] = Goals(**goal, proof=strict).check(after, before, compared=unsure)
+            assert check.proven is False and check.within and check.met is not strict
+            end = "2.1 ms" if "latency" in goal else "476 /s"
+            assert f"not proven with this data: its 95 % interval ends at {end}" in check.sentence
+        sure = dataclasses.replace(unsure, latency_ms_high=1.99)
+        [check] = Goals(**goal, proof=True).check(after, before, compared=sure)
+        assert check.proven and check.met
+    scores = torch.ones(8, dtype=torch.float64)
+    rounds = [np.array([1.8, 1.9, 2.0]) + 0.02 * n for n in range(6)]
+    found = compare(*(Measured(before, scores, rounds, None) for _ in range(2)), None)
+    assert found.latency_ms_low < 1.95 < found.latency_ms_high
 
 
 # --- what is asked of the speed --------------------------------------------------------------

@@ -24,10 +24,13 @@ from paredown.core.goals import GoalCheck, Goals
 from paredown.core.measurement import Comparison, Measurement
 from paredown.core.results import Artifact, Run, Trial
 from paredown.core.task import Task
+from paredown.measure import speedups
+from paredown.measure.stats import Interval
 from paredown.report import charts
 from paredown.report import page as pages
 from paredown.report.page import render, report
 from paredown.report.sections import Section, sections
+from paredown.report.table import comparison
 from paredown.run.details import _classes
 from paredown.run.outcome import verdict
 
@@ -579,6 +582,33 @@ def test_what_did_not_change_and_what_was_not_measured() -> None:
     page = words(render(dataclasses.replace(run, on_device=sides)))
     assert "1× the same" not in page and "the same" in page
     assert "Energy per inference" not in page
+
+
+def test_a_change_of_speed_is_worded_alike_everywhere() -> None:
+    run = met_run()
+    a, b = run.on_device["original"], run.on_device["compressed"]
+    fast, slower = dataclasses.replace(a, throughput_per_s=100.0), 1.01
+    b = dataclasses.replace(
+        b,
+        **{f"latency_ms_p{q}": slower * getattr(fast, f"latency_ms_p{q}") for q in (50, 90, 99)},
+        throughput_per_s=100 / slower,
+    )
+    sides = {"original": fast, "compressed": b}
+    for interval, said in (((0.97, 1.01), "no measurable speed-up"), ((0.985, 0.995), "1.01")):
+        sentence = speedups.speedup_sentence(Interval(*interval, 1 / slower))
+        both = Comparison(
+            speedup=1 / slower,
+            speedup_low=interval[0],
+            speedup_high=interval[1],
+            speed=sentence,
+        )
+        told = dataclasses.replace(run, on_device=sides, comparison=both)
+        rows = {row["name"]: row["change"] for row in comparison(told)}
+        assert sentence.startswith(said)
+        for name in ("Latency, median", "Latency, 90th percentile", "Throughput"):
+            assert rows[name].startswith(said), rows
+        page = words(render(told))
+        assert ("1.01× slower" in page) is (said == "1.01")
 
 
 def test_a_score_says_what_it_is() -> None:

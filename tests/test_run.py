@@ -608,6 +608,33 @@ def test_other_goals_are_asked_of_what_is_finished(user, paredown_cli, monkeypat
     assert code == 3 and "This run is finished" in out and load("r") == first
 
 
+def test_what_attempts_have_in_common_is_made_and_measured_once(user, paredown_cli, monkeypatch):
+    Path("int8.toml").write_text(INT8)
+    Path("mixed.toml").write_text(f"{INT8}max_drop = 0.9\n")  # leaves nothing in float
+    Path("trained.toml").write_text(TRAINED_INT8)
+    command = ("run", user(), "--size", "0.1x", "--out", "r", "--recipe")
+    paredown_cli(*command, "int8.toml")
+    made, measured = [], []
+    apply, measure = stages_of_runs._apply_step, stages_of_runs.measure
+
+    def applied(state, model, step, setting):
+        made.append(type(step).__name__)
+        return apply(state, model, step, setting)
+
+    def counted(files, *given, **named):
+        measured.append(files)
+        return measure(files, *given, **named)
+
+    monkeypatch.setattr(stages_of_runs, "_apply_step", applied)
+    monkeypatch.setattr(stages_of_runs, "measure", counted)
+    paredown_cli(*command, "trained.toml")
+    assert made == ["FineTune"]
+    made.clear()
+    measured.clear()
+    paredown_cli(*command, "mixed.toml")
+    assert made == ["Quantize"] and measured == []
+
+
 def test_of_all_that_was_measured_the_nearest_is_the_artifact(monkeypatch):
     first = Measurement(100_000, 0.9, latency_ms_p50=4.0)
     came = {  # bytes, ms, kept; each recipe is two of them
@@ -667,6 +694,8 @@ def test_what_the_data_cannot_prove_is_said_and_with_proof_missed(user, paredown
     run = load("r")
     assert code == 5 and not run.met and run.outcome == "not proven"
     assert run.verdict.startswith("Goals not proven.") and run.artifact.size_bytes < 25_000
+    assert "but it is not proven for score, as --proof asks, so what else there is" in out
+    assert "All that was planned was tried for it." in run.verdict
 
 
 USELESS = (

@@ -88,7 +88,10 @@ class Goals:
                 rows.append(_check_limit(goal, limit, measurement, beside, drifted))
         if compared is None:
             return rows
-        return [_proved(row, getattr(self, row.goal), compared, self.proof) for row in rows]
+        return [
+            _proved(row, _proof(row, getattr(self, row.goal), compared, measurement), self.proof)
+            for row in rows
+        ]
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,11 @@ class GoalCheck:
     quantity: str = ""
 
     @property
+    def title(self) -> str:
+        """What the goal speaks of, in a word."""
+        return "score" if self.goal == "max_drop" else self.goal
+
+    @property
     def within(self) -> bool:
         """Whether what was measured meets the goal, proven or not."""
         return self.met or self.unproven
@@ -131,18 +139,32 @@ def _holds(goal: str, value: float, bound: float) -> bool:
     return value >= bound if goal == "throughput" else value <= bound
 
 
-def _proved(row: GoalCheck, limit: Any, compared: Comparison, strict: bool) -> GoalCheck:
-    """The goal with whether it is proven, which a strict one must be to be met."""
-    proven = None
+def _proof(
+    row: GoalCheck, limit: Any, compared: Comparison, measurement: Measurement
+) -> tuple[bool | None, str]:
+    """Whether the interval of what was measured lies within the bound, and where it ends if not;
+    None where there is no interval."""
     if row.goal == "max_drop" and compared.score_claim:
-        proven = compared.score_claim == "proven"
-    elif row.goal in ("latency", "throughput") and limit.relative and compared.speedup_low:
+        return compared.score_claim == "proven", ""
+    if row.goal not in ("latency", "throughput"):
+        return None, ""
+    if limit.relative:
         wanted = limit.value if row.goal == "throughput" else 1 / limit.value
-        proven = compared.speedup_low >= wanted
-    row = replace(row, proven=proven)
+        return (compared.speedup_low >= wanted if compared.speedup_low else None), ""
+    slowest, median = compared.latency_ms_high, measurement.latency_ms_p50
+    if not slowest or not median or row.value is None:
+        return None, ""
+    # batches a second go by the same times
+    end = row.value * median / slowest if row.goal == "throughput" else slowest
+    return _holds(row.goal, end, row.bound), f": its 95 % interval ends at {human(row.goal, end)}"
+
+
+def _proved(row: GoalCheck, found: tuple[bool | None, str], strict: bool) -> GoalCheck:
+    """The goal with whether it is proven, which a strict one must be to be met."""
+    row = replace(row, proven=found[0])
     if not row.unproven:
         return row
-    text = f"{row.sentence} This is not proven with this data."
+    text = f"{row.sentence} This is not proven with this data{found[1]}."
     return replace(row, met=row.met and not strict, sentence=text)
 
 

@@ -82,6 +82,8 @@ class Comparison:
     speedup: float | None = None  # median latency of the original over the candidate's
     speedup_low: float | None = None
     speedup_high: float | None = None
+    latency_ms_low: float | None = None  # the candidate's median by itself
+    latency_ms_high: float | None = None
     verdict: str = ""  # the claim about the score, one sentence
     speed: str = ""  # the claim about the latency, one sentence
     score_claim: str = ""  # "proven", "refuted", "not provable", or "" where no drop was bounded

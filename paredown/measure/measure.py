@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,11 +93,7 @@ def measure(
     timings = timing.interleaved(
         files, target, batches, target.rounds, timeout_s=timeout_s, questions=questions
     )
-    in_points = all(
-        bool(((scores >= 0) & (scores <= 1)).all())
-        for each in scorings.values()
-        for scores in each.scores
-    )
+    in_points = _in_points(scorings.values())
     return {
         name: _measured(
             Measurement(
@@ -114,6 +111,12 @@ def measure(
         )
         for name, file in files.items()
     }
+
+
+def _in_points(scorings: Iterable[Scoring]) -> bool:
+    """Whether every score is a share, so that a change of it is one of points."""
+    scores = itertools.chain.from_iterable(each.scores for each in scorings)
+    return all(bool(((each >= 0) & (each <= 1)).all()) for each in scores)
 
 
 def _checked(
@@ -166,6 +169,7 @@ def compare(original: Measured, candidate: Measured, max_drop: float | None) -> 
         unit = None if in_points else ""
         found = stats.non_inferior(before, after, max_drop, name="score", unit=unit)
         verdict, claim = found.sentence, found.status
+    median = speedups.median_interval(candidate.rounds)
     return Comparison(
         difference.estimate,
         difference.low,
@@ -173,6 +177,8 @@ def compare(original: Measured, candidate: Measured, max_drop: float | None) -> 
         speedup.estimate,
         speedup.low,
         speedup.high,
+        median.low,
+        median.high,
         verdict,
         speedups.speedup_sentence(speedup),
         claim,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from paredown.core.speed import away_from_one, speed_change
 from paredown.measure.stats import CHUNK, RESAMPLES, Floats, Interval, checked_scores, tail
 
 # Binomial: the largest of n samples exceeds the true p99 with probability 1 - 0.99**n, and 459 is
@@ -63,8 +64,6 @@ def median_ratio(
     >>> f"{interval.estimate:.2f}, above 1: {interval.low > 1}"
     '2.05, above 1: True'
     """
-    from scipy.stats import t
-
     before = _rounds(original_rounds, "original_rounds")
     after = _rounds(candidate_rounds, "candidate_rounds")
     rounds = len(before)
@@ -73,11 +72,40 @@ def median_ratio(
             "original_rounds, candidate_rounds: expected equally many rounds, at least 2, "
             f"got {rounds} and {len(after)}; measure the two in turn, several times"
         )
+    return _resampled(
+        lambda weights: _medians(before, weights) / _medians(after, weights), rounds, confidence
+    )
+
+
+def median_interval(rounds: Sequence[ArrayLike], confidence: float = 0.95) -> Interval:
+    """The median latency of rounds by itself, with its interval, as `median_ratio` finds it.
+
+    Raises ValueError for fewer than two rounds, an empty one, or latencies that are not positive.
+
+    >>> interval = median_interval([[4.0, 4.2], [4.1, 4.0], [4.2, 4.1]])
+    >>> interval.low < interval.estimate < interval.high, round(interval.estimate, 2)
+    (True, 4.1)
+    """
+    samples = _rounds(rounds, "rounds")
+    if len(samples) < 2:
+        raise ValueError(f"rounds: expected at least 2, got {len(samples)}")
+    return _resampled(lambda weights: _medians(samples, weights), len(samples), confidence)
+
+
+def _resampled(
+    statistic: Callable[[NDArray[np.int64]], Floats], rounds: int, confidence: float = 0.95
+) -> Interval:
+    """Student's interval for the logarithm of a statistic, by resampling whole rounds.
+
+    Args:
+        statistic: how often each round is taken, (rows, rounds) -> (rows,).
+    """
+    from scipy.stats import t
+
     rng = np.random.default_rng(0)
     weights = rng.multinomial(rounds, np.full(rounds, 1 / rounds), RESAMPLES)  # (RESAMPLES, rounds)
-    once = np.ones((1, rounds), dtype=np.int64)
-    center = float(np.log(_medians(before, once) / _medians(after, once))[0])
-    logs = np.log(_medians(before, weights) / _medians(after, weights))  # (RESAMPLES,)
+    center = float(np.log(statistic(np.ones((1, rounds), dtype=np.int64)))[0])
+    logs = np.log(statistic(weights))  # (RESAMPLES,)
     # rounds / (rounds - 1): resampling from few rounds understates the variance by that factor
     error = float(logs.std()) * math.sqrt(rounds / (rounds - 1))
     reach = error * float(t.isf(tail(confidence), rounds - 1))
@@ -95,17 +123,12 @@ def speedup_sentence(interval: Interval) -> str:
     >>> speedup_sentence(Interval(0.8, 0.87, 0.83))
     '1.20x slower (95 % interval 1.15 to 1.25)'
     """
-    low, high, estimate, word = interval.low, interval.high, interval.estimate, "faster"
-    if low <= 1 <= high:
-        return f"no measurable speed-up ({low:.2f}x to {high:.2f}x)"
-    if high < 1:
-        low, high, estimate, word = 1 / high, 1 / low, 1 / estimate, "slower"
-    # enough decimals that an interval which excludes 1 is not printed as 1.00
-    digits = next((d for d in range(2, 6) if round(low, d) > 1), 6)
-    return (
-        f"{estimate:.{digits}f}x {word} "
-        f"({100 * interval.confidence:g} % interval {low:.{digits}f} to {high:.{digits}f})"
-    )
+    found = interval.estimate, interval.low, interval.high
+    said = " ".join(speed_change(*found))
+    if interval.low <= 1 <= interval.high:
+        return f"{said} ({interval.low:.2f}x to {interval.high:.2f}x)"
+    _, low, high = away_from_one(*found)
+    return f"{said} ({100 * interval.confidence:g} % interval {low} to {high})"
 
 
 def _medians(rounds: list[Floats], weights: NDArray[np.int64]) -> Floats:

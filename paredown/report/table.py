@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from paredown.core.goals import GoalCheck
-from paredown.core.measurement import Measurement
+from paredown.core.measurement import Comparison, Measurement
 from paredown.core.results import Run
-from paredown.report.words import change, quantity, ratio, score, times
+from paredown.core.speed import speed_change
+from paredown.report.words import WORDS, change, quantity, ratio, score, times
+
+MEDIANS = ("Latency, median", "Throughput")  # one is the other's inverse
 
 
 def comparison(run: Run) -> list[dict[str, Any]]:
@@ -52,13 +56,10 @@ def comparison(run: Run) -> list[dict[str, Any]]:
 def _row(
     run: Run, name: str, goal: str, values: list[float | None], check: GoalCheck | None
 ) -> dict[str, Any]:
-    number, word, tone = ratio(goal, values[0], values[1])
-    interval = ""
-    both = run.comparison
-    if name == "Latency, median" and number and both and both.speedup:
-        number, word, tone = ratio(goal, both.speedup, 1.0)
-        if both.speedup_low and both.speedup_high:
-            interval = f"{times(both.speedup_low)} to {times(both.speedup_high)} as fast"
+    number, word, tone = changed(run.comparison, goal, values, name in MEDIANS)
+    interval, both = "", run.comparison
+    if name == "Latency, median" and number and both and both.speedup_low and both.speedup_high:
+        interval = f"{times(both.speedup_low)} to {times(both.speedup_high)} as fast"
     return {
         "name": name,
         "figures": [quantity(value, goal) for value in values],
@@ -69,6 +70,36 @@ def _row(
         "goal": bound(run, check) if check and check.value is not None else "",
         "met": met(check),
     }
+
+
+def changed(
+    both: Comparison | None, goal: str, values: Sequence[float | None], median: bool = True
+) -> tuple[str, str, str]:
+    """How many times better or worse, as `ratio` says it; of a speed as its verdict does, so that
+    nothing is slower here that is not measurably so there.
+
+    Args:
+        median: whether these are of the median latency, which the comparison speaks of.
+    """
+    before, after = values
+    number, word, tone = ratio(goal, before, after)
+    if goal not in ("latency", "throughput") or both is None or not both.speedup or not number:
+        return number, word, tone
+    low, high = both.speedup_low, both.speedup_high
+    if low is None or high is None:
+        return (
+            ratio(goal, both.speedup, 1.0) if median and goal == "latency" else (number, word, tone)
+        )
+    if not median:
+        assert before is not None and after is not None
+        even = low <= 1 <= high and low <= before / after <= high
+        return (*speed_change(1.0, low, high), "") if even else (number, word, tone)
+    number, word = speed_change(both.speedup, low, high)
+    if low <= 1 <= high:
+        return number, word, ""
+    better, worse = WORDS[goal]
+    faster = word == "faster"
+    return number.replace("x", "×"), better if faster else worse, "better" if faster else "worse"
 
 
 def met(check: GoalCheck | None) -> str:

@@ -90,7 +90,7 @@ def compress(
         if run is None:
             students.write(folder)
             steps, task = students.named(steps, task, folder)
-            state = begun(ledger, captured, task, goals, target, seed, steps is not None)
+            state = begun(ledger, captured, task, goals, target, seed, steps)
             asked = identity | question | {"finished": key}
             text = _run(state, steps, asked, command).to_json()
             run = Run.from_json(text)  # as a later call finds it
@@ -124,7 +124,7 @@ def _proposals(state: State, steps: Sequence[Step] | None) -> list[Proposal]:
     if steps is not None:
         return [plan.as_asked(steps)]
     proposals = plan.plan(
-        state.original, state.task, state.goals, state.baseline, state.seed, state.target
+        state.original, state.task, state.steering, state.baseline, state.seed, state.target
     )
     progress.say("Plan")
     for number, item in enumerate(proposals, 1):
@@ -141,7 +141,7 @@ def _search(state: State, proposals: list[Proposal]) -> tuple[list[Trial], Point
     Where no amount is asked for, the first proposal that pays is enough.
     """
     start = Point("", state.original_file, (), state.start)
-    bounded = decide.asks(state.goals)
+    bounded = decide.asks(state.steering)
     trials: list[Trial] = []
     points = [start]
     for item in proposals:
@@ -151,7 +151,7 @@ def _search(state: State, proposals: list[Proposal]) -> tuple[list[Trial], Point
             return trials, best
         if state.done(best.standing):
             break
-    ranked = [(decide.rank(state.goals, each.standing, state.baseline), each) for each in points]
+    ranked = [(decide.rank(state.steering, each.standing, state.baseline), each) for each in points]
     return trials, max(reversed(ranked), key=lambda each: each[0])[1]
 
 
@@ -177,6 +177,8 @@ def _try_attempts(
         undone, told = () if trial.kept else attempt.steps, False
         mark = "kept" if trial.kept else "undone"
         progress.say(f"  {attempt.title}: {mark}: {trial.decision}")
+        if trial.kept and state.unproven(best.standing):
+            progress.say(f"  {state.unproven(best.standing)}")
     return best
 
 
@@ -223,7 +225,9 @@ def _run(state: State, steps: Sequence[Step] | None, asked: dict[str, Any], comm
         comparison=compared,
         checks=checks,
         met=all(check.met for check in checks),
-        verdict=verdict(checks, bool(best.steps), bool(trials), compared, useless),
+        verdict=verdict(
+            checks, bool(best.steps), bool(trials), compared, useless, _went_on(state, trials, best)
+        ),
         details={
             "model_sha256": asked["model"],
             "batch_size": asked["batch_size"],
@@ -232,6 +236,11 @@ def _run(state: State, steps: Sequence[Step] | None, asked: dict[str, Any], comm
             **_details(state, trials, best, measured),
         },
     )
+
+
+def _went_on(state: State, trials: Sequence[Trial], best: Point) -> bool:
+    """Whether the search went through all there was, for the want of a proof alone."""
+    return bool(trials) and bool(state.unproven(best.standing))
 
 
 def _details(

@@ -24,6 +24,7 @@ def verdict(
     tried: bool,
     compared: Comparison | None = None,
     useless: str = "",
+    went_on: bool = False,
 ) -> str:
     """The outcome in a few sentences; every goal that is missed or not proven is named, and a drift
     of the machine, and a file that is of no use.
@@ -32,6 +33,7 @@ def verdict(
         changed: whether any step is in the artifact.
         tried: whether any step was tried.
         compared: the artifact beside the original.
+        went_on: whether all that was planned was tried for the want of a proof alone.
     """
     drifted = "".join(f" {check.drifted}" for check in checks if check.drifted)
     kept = "The best file is kept." if changed else "No step paid; the original is kept."
@@ -41,7 +43,9 @@ def verdict(
     if any(not check.within for check in missed):
         return f"Goals missed. {told}{drifted} {kept}{useless}"
     if missed:
-        return f"Goals not proven. {told}{_open(missed, compared)}{drifted} {kept}{useless}"
+        searched = " All that was planned was tried for it." if went_on else ""
+        reason = f"{_open(missed, compared)}{searched}{drifted}"
+        return f"Goals not proven. {told}{reason} {kept}{useless}"
     if not tried:
         return f"The original meets every goal already; nothing was changed.{useless}"
     if not checks:
@@ -49,7 +53,7 @@ def verdict(
     unproven = [check for check in checks if check.unproven]
     found = "Every goal is met by the exported file"
     if unproven:
-        goals = " and ".join("score" if c.goal == "max_drop" else c.goal for c in unproven)
+        goals = " and ".join(check.title for check in unproven)
         found += f" as it was measured, but this data cannot prove it for {goals}"
     rest = _open(unproven, compared) + drifted + ("" if changed else f" {kept}")
     return f"{found}.{rest}{useless}"
@@ -62,7 +66,7 @@ def _open(unproven: Sequence[GoalCheck], compared: Comparison | None) -> str:
     found = []
     for check in unproven:
         said = compared.verdict if check.goal == "max_drop" else compared.speed
-        found.append(f" {check.goal.replace('max_drop', 'score').capitalize()}: {said}.")
+        found.append(f" {check.title.capitalize()}: {said}.")
     return "".join(found)
 
 

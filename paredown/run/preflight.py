@@ -32,11 +32,10 @@ from paredown.graph.model import Model
 from paredown.graph.sites import sites
 from paredown.measure import inputs
 from paredown.run.baseline import of_original
-from paredown.run.reach import unreachable
+from paredown.run.reach import exported_bytes, students, unreachable
 from paredown.steps import recipe
 from paredown.steps.step import Step
 from paredown.steps.training.distill import Distill
-from paredown.targets.artifact import size_bytes
 from paredown.targets.devices import device
 from paredown.targets.runtimes import RUNTIMES, ready
 from paredown.train.objective import task_loss
@@ -116,7 +115,7 @@ def _check(
     parameters = sum(p.numel() for p in model.parameters())
     layers = len({site.weight for site in sites(model.graph)})
     found.facts.insert(0, f"captured: {parameters:,} parameters, {layers} layers with weights")
-    exported = found.tried("export", lambda: _export(model, target, goals))
+    exported = found.tried("export", lambda: _export(model, task, target, steps, goals))
     if exported is not None:
         size, missed = exported
         found.facts.append(f"exported to {target.runtime}, {size}; the file agrees with the model")
@@ -274,20 +273,24 @@ def _beyond(name: str, kind: str, survey: Survey, error: Exception) -> str:
     return f"{name}: with its least and largest {kind}s ({told}): {reason}."
 
 
-def _export(model: Model, target: Target, goals: Goals) -> tuple[str, list[str]]:
+def _export(
+    model: Model, task: Task, target: Target, steps: Sequence[Step], goals: Goals
+) -> tuple[str, list[str]]:
     """The size of the exported model, and the goals that cannot be met."""
-    chosen = ready(target.runtime)
-    with tempfile.TemporaryDirectory() as folder:
-        path: Path = chosen.lower(model, Path(folder) / f"model{chosen.SUFFIX}")
-        whole = size_bytes(path)
-        graph = max(0, whole - sum(chosen.census(path).bytes_by_dtype.values()))
-        return human("size", whole), unreachable(goals, target, whole, graph)
+    whole, graph = exported_bytes(model, target)
+    found = unreachable(goals, target, whole, graph, partial(students, model, task, steps))
+    return human("size", whole), list(found.values())
 
 
 def baseline(
-    model: Model, task: Task, target: Target, goals: Goals | None = None
-) -> tuple[Measurement, list[str]]:
-    """The exported original, measured alone on validation, and the goals that cannot be met."""
+    model: Model,
+    task: Task,
+    target: Target,
+    goals: Goals | None = None,
+    steps: Sequence[Step] = (),
+) -> tuple[Measurement, dict[str, str]]:
+    """The exported original, measured alone on validation, and the goals that cannot be met, as
+    `unreachable` tells them."""
     chosen = ready(target.runtime)
     with tempfile.TemporaryDirectory() as folder:
 
@@ -297,4 +300,5 @@ def baseline(
 
         found = of_original(model, task, target, exported)
     sizes = found.measurement.size_bytes, found.graph_bytes
-    return found.measurement, unreachable(goals or Goals(), target, *sizes)
+    named = partial(students, model, task, steps)
+    return found.measurement, unreachable(goals or Goals(), target, *sizes, named)

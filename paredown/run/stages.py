@@ -7,12 +7,13 @@ import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from paredown.core import progress
 from paredown.core.errors import UserError
-from paredown.core.goals import Goals
+from paredown.core.goals import GoalCheck, Goals
 from paredown.core.measurement import Measurement
 from paredown.core.results import Trial
 from paredown.core.task import Target, Task
@@ -28,7 +29,7 @@ from paredown.measure.measure import Measured, compare, measure
 from paredown.run.baseline import of_original
 from paredown.run.kept import MEASURED, keep, kept
 from paredown.run.ledger import MODEL, Ledger, stage_key
-from paredown.run.reach import unreachable
+from paredown.run.reach import steering, students, unreachable
 from paredown.search import decide
 from paredown.search.decide import Decision, Standing
 from paredown.search.proposal import Attempt, Proposal
@@ -53,11 +54,32 @@ class State:
     baseline: Measurement
     seed: int
     asked: bool  # for a recipe of the user's own
+    beyond: frozenset[str] = frozenset()  # goals that nothing can meet here
+
+    @property
+    def steering(self) -> Goals:
+        """The goals by which is decided what is tried and kept."""
+        return steering(self.goals, self.beyond)
 
     def done(self, standing: Standing) -> bool:
         """Whether there is nothing left to do: an amount was asked for, and every goal is met."""
-        missed = self.goals.missed(standing.measurement, standing.beside, standing.compared)
-        return decide.asks(self.goals) and not missed
+        return decide.asks(self.steering) and all(each.met for each in self._checks(standing))
+
+    def unproven(self, standing: Standing) -> str:
+        """That every goal is met as measured, and which lack the proof that was asked for; "" where
+        that is not so."""
+        checks = self._checks(standing)
+        lacking = [check.title for check in checks if not check.met]
+        if not lacking or not all(check.within for check in checks):
+            return ""
+        return (
+            f"Every goal is met as measured, but it is not proven for {' and '.join(lacking)}, as "
+            "--proof asks, so what else there is gets tried."
+        )
+
+    def _checks(self, standing: Standing) -> list[GoalCheck]:
+        measured = standing.measurement, standing.beside
+        return self.steering.check(*measured, compared=standing.compared)
 
     @property
     def start(self) -> Standing:
@@ -87,7 +109,7 @@ def begun(
     goals: Goals,
     target: Target,
     seed: int,
-    asked: bool,
+    steps: Sequence[Step] | None,
 ) -> State:
     progress.say("Baseline: export the original and measure it")
     stage = ledger.put(encoded(model), MODEL)
@@ -104,9 +126,12 @@ def begun(
     progress.say(f"  {_takes(record['seconds'], target.rounds)}")
     for note in [*model.notes, *filter(None, [own_zeros.told(own_zeros.found(model))])]:
         progress.say(f"  note: {note}")
-    for sentence in unreachable(goals, target, measurement.size_bytes, record["graph_bytes"]):
+    sizes = measurement.size_bytes, record["graph_bytes"]
+    beyond = unreachable(goals, target, *sizes, partial(students, model, task, steps or ()))
+    for sentence in beyond.values():
         progress.say(f"  out of reach: {sentence}")
-    return State(ledger, task, goals, target, model, file, measurement, seed, asked)
+    given = ledger, task, goals, target, model, file, measurement, seed, steps is not None
+    return State(*given, frozenset(beyond))
 
 
 def _takes(baseline_s: float, rounds: int) -> str:
@@ -152,21 +177,14 @@ def tried(
         item: the recipe that the attempt is part of.
         number: of the trial, from 1 up.
     """
-    key = stage_key(
-        {
-            "after": best.stage,
-            "steps": recipe.to_toml(attempt.steps),
-            "files": recipe.contents(attempt.steps, state.task),
-            "seed": state.seed,
-        }
-    )
+    key = stage_key({"attempt": _key(state, best.stage, attempt.steps)})
     record = state.ledger.done(key)
     measured = kept(state.ledger, record["measured"]) if record and record["measured"] else None
     if measured is not None and not _enough(state, best, measured):
         measured = None
     if record is None or (record["measured"] and measured is None):
         progress.say(f"  {attempt.title} ({', '.join(recipe.line(s) for s in attempt.steps)})")
-        record, measured = _made(state, attempt, best, key)
+        record, measured = _made(state, attempt, best)
         state.ledger.finish(key, record)
     trial = Trial(
         steps=[recipe.line(step) for step in recipe.from_toml(record["recipe"])],
@@ -188,6 +206,18 @@ def tried(
     return _judged(state, trial, best, number, record, measured)
 
 
+def _key(state: State, after: str, steps: Sequence[Step]) -> str:
+    """What comes of these steps after a stage, "" of the original."""
+    return stage_key(
+        {
+            "after": after,
+            "steps": recipe.to_toml(steps),
+            "files": recipe.contents(steps, state.task),
+            "seed": state.seed,
+        }
+    )
+
+
 def _judged(
     state: State,
     trial: Trial,
@@ -199,7 +229,7 @@ def _judged(
     """What the goals say of what was measured."""
     original, candidate = measured["original"], measured["candidate"]
     compared = compare(original, candidate, state.goals.allowed_drop(original.measurement))
-    found = decide.decide(state.goals, measured)
+    found = decide.decide(state.steering, measured)
     file = _lowered(state.ledger, record["stage"], state.target, state.task)
     fell = decide.too_far(state.goals, original.measurement, candidate.measurement)
     if state.asked and not (found.stands or fell):
@@ -218,20 +248,16 @@ def _judged(
 
 
 def _made(
-    state: State, attempt: Attempt, best: Point, key: str
+    state: State, attempt: Attempt, best: Point
 ) -> tuple[dict[str, Any], dict[str, Measured] | None]:
     """The attempt's stage and record, and its file measured beside those it is compared with."""
     began = time.monotonic()
     try:
         model = best.model(state)
         _check_space(state.ledger, model)
-        stage, settled, found = _apply(state, attempt.steps, model, key)
+        stage, settled, found = _apply(state, attempt.steps, best.stage, model)
         file = _lowered(state.ledger, stage, state.target, state.task)
-        files = {"original": state.original_file, "candidate": file}
-        if best.stage:  # else the best so far is the original
-            files["best"] = best.file
-        timely = _questions(state, best)
-        measured = measure(files, state.original, state.task, state.target, questions=timely)
+        measured, sha256 = _measured(state, best, file)
     except UserError as error:
         if isinstance(error.__cause__, OSError):  # the disk's fault, not the step's
             raise
@@ -239,12 +265,30 @@ def _made(
         failed |= {"recipe": recipe.to_toml(attempt.steps), "problem": str(error)}
         return failed | {"seconds": time.monotonic() - began}, None
     record: dict[str, Any] = {"stage": stage, "suffix": MODEL, "problem": "", "findings": found}
-    record |= {"recipe": settled, "measured": keep(state.ledger, measured)}
+    record |= {"recipe": settled, "measured": sha256}
     return record | {"seconds": time.monotonic() - began}, measured
 
 
+def _measured(state: State, best: Point, file: Path) -> tuple[dict[str, Measured], str]:
+    """A file measured beside the original and the best so far, and the stage of what was measured;
+    once, by whichever steps it came."""
+    files = {"original": state.original_file, "candidate": file}
+    if best.stage:  # else the best so far is the original
+        files["best"] = best.file
+    key = stage_key({"measured": {name: each.name for name, each in files.items()}})
+    record = state.ledger.done(key)
+    measured = kept(state.ledger, record["stage"]) if record else None
+    if record is not None and measured is not None and _enough(state, best, measured):
+        return measured, str(record["stage"])
+    timely = _questions(state, best)
+    measured = measure(files, state.original, state.task, state.target, questions=timely)
+    sha256 = keep(state.ledger, measured)
+    state.ledger.finish(key, {"stage": sha256, "suffix": MEASURED})
+    return measured, sha256
+
+
 def _questions(state: State, best: Point) -> list[Question]:
-    return questions(state.goals, state.baseline, "best" if best.stage else "original")
+    return questions(state.steering, state.baseline, "best" if best.stage else "original")
 
 
 def _enough(state: State, best: Point, measured: dict[str, Measured]) -> bool:
@@ -278,19 +322,22 @@ def _pays_packed(best: Path, candidate: Path, decision: Decision) -> Decision:
 
 
 def _apply(
-    state: State, steps: Sequence[Step], start: Model, key: str
+    state: State, steps: Sequence[Step], stage: str, start: Model
 ) -> tuple[str, str, list[dict[str, Any]]]:
-    """The stage after the attempt's steps, each finished one being a stage of its own; the steps
-    as settled, in TOML; and what they found out.
+    """The stage after the attempt's steps, each finished one being a stage of its own that other
+    attempts which begin alike take too; the steps as settled, in TOML; and what they found out.
 
     Every step begins from the stored form, so that an interrupted run takes the same way.
+
+    Args:
+        stage: of ``start``, from which the first step begins.
     """
-    stage, settled = "", []
+    settled: list[str] = []
     noted: list[dict[str, Any]] = []
-    for count, step in enumerate(steps, 1):
-        partial = stage_key({"partial": key, "steps": recipe.to_toml(steps[:count])})
-        record = state.ledger.done(partial)
-        scratch = state.ledger.folder / "scratch" / partial
+    for step in steps:
+        key = _key(state, stage, [step])
+        record = state.ledger.done(key)
+        scratch = state.ledger.folder / "scratch" / key
         if record is None:
             model = _stored(state.ledger, stage) if stage else start
             found: list[dict[str, Any]] = []
@@ -300,7 +347,7 @@ def _apply(
             made = _apply_step(state, model, step, setting)
             record = {"stage": state.ledger.put(encoded(made), MODEL), "suffix": MODEL}
             record |= {"recipe": recipe.to_toml([step]), "findings": found}
-            state.ledger.finish(partial, record)
+            state.ledger.finish(key, record)
         shutil.rmtree(scratch, ignore_errors=True)
         stage = record["stage"]
         settled.append(record["recipe"])

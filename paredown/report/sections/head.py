@@ -7,8 +7,8 @@ from typing import Any
 from paredown.core.goals import GoalCheck
 from paredown.core.measurement import Measurement
 from paredown.core.results import Run
-from paredown.report.table import bound, met, score_difference
-from paredown.report.words import change, quantity, ratio, score
+from paredown.report.table import bound, changed, met, score_difference
+from paredown.report.words import change, quantity, score
 
 GOAL_NAMES = {"max_drop": "Score", "throughput": "Throughput", "latency": "Latency"}
 
@@ -66,9 +66,7 @@ def _ratio_card(
 ) -> dict[str, str]:
     asked = "memory_model" if goal == "memory" and b.quantity("memory_model") else goal
     before, after = a.quantity(asked), b.quantity(asked)
-    figure, word, tone = ratio(goal, before, after)
-    if run and run.comparison and run.comparison.speedup and figure:
-        figure, word, tone = ratio(goal, run.comparison.speedup, 1.0)
+    figure, word, tone = changed(run.comparison if run else None, goal, (before, after))
     nbsp = "\u00a0"
     under = " → ".join(quantity(value, goal).replace(" ", nbsp) for value in (before, after))
     if asked == "memory_model":
