@@ -26,7 +26,7 @@ from torch.utils.data import Dataset, TensorDataset
 import paredown
 from paredown.targets.devices.probe import peak_bytes
 
-ROUNDS, QUICK_ROUNDS = 5, 2
+ROUNDS, QUICK_ROUNDS = 5, 1
 EXAMPLES, HELD_OUT, SETTLING = 64, 32, 64  # for calibration and validation each; images
 ALLOWED = "0.1%"  # of the outputs' energy may be noise in mixed precision
 

@@ -2,9 +2,8 @@
 
 Each layer alone is rounded, and what that costs is measured on the validation data: in the task's
 own score and, where that does not move, in the outputs. The layers that cost most for the bytes
-that they save are given back to float first (Wang 1811.08886 and Dong 1911.03852 search the same
-space). How many of them is found by quantizing candidates anew and scoring them, few of them, as
-the sum of what the layers cost alone tells where to look.
+that they save are given back to float first; how many of them is found by halving, each candidate
+being quantized anew and scored (Wang 1811.08886 and Dong 1911.03852 search the same space).
 """
 
 from __future__ import annotations
@@ -22,7 +21,6 @@ from paredown.core.task import Task
 from paredown.core.units import parse_drop
 from paredown.data.evaluate import scored
 from paredown.data.feed import Batch, examples
-from paredown.data.observe import enough
 from paredown.graph import structure
 from paredown.graph.model import Model
 from paredown.graph.quantized.quantizers import quantized_weights, quantizers, weight_forms
@@ -31,9 +29,7 @@ from paredown.graph.sites import sites
 from paredown.graph.state import tensor_of
 from paredown.steps.step import forget
 
-ONE_SIDED = 3  # guesses that were all too short, or all too long, before what is left is halved
-FEWEST = 32  # examples, at least, on which layers are told apart, more of a small network:
-# see `enough`; candidates are scored on the whole split
+EXAMPLES = 256  # on which layers are told apart; candidates are scored on the whole split
 
 
 @dataclass(frozen=True)
@@ -62,60 +58,25 @@ class Tried:
 
 
 def least_floats(
-    order: Sequence[str],
-    score: Callable[[Sequence[str]], float],
-    least: float,
-    costs: Sequence[float] = (),
-    whole: float = 1.0,
+    order: Sequence[str], score: Callable[[Sequence[str]], float], least: float
 ) -> list[str] | None:
-    """The shortest start of ``order`` whose score is at least ``least``; None where not even all of
-    it does.
-
-    Found by halving what is left to search, or sooner by `between`.
-
-    Args:
-        costs: what each layer of ``order``, and those that never are in float, cost alone.
-        whole: the score with all in float.
+    """The shortest start of ``order`` whose score is at least ``least``, by halving; None where not
+    even all of it does, which is looked at only where nothing shorter did.
 
     Example:
         >>> least_floats(["a", "b", "c"], lambda kept: len(kept) / 3, 0.5)
         ['a', 'b']
     """
-    left = [sum(costs[n:]) for n in range(len(order) + 1)] + [0.0]
-    low, high, once = (0, score([])), (len(order) + 1, whole), 0
-    if low[1] >= least:
+    if score([]) >= least:
         return []
-    while high[0] - low[0] > 1:
-        at = (low[0] + high[0]) // 2
-        if left[0] > 0 and abs(once) < ONE_SIDED:
-            at = between(left, low, high, least)
-        found = at, score(order[:at])
-        if found[1] >= least:
-            high, once = found, max(once, 0) + 1
+    below, enough = 0, len(order) + 1
+    while enough - below > 1:
+        middle = (below + enough) // 2
+        if score(order[:middle]) >= least:
+            enough = middle
         else:
-            low, once = found, min(once, 0) - 1
-    return list(order[: high[0]]) if high[0] <= len(order) else None
-
-
-def between(
-    left: Sequence[float], low: tuple[int, float], high: tuple[int, float], least: float
-) -> int:
-    """How many layers in float probably do, between a length whose score is too low and one whose
-    score is enough: as if the score fell by what the others cost alone, but for a factor.
-
-    Args:
-        left: what the layers cost together that are not in float, by how many are.
-        low, high: the lengths, each with its score.
-
-    Example:
-        >>> between([8.0, 4.0, 2.0, 1.0, 0.0], (0, 0.84), (4, 1.0), 0.95)
-        2
-    """
-    span = max(left[low[0]] - left[high[0]], 1e-30)
-    lengths = range(low[0] + 1, high[0])
-    gains = ((left[low[0]] - left[n]) / span * (high[1] - low[1]) for n in lengths)
-    enough = (n for n, gain in zip(lengths, gains, strict=True) if low[1] + gain >= least)
-    return next(enough, high[0] - 1)
+            below = middle
+    return list(order[:enough]) if enough <= len(order) else None
 
 
 def choose(
@@ -151,7 +112,7 @@ def choose(
         say(f"    {len(floats)} of {len(order)} layers in float: score {tried[-1].score:.4g}")
         return tried[-1].score
 
-    chosen = least_floats(order[:-1], score, original - allowed, _costs(ranked), original)
+    chosen = least_floats(order[:-1], score, original - allowed)
     if chosen is None:
         raise UserError(
             f"quantize: max_drop={max_drop!r}: with all layers but {order[-1]!r} in float the "
@@ -173,12 +134,6 @@ def choose(
     return chosen
 
 
-def _costs(ranked: Sequence[Sensitivity]) -> list[float]:
-    """What each costs in the score or, where that does not move, in the outputs."""
-    drops = [max(0.0, each.drop) for each in ranked]
-    return drops if any(drops) else [each.noise for each in ranked]
-
-
 def _cost_per_byte(each: Sensitivity) -> tuple[float, float]:
     saved = max(1, each.saved_bytes)
     return max(0.0, each.drop) / saved, each.noise / saved
@@ -190,7 +145,7 @@ def sensitivities(quantized: Model, task: Task) -> list[Sensitivity]:
     layers = _quantizers_of(quantized)
     lost, errors = dict.fromkeys(layers, 0.0), dict.fromkeys(layers, 0.0)
     power, seen = 0.0, 0
-    found = list(examples(quantized, task, "validation", max(FEWEST, enough(quantized))))
+    found = list(examples(quantized, task, "validation", EXAMPLES))
     for batch in track(found, "sensitivity of layers"):
         exact, each = runner.alone(batch.inputs, layers)
         exact = batch.cut(exact)
