@@ -102,18 +102,21 @@ def _in_pairs(values: Tensor) -> Tensor:
 
 def _reaching(largest: Tensor, integers: Tensor) -> tuple[Tensor, ...]:
     """The part, output and pair of what can leave 16 bits where codes (G, J, 2) are the largest."""
-    # the two of each pair by name: a sum over so short a dimension takes four times as long
-    one, other = (integers[..., n].int() * largest[:, None, :, n].int() for n in (0, 1))
-    top = one.clamp(min=0) + other.clamp(min=0)  # (G, R, J)
-    bottom = one.clamp(max=0) + other.clamp(max=0)
-    return ((top > MOST) | (bottom < LEAST)).nonzero(as_tuple=True)
+    found = []
+    for rows in integers.split(max(1, CHUNK // max(1, largest.numel())), 1):
+        # the two of each pair by name: a sum over so short a dimension takes four times as long
+        one, other = (rows[..., n].int() * largest[:, None, :, n].int() for n in (0, 1))
+        top = one.clamp(min=0) + other.clamp(min=0)  # (G, R, J)
+        bottom = one.clamp(max=0) + other.clamp(max=0)
+        found.append((top > MOST) | (bottom < LEAST))
+    return torch.cat(found, 1).nonzero(as_tuple=True)
 
 
 @dataclass(frozen=True)
 class Layer:
     """A layer that multiplies bytes by weights of 8 bits, and could leave 16 bits.
 
-    ``integers`` (G, R, places, C) are its weights, ``scales`` (G * R,) theirs.
+    ``integers`` (G, R, places, C), int8, are its weights, ``scales`` (G * R,) theirs.
     """
 
     site: Site
@@ -171,28 +174,26 @@ class Layer:
 
     def could(self) -> bool:
         """Whether any input at all makes a pair leave 16 bits."""
-        codes = torch.full_like(self.integers[:, :1], LEVELS)
+        codes = torch.full_like(self.integers[:, :1], LEVELS, dtype=torch.int16)
         return any(self._reaches(codes, order) for order in (ACROSS, WITHIN))
 
 
-def layers(graph: fx.GraphModule) -> list[Layer]:
+def layers(graph: fx.GraphModule) -> Iterator[Layer]:
     """The layers of a quantized graph of which some input could make a pair leave 16 bits."""
     return _could(graph, INTEGER_KINDS)
 
 
-def unseen(graph: fx.GraphModule) -> list[Layer]:
+def unseen(graph: fx.GraphModule) -> Iterator[Layer]:
     """The same of recurrent layers, whose kernels round a state that only they see."""
     return _could(graph, ("recurrent",))
 
 
-def _could(graph: fx.GraphModule, kinds: Collection[str]) -> list[Layer]:
-    found = []
+def _could(graph: fx.GraphModule, kinds: Collection[str]) -> Iterator[Layer]:
     for site in sites(graph):
         if site.kind in kinds and site.input.target in (PER_TENSOR, DYNAMIC):
             made = _layer(graph, site)
             if made is not None and made.could():
-                found.append(made)
-    return found
+                yield made
 
 
 def _layer(graph: fx.GraphModule, site: Site) -> Layer | None:
@@ -208,7 +209,7 @@ def _layer(graph: fx.GraphModule, site: Site) -> Layer | None:
             return None
     else:
         each = made.integers[:, None]  # (R, 1, K)
-    return Layer(site, each.short().unflatten(0, (groups, -1)), made.scales[:, 0], made.weight)
+    return Layer(site, each.unflatten(0, (groups, -1)), made.scales[:, 0], made.weight)
 
 
 def _names(quantizer: fx.Node) -> str:

@@ -34,7 +34,8 @@ def channel_scales(weight: Tensor, axis: int, high: int = 127) -> Tensor:
         tensor([0.0100, 0.0200])
     """
     others = [dim for dim in range(weight.dim()) if dim != axis]
-    return (weight.abs().amax(others) / high).clamp(min=SMALLEST_SCALE)
+    largest = torch.maximum(weight.amax(others), -weight.amin(others))
+    return (largest / high).clamp(min=SMALLEST_SCALE)
 
 
 def closest_scales(weight: Tensor, axis: int, low: int, high: int) -> Tensor:

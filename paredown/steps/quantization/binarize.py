@@ -188,7 +188,7 @@ def _insert(model: Model, chosen: list[Site], quantizer: Any) -> None:
     for site in chosen:
         source = next(n for n in site.node.all_input_nodes if n.target == site.weight)
         if site.weight not in made:
-            with graph.inserting_after(source):
+            with graph.inserting_before(site.node):  # one rounded weight in memory at a time
                 made[site.weight] = graph.call_function(quantizer, (source, site.axis))
             keep_meta(made[site.weight], source)
         site.node.replace_input_with(source, made[site.weight])

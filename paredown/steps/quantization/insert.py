@@ -76,7 +76,8 @@ def insert_tables(model: Model, bits: int, skip: Collection[str]) -> None:
 def _insert_weights(model: Model, layers: Sequence[Site], bits: Mapping[str, int]) -> None:
     made: dict[str, fx.Node] = {}
     low = quantized_weights(model.graph)  # of fewer bits already
-    for site in layers:
+    place = {node: number for number, node in enumerate(model.graph.graph.nodes)}
+    for site in sorted(layers, key=lambda site: place[site.node]):
         if site.weight in low:
             continue
         source = next(a for a in site.node.all_input_nodes if a.target == site.weight)
@@ -88,12 +89,13 @@ def _insert_weights(model: Model, layers: Sequence[Site], bits: Mapping[str, int
 
 
 def _quantize_weight(graph: fx.GraphModule, site: Site, source: fx.Node, form: Form) -> fx.Node:
+    """The quantizer stands right before what reads it, so that one rounded weight is in memory at a
+    time."""
     weight = tensor_of(graph, site.weight).detach().float()
     name = f"{site.weight}_scale"
     set_buffer(graph, name, _weight_scales(weight, site.axis, form))
-    with graph.graph.inserting_after(source):
+    with graph.graph.inserting_before(site.node):
         held = graph.graph.get_attr(name)
-    with graph.graph.inserting_after(held):
         made = graph.graph.call_function(form.op, (source, held, site.axis, form.low, form.high))
     keep_meta(made, source)
     return made

@@ -5,7 +5,7 @@ See `paredown.graph.quantized.saturation` for what these kernels add, and in whi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, fx
@@ -46,7 +46,7 @@ def saturating(model: Model, task: Task) -> list[str]:
     return hidden + [name for name in possible if name in watch.found]
 
 
-def _weights(found: Sequence[Layer]) -> list[str]:
+def _weights(found: Iterable[Layer]) -> list[str]:
     return list(dict.fromkeys(layer.site.weight for layer in found))
 
 
@@ -135,7 +135,9 @@ def instruction_sets(model: Model, task: Task, name: str) -> str | None:
             f"sums of two products leave 16 bits in {_count(found)}: {_names(found)}. x86 with "
             'VNNI and ARM are exact. Quantize(saturation="safe") makes all the same.'
         )
-    where = "on the calibration data " if layers(model.graph) else "whatever comes "
+    where = (
+        "on the calibration data " if any(True for _ in layers(model.graph)) else "whatever comes "
+    )
     return (
         "Results are the same on x86 with AVX2, AVX-512 and VNNI and on ARM: "
         f"{where}no sum of two products leaves 16 bits."
