@@ -82,6 +82,11 @@ class Model:
         fixed = [item.example for item in self.inputs if 0 not in item.dynamic]
         return len(fixed[0]) if fixed and fixed[0].dim() else None
 
+    @property
+    def size_bytes(self) -> int:
+        """Of its parameters and buffers."""
+        return sum(tensor.nbytes for tensor in self.state_dict().values())
+
     def copy(self) -> Model:
         """A copy, whose tensors take memory once they change: nothing done to it reaches this
         model."""

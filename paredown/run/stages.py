@@ -15,6 +15,7 @@ from paredown.core import progress
 from paredown.core.errors import UserError
 from paredown.core.goals import GoalCheck, Goals
 from paredown.core.measurement import Measurement
+from paredown.core.memory import release
 from paredown.core.results import Trial
 from paredown.core.task import Target, Task
 from paredown.core.units import human
@@ -145,7 +146,7 @@ def _takes(baseline_s: float, rounds: int) -> str:
 
 def _check_space(ledger: Ledger, model: Model) -> None:
     """Room for what the next step keeps: each of its models, a checkpoint, the exported file."""
-    ledger.check_space(6 * sum(tensor.nbytes for tensor in model.state_dict().values()))
+    ledger.check_space(6 * model.size_bytes)
 
 
 def _lowered(ledger: Ledger, stage: str, target: Target, task: Task) -> Path:
@@ -157,6 +158,9 @@ def _lowered(ledger: Ledger, stage: str, target: Target, task: Task) -> Path:
         lowering = ledger.folder / f"lowering{chosen.SUFFIX}"
         model = _stored(ledger, stage)
         path = chosen.lower(model, lowering, real_inputs(model, task))
+        size_bytes = model.size_bytes
+        del model
+        release(size_bytes)
         sha256 = ledger.keep(path)
         for part in parts(path):
             part.unlink()

@@ -13,7 +13,11 @@ from torch import nn
 
 from paredown.core import progress
 from paredown.core.errors import UserError
+<<<<<<< HEAD
 from paredown.core.settings import check_arguments, described
+=======
+from paredown.core.memory import release
+>>>>>>> 79a0af1 (Count an ONNX file's ops in a process of its own, and give back what an export leaves behind)
 from paredown.core.task import Target, Task
 from paredown.data import splits
 from paredown.graph import lazily, machine
@@ -98,6 +102,7 @@ def apply_step(model: Model, step: Step, task: Task, setting: Setting = ALONE) -
         raise
     except Exception as error:  # of the user's loss or data, or an op the step does not know
         raise UserError(f"{line(step)}: failed: {type(error).__name__}: {error}") from error
+    release(model.size_bytes)
     for hold in HOLDS:
         broken = next(hold.broken(made), None)
         if broken is not None:

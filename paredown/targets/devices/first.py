@@ -46,6 +46,31 @@ def opened(file: Path, runtime_file: str | Path) -> Iterator[Opened]:
         UserError: the file cannot be opened or run, or its process crashed; names the file and
             what happened.
     """
+    with (
+        _process(file, runtime_file) as probe,
+        tempfile.TemporaryDirectory(prefix="paredown-") as folder,
+    ):
+        yield Opened(probe, Path(folder))
+        probe.close()
+
+
+def optimise(file: Path, runtime_file: str | Path, made: Path) -> None:
+    """Write the graph that the runtime makes of a file to ``made``.
+
+    Args:
+        runtime_file: the Python file of its runtime, with ``optimise(path, made)``.
+
+    Raises:
+        UserError: as `opened`.
+    """
+    with _process(file, runtime_file) as probe:
+        probe.close()
+        probe.optimise(made)
+
+
+@contextlib.contextmanager
+def _process(file: Path, runtime_file: str | Path) -> Iterator[Probe]:
+    """The runtime's process, in which the file is open; it is kept, unless something failed."""
     key = os.getpid(), Path(runtime_file)
     probe = _kept.pop(key, None)  # another file meanwhile gets another process
     try:
@@ -53,9 +78,7 @@ def opened(file: Path, runtime_file: str | Path) -> Iterator[Opened]:
             probe = Probe(file, key[1]).__enter__()
         else:
             probe.open(file)
-        with tempfile.TemporaryDirectory(prefix="paredown-") as folder:
-            yield Opened(probe, Path(folder))
-        probe.close()
+        yield probe
     except BaseException as error:
         if probe is not None:
             probe.__exit__(type(error), error, error.__traceback__)

@@ -110,6 +110,15 @@ class Probe:
         )
         self.input_names, self.output_names = names["inputs"], names["outputs"]
 
+    def optimise(self, made: Path) -> None:
+        """Write the graph that the runtime makes of the file to ``made``."""
+        self._ask(
+            "optimise",
+            file=str(self.file.absolute()),
+            runtime_file=str(self.runtime_file.absolute()),
+            made=str(made.absolute()),
+        )
+
     def close(self) -> None:
         """Let go of the file; the process stays, and may open another."""
         self._ask("close")
@@ -210,6 +219,7 @@ class Probe:
 DOING = {
     "open": "opening it",
     "close": "closing it",
+    "optimise": "optimising it",
     "run": "running it",
     "time": "timing it",
     "memory": "reading its memory",

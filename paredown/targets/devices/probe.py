@@ -5,6 +5,7 @@ Requests and answers are JSON, one per line; arrays travel as npz files whose ke
 
     open     file, runtime_file, threads       -> inputs, outputs (names)
     close                                      -> nothing; another file may be opened
+    optimise file, runtime_file, made (paths)  -> nothing; what the runtime makes of it is at made
     run      inputs, outputs (npz paths)       -> batches
     time     inputs (npz path), warmup, count  -> latencies_ms, energy_mj per inference or null
     memory                                     -> peak_bytes of this process or null
@@ -70,6 +71,10 @@ class Session:
 
     def close(self) -> dict[str, Any]:
         self.predictor = None
+        return {}
+
+    def optimise(self, file: str, runtime_file: str, made: str) -> dict[str, Any]:
+        load(runtime_file).optimise(Path(file), Path(made))
         return {}
 
     def run(self, inputs: str, outputs: str) -> dict[str, Any]:
@@ -323,7 +328,7 @@ def main() -> None:
     session = Session()
     commands = {
         name: getattr(session, name)
-        for name in ("open", "close", "run", "time", "memory", "versions")
+        for name in ("open", "close", "optimise", "run", "time", "memory", "versions")
     }
     for request in requests:
         print(answer(commands, request), file=answers, flush=True)

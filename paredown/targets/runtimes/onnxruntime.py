@@ -7,6 +7,7 @@ alone; what lowering needs stands in ``paredown/targets/formats/onnx/write.py``.
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 from collections.abc import Collection
 from pathlib import Path
@@ -129,12 +130,14 @@ def lower(model: Model, path: Path | str, data: Batches = ()) -> Path:
     """
     from paredown.core.errors import UserError
     from paredown.core.files import write_atomically
+    from paredown.core.memory import release
     from paredown.targets import parity
     from paredown.targets.devices import first
     from paredown.targets.formats.onnx import names, values, write
 
     path = Path(path)
     write_atomically(path, names.shortened(write.encode(model)))
+    release(model.size_bytes)
     try:
         with first.opened(path, __file__) as predictor:
             parity.confirm(model, path, predictor, values.worst_tensor, data, PAIRS)
@@ -151,27 +154,38 @@ def open_inside(model: Model, path: Path | str, names: Collection[str]) -> Insid
     return values.open_inside(model, Path(path), names)
 
 
+def optimise(path: Path, made: Path) -> None:
+    """Write the graph that ONNX Runtime makes of a file to ``made``, and its weights beside."""
+    import onnxruntime
+
+    options = session_options(1)
+    options.optimized_model_filepath = str(made)
+    beside = "session.optimized_model_external_initializers_file_name"
+    options.add_session_config_entry(beside, f"{made.name}.data")
+    onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
 def census(path: Path | str) -> Census:
     """Count the ops that ONNX Runtime really runs for this file."""
     import onnx
-    import onnxruntime
 
     from paredown.core.measurement import Census
+    from paredown.targets.devices import first
     from paredown.targets.formats.onnx import bits
+    from paredown.targets.formats.onnx.file import without_numbers
 
     with tempfile.TemporaryDirectory() as folder:
-        options = session_options(1)
-        options.optimized_model_filepath = f"{folder}/optimised.onnx"
-        onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        nodes = list(onnx.load(options.optimized_model_filepath).graph.node)
-    loaded = onnx.load(str(path)).graph
+        made = Path(folder) / "optimised.onnx"
+        first.optimise(Path(path), __file__, made)
+        nodes = list(without_numbers(made).graph.node)
+    loaded = without_numbers(Path(path)).graph
     words = bits.words()
     low = {n.input[0]: words[n.op_type] for n in loaded.node if n.op_type in words}
     weights: dict[str, int] = {}
     for tensor in loaded.initializer:
         kind = onnx.TensorProto.DataType.Name(tensor.data_type).lower()
-        array = onnx.numpy_helper.to_array(tensor)
-        held = -(-array.size // 2) if kind in PACKED else array.nbytes
+        count, kept = math.prod(tensor.dims), onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+        held = -(-count // 2) if kind in PACKED else count * kept.itemsize
         kind = low.get(tensor.name, kind)
         weights[kind] = weights.get(kind, 0) + held
     integer: dict[str, int] = {}

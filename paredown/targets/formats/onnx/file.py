@@ -6,8 +6,10 @@ is a message of its own that ends with its numbers (field 9).
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import onnx
@@ -17,6 +19,7 @@ from torch import Tensor
 from paredown.graph import lazily
 
 GRAPH, INITIALIZER, NUMBERS = 7, 5, 9  # fields
+VARINT, BYTES, WIDTHS = 0, 2, {1: 8, 5: 4}  # kinds of fields, and the bytes that others take
 
 
 @dataclass(frozen=True)
@@ -127,6 +130,43 @@ class File:
         size = self._size(tensor.name)
         told += _field(NUMBERS, size)
         return _field(INITIALIZER, len(told) + size) + told
+
+
+def without_numbers(path: Path) -> onnx.ModelProto:
+    """What an ONNX file holds besides the numbers of its initializers, which are not read."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        made = b"".join(_bare(data, 0, len(data), (GRAPH, INITIALIZER)))
+    return onnx.load_from_string(made)
+
+
+def _bare(data: mmap.mmap, start: int, end: int, within: tuple[int, ...]) -> Iterator[bytes]:
+    """The bytes of a message but for the numbers of the initializers in it, which are messages
+    ``within`` those fields."""
+    while start < end:
+        key, at = _varint(data, start)
+        number, kind = key >> 3, key & 7
+        if kind != BYTES:
+            after = _varint(data, at)[1] if kind == VARINT else at + WIDTHS[kind]
+            yield data[start:after]
+        else:
+            size, at = _varint(data, at)
+            after = at + size
+            if within[:1] == (number,):
+                inner = b"".join(_bare(data, at, after, within[1:]))
+                yield _field(number, len(inner)) + inner
+            elif within or number != NUMBERS:
+                yield data[start:after]
+        start = after
+
+
+def _varint(data: mmap.mmap, at: int) -> tuple[int, int]:
+    """A number, and where what follows it begins."""
+    value = shift = 0
+    while True:
+        value |= (data[at] & 127) << shift
+        shift, at = shift + 7, at + 1
+        if data[at - 1] < 128:
+            return value, at
 
 
 def _around(message: Any, number: int) -> tuple[bytes, bytes]:

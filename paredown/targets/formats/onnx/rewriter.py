@@ -36,7 +36,10 @@ def exact_rules() -> Iterator[None]:
             here = self.pattern.output_nodes[0].matches(node, MatchResult())
             if not here:
                 return here
-        return everywhere(self, model, graph, node, **settings)
+        try:
+            return everywhere(self, model, graph, node, **settings)
+        finally:  # a rule stays, and would keep the last graph, weights included
+            self._graph = self._match = self._current_node = None
 
     matcher._match_constant, matcher.match = match_constant, match
     try:
