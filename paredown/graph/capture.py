@@ -24,6 +24,9 @@ def capture(
 ) -> Model:
     """Capture a model once, as a graph that runs, trains and exports.
 
+    The module stays as it is, and what is done to it afterwards does not reach the capture, nor the
+    other way round; until then both hold their weights in the same memory.
+
     Args:
         module: an ``nn.Module``, a Python file that defines ``model()`` and (unless ``example`` is
             given) ``task()``, or a ``.pt2`` file. Both files are code: name only those you trust.

@@ -6,8 +6,9 @@ memory of its own. So a user's module, its capture and the models that steps mak
 weight once, and none of them ever sees what is done to another.
 
 Some ops, such as an LSTM's, and ``tensor.numpy()``, ask for memory that they could write to: a
-tensor that they read gets its own. Arrays that NumPy had of a tensor before it was copied are the
-one way around this: who writes to such an array changes the copy too.
+tensor that they read gets its own. What PyTorch does not know of, this does not hold for: arrays
+that NumPy had of a tensor before it was copied write to the copy too. And, as any first write, that
+of two threads at once to one tensor is not safe: call a module with an LSTM once before threads do.
 """
 
 from __future__ import annotations

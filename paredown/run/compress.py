@@ -247,7 +247,8 @@ def _details(
     state: State, trials: Sequence[Trial], best: Point, measured: dict[str, Measured]
 ) -> dict[str, Any]:
     """What there is to say of the artifact besides its figures."""
-    made = state.original, best.model(state), state.task, measured, best.file, state.target
+    model = best.model(state)
+    made = state.original, model, state.task, measured, best.file, state.target
     return {
         "outputs": state.original.outputs,
         **ignore_of(state.task),
@@ -256,7 +257,7 @@ def _details(
         "packed_bytes": _packed(state, best),
         "in_reach": in_reach(state, trials, best),
         **details.collect(*made),
-        "explanation": _explanation(state, best, sum(trial.seconds for trial in trials)),
+        "explanation": _explanation(state, best, model, sum(trial.seconds for trial in trials)),
     }
 
 
@@ -268,12 +269,12 @@ def _packed(state: State, best: Point) -> dict[str, int] | None:
     return {name: packed_bytes(file) for name, file in files.items()}
 
 
-def _explanation(state: State, best: Point, took_s: float) -> dict[str, Any] | None:
+def _explanation(state: State, best: Point, model: Model, took_s: float) -> dict[str, Any] | None:
     """Where the score went, in a tenth of the time that the trials took, or 20 s at most."""
     if not best.steps:
         return None
     seconds = min(LONGEST_EXPLANATION_S, took_s / 10)
-    made = state.original, best.model(state), best.file, state.target.runtime
+    made = state.original, model, best.file, state.target.runtime
     return within_run(*made, state.task, best.steps, seconds)
 
 

@@ -16,10 +16,12 @@ from paredown.graph.state import remove_state
 from paredown.graph.values import refresh_values
 
 Edge = tuple[str, str]  # a quantizer, and an op that reads what it is given instead
+KEPT_BYTES = 2**28  # of rounded weights
 
 
 class Runner:
-    """A graph in evaluation mode; each weight is rounded once, not at every batch."""
+    """A graph in evaluation mode; weights are rounded once, not at every batch, as far as there is
+    room for them."""
 
     def __init__(self, graph: fx.GraphModule):
         self.source = graph
@@ -30,6 +32,7 @@ class Runner:
         self._weights: Mapping[str, Tensor] = {}
         self._note: Note | None = None
         self._rounded: dict[str, Tensor] = {}
+        self._left = KEPT_BYTES
         # an op that writes into its input must not reach the value before a quantizer passed by
         self._writes = any(writes(node) for node in graph.graph.nodes)
 
@@ -123,9 +126,13 @@ class Runner:
 
     def weight(self, quantizer: fx.Node) -> Tensor:
         """A weight as its quantizer gives it."""
-        if quantizer.name not in self._rounded:
-            self._rounded[quantizer.name] = rounded(self.source, quantizer)
-        return self._rounded[quantizer.name]
+        made = self._rounded.get(quantizer.name)
+        if made is None:
+            made = rounded(self.source, quantizer)
+            self._left -= made.nbytes
+            if self._left >= 0:
+                self._rounded[quantizer.name] = made
+        return made
 
 
 def _source(quantizer: fx.Node) -> str:
