@@ -111,7 +111,8 @@ def child(width: int, blocks: int, step: str) -> dict[str, Any]:
 
 
 def _through(width: int, blocks: int, step: Any, folder: Path, peaks: dict[str, int]) -> int:
-    """From module to file; fills in each phase's peak, and returns the bytes of the floats."""
+    """From module to file, all of them held on to; fills in each phase's peak, and returns the
+    bytes of the floats."""
     example = (torch.zeros(1, LENGTH, dtype=torch.long),)
     with _phase("module", peaks):
         torch.manual_seed(0)
@@ -119,9 +120,9 @@ def _through(width: int, blocks: int, step: Any, folder: Path, peaks: dict[str, 
     with _phase("capture", peaks):
         model = paredown.capture(module, example)
     with _phase("step", peaks):
-        model = paredown.apply(model, [step], Task(example, paredown.accuracy))
+        small = paredown.apply(model, [step], Task(example, paredown.accuracy))
     with _phase("export and parity", peaks):
-        paredown.export(model, paredown.Target(), folder / "model.onnx")
+        paredown.export(small, paredown.Target(), folder / "model.onnx")
     return sum(parameter.nbytes for parameter in module.parameters())
 
 

@@ -13,12 +13,15 @@ of two threads at once to one tensor is not safe: call a module with an LSTM onc
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
+M = TypeVar("M", bound=nn.Module)
 BLOCK = 1 << 20  # numbers that are read at once
 
 
@@ -96,6 +99,11 @@ def extremes(tensor: Tensor) -> Tensor:
 def finite(tensor: Tensor) -> bool:
     """Whether none of its numbers is NaN or infinite."""
     return not tensor.is_floating_point() or bool(extremes(tensor).isfinite().all())
+
+
+def duplicate(module: M) -> M:
+    """A deep copy of a module."""
+    return copy.deepcopy(module, dict(copies([*module.parameters(), *module.buffers()])))
 
 
 def _like(tensor: Tensor, values: Tensor) -> Tensor:

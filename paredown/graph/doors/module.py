@@ -303,9 +303,7 @@ def _export(
                 dynamic_shapes={"tensors": tuple(shapes)},
                 strict=False,
             )
-            exported = program.module(check_guards=False)
-            state = [*exported.parameters(), *exported.buffers()]
-            graph = copy.deepcopy(exported, dict(lazily.copies(state)))
+            graph: Any = lazily.duplicate(program.module(check_guards=False))
     except Exception as error:
         if training:
             return None
