@@ -13,11 +13,8 @@ from torch import nn
 
 from paredown.core import progress
 from paredown.core.errors import UserError
-<<<<<<< HEAD
-from paredown.core.settings import check_arguments, described
-=======
 from paredown.core.memory import release
->>>>>>> 79a0af1 (Count an ONNX file's ops in a process of its own, and give back what an export leaves behind)
+from paredown.core.settings import check_arguments, described
 from paredown.core.task import Target, Task
 from paredown.data import splits
 from paredown.graph import lazily, machine

@@ -10,10 +10,7 @@ from torch import nn
 
 from paredown.core.errors import UserError
 from paredown.core.files import sha256
-<<<<<<< HEAD
 from paredown.core.settings import check_arguments
-=======
->>>>>>> 6b03da3 (Take a student's digest as all others)
 from paredown.core.task import Task
 from paredown.data import feed, splits
 from paredown.graph import store
