@@ -183,6 +183,22 @@ def test_a_file_that_is_none_is_a_sentence(runtime_name, tmp_path):
         paredown.open(bad, threads=0)
 
 
+class Filled(nn.Module):
+    """A model to which NaN means that a value is missing."""
+
+    def forward(self, x):
+        return torch.where(torch.isnan(x), torch.ones_like(x), x) * 2
+
+
+@pytest.mark.parametrize("runtime_name", ["pytorch", "openvino"], indirect=True)
+def test_nan_reaches_a_model_that_takes_it(runtime_name, tmp_path):
+    model = paredown.capture(Filled(), (torch.zeros(1, 4),))
+    path = tmp_path / f"filled{runtime(runtime_name).SUFFIX}"
+    predict = paredown.open(paredown.export(model, paredown.Target(runtime_name), path).path)
+    for given in (np.float32([[3, np.nan, 0, 5]]), [[3, float("nan"), 0, 5]]):
+        assert predict(given)[0].tolist() == [[6, 2, 0, 10]]
+
+
 def run_with(artifact):
     """A finished run whose artifact is that."""
     baseline = paredown.Measurement(1)

@@ -60,7 +60,8 @@ class Predictor:
 
     Inputs come in the order of ``input_names``, by keyword, or as one dict; each is a NumPy array,
     a torch tensor, or numbers in lists. An array or a tensor has the file's dtype; numbers in lists
-    become it: floats are rounded, and no number becomes infinite or another whole number.
+    become it: floats are rounded, and no number becomes infinite or another whole number. NaN is
+    given to the model as it is; a runtime may make ordinary numbers of it (OpenVINO does).
 
     Attributes:
         input_names, output_names: as they stand in the file.
