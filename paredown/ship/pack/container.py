@@ -23,7 +23,7 @@ from paredown.ship.pack import blocks, groups
 from paredown.ship.pack.belonging import belonging
 from paredown.ship.pack.blocks import Layout
 from paredown.ship.pack.entropy import Damaged
-from paredown.ship.pack.index import File, Index, Stream, head_bytes, read, write
+from paredown.ship.pack.index import MAGIC, File, Index, Stream, head_bytes, read, write
 from paredown.ship.pack.streams import chunk_layout, gather, streams
 from paredown.targets.artifact import parts
 
@@ -79,6 +79,9 @@ def pack(path: str | Path, out: str | Path | None = None) -> Path:
     with _told(path, "read"):
         paths = belonging(path)
         files = [_file(each) for each in paths]
+        with path.open("rb") as stream:
+            if stream.read(len(MAGIC)) == MAGIC:
+                raise UserError(f"{path}: is packed already; unpack it, or deliver it as it is.")
     target = Path(out) if out is not None else path.with_name(path.name + SUFFIX)
     if target.exists() and any(target.samefile(each) for each in paths):
         raise UserError(f"{target}: is what is to be packed; name another file for the container.")
