@@ -4,6 +4,7 @@
 import shutil
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from paredown.core.measurement import Measurement
 from paredown.core.task import Target, Task
 from paredown.data import splits
 from paredown.graph import taps
+from paredown.graph.doors import python_file
 from paredown.graph.model import Model
 from paredown.run import preflight
 from paredown.search.plan import plan
@@ -401,6 +403,37 @@ def test_a_student_that_is_not_there_or_comes_late_is_seen_before_any_work(maste
     assert said.startswith('student: expected a file, "zoo:" and a name, or an nn.Module, got')
     with pytest.raises(UserError, match="student: expected "):
         Distill(student=3)
+
+
+def test_a_students_file_may_lie_beside_what_names_it(tmp_path, monkeypatch):
+    """Of a recipe as of a task, and also where the current folder is another."""
+    folder = tmp_path / "own"
+    folder.mkdir()
+    (folder / "small.py").write_text("from tests.test_distill import Images\n")
+    (folder / "r.toml").write_text('[[step]]\nname = "distill"\nstudent = "small.py"\n')
+    lines = ("import torch, paredown", "def task():", "    x = (torch.zeros(1, 1, 8, 8),)")
+    text = "\n".join((*lines, "    return paredown.Task(x, paredown.accuracy, student='small.py')"))
+    (folder / "net.py").write_text(f"{text}\ndef model():\n    return torch.nn.Identity()\n")
+    for place, named in ((tmp_path, "own/small.py"), (folder, "small.py")):
+        monkeypatch.chdir(place)
+        where = Path(named).parent
+        assert recipe.load(where / "r.toml")[0].student == named
+        assert python_file.load(where / "net.py")[1].student == named
+    monkeypatch.chdir(tmp_path)
+    (folder / "small.py").rename("small.py")
+    [step] = recipe.load("own/r.toml")
+    assert step.student == "small.py" and step.problems() == []
+    Path("small.py").unlink()
+    assert "no such file in" in step.problems()[0] and "beside the file that" in step.problems()[0]
+
+
+def test_a_student_without_parameters_is_refused(master):
+    class Sums(nn.Module):
+        def forward(self, x):
+            return x.flatten(1)[:, :3]
+
+    with pytest.raises(UserError, match="student: has no parameters"):
+        recipe.apply(master, [Distill(student=Sums())], TASK)
 
 
 def test_other_inputs_or_outputs_are_refused_before_any_work(master):

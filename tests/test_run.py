@@ -428,7 +428,21 @@ def fixed_batch():
     return FixedBatch(), Task((torch.zeros(4, 16),), paredown.accuracy, **labels)
 
 
-KINDS = [regression, multilabel, tokens, dictionary, fixed_batch]
+def places(x):
+    """One of two classes for each place of (B, 4, 4), and a third that does not count."""
+    return torch.where(x.abs() > 2, 255, (x > 0).long()).reshape(-1, 4, 4)
+
+
+def segmentation():
+    torch.manual_seed(0)
+    first, last = nn.Conv2d(1, 64, 3, padding=1), nn.Conv2d(64, 3, 1)
+    net = nn.Sequential(nn.Unflatten(1, (1, 4, 4)), first, nn.ReLU(), last)
+    score = lambda out, y: (out.argmax(1) == y).float().mean((1, 2))  # noqa: E731
+    task = Task((torch.zeros(1, 16),), score, **data(places), ignore=255, classes=("a", "b", "c"))
+    return net, task
+
+
+KINDS = [regression, multilabel, tokens, dictionary, fixed_batch, segmentation]
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
@@ -439,9 +453,18 @@ def test_kinds_of_tasks(here, tmp_path, kind):
     assert run.trials[0].kept, run.trials[0].decision
     assert Run.load(tmp_path / "r") == run
     assert run.baseline.score_in_points == (kind is not regression)
-    by_class = kind in (dictionary, fixed_batch)
+    by_class = kind in (dictionary, fixed_batch, segmentation)
     assert bool(run.details["classes"]) == by_class
-    paredown.report(run, tmp_path / "page.html")
+    page = paredown.report(run, tmp_path / "page.html").read_text()
+    if kind is segmentation:
+        assert "Intersection over union by class" in page
+        x, y = (t.numpy() for t in task.test.tensors)
+        ours = paredown.open(run.artifact.path)(x)[0].argmax(1)
+        for row, label in zip(run.details["classes"], range(2), strict=True):
+            here, there = (ours == label) & (y != 255), y == label
+            assert row["after"] == pytest.approx((here & there).sum() / (here | there).sum())
+            assert row["name"] == "ab"[label]
+            assert row["examples"] == there.any((1, 2)).sum()
     artifact, digest = paredown.replay(tmp_path / "r", *kind())
     assert artifact.sha256 == digest
 
@@ -888,6 +911,26 @@ def test_another_batch_size_is_another_run(user, here):
         paredown.compress(model, changed, Goals(size="10MB"), out="r")
     with pytest.raises(UserError, match="the task's ignore is not the one of the run"):
         paredown.replay("r", model, changed)
+
+
+def test_another_score_loss_or_processing_is_another_run(user, here):
+    model, task = load_user(Path(user()))
+    kept = dataclasses.replace(task)
+    paredown.compress(model, task, Goals(size="10MB"), out="r")
+    paredown.compress(model, kept, Goals(size="11MB"), out="r")
+    changes = {
+        "score": (
+            lambda out, y: task.score(out, y) * 0.9,
+            "score or task.postprocess, gave 1 .* gives 0.9",
+        ),
+        "postprocess": (lambda out: -out, "postprocess, gave 1 of the original on .* gives 0"),
+        "preprocess": (lambda x: x * 0 + 1, "data.test.fingerprint: was"),
+        "loss": (lambda out, y: task.loss(out, y) * 2, "task.loss, gave .* first batch of train"),
+    }
+    for name, (function, said) in changes.items():
+        changed = dataclasses.replace(task, **{name: function})
+        with pytest.raises(UserError, match=f"{said}(.|\n)*Choose another --out"):
+            paredown.compress(model, changed, Goals(size="10MB"), out="r")
 
 
 class Augmented(torch.utils.data.Dataset):

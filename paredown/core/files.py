@@ -132,6 +132,18 @@ def write_together(files: Mapping[Path, Data]) -> None:
     write_atomically(first, data)
 
 
+def beside(file: Path, named: str) -> str:
+    """A path that a file names: what lies in that file's folder, else, or where nothing does, as it
+    is, from the current folder.
+
+    Example:
+        >>> beside(Path("recipes/own.toml"), "gone.py")
+        'gone.py'
+    """
+    there = file.parent / named
+    return str(there) if named and there.is_file() else named
+
+
 def sync_folder(folder: Path) -> None:
     """Make the names in ``folder`` as durable as the files' contents."""
     handle = os.open(folder, os.O_RDONLY)

@@ -39,12 +39,14 @@ class Measured:
         rounds: latencies in ms, one array for each interleaved round, which is one process.
         predictions: the class with the largest first output of each example, where that output
             is (N, C) floats and N is at most 20,000.
+        overlaps: of a class for each place, (4, C) int64, as `scoring.overlaps` counts them.
     """
 
     measurement: Measurement
     scores: Tensor
     rounds: list[np.ndarray]
     predictions: list[int] | None
+    overlaps: Tensor | None = None
 
 
 def measure(
@@ -242,4 +244,4 @@ def _measured(start: Measurement, timed: timing.Timing, scoring: Scoring, batch:
         energy_mj=timed.energy_mj,
         energy_source="unavailable" if timed.energy_mj is None else "measured",
     )
-    return Measured(measurement, scores, timed.rounds, scoring.predictions)
+    return Measured(measurement, scores, timed.rounds, scoring.predictions, scoring.overlaps)

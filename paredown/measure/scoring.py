@@ -29,6 +29,7 @@ class Scoring:
 
     scores: list[Tensor] = field(default_factory=list)  # (B,) each
     predictions: list[int] | None = None
+    overlaps: Tensor | None = None  # (4, C) int64; see `overlaps`
     bad: dict[str, int] = field(default_factory=dict)  # output -> examples with NaN or infinity
 
 
@@ -80,12 +81,49 @@ def _add(found: Scoring, outputs: list[Tensor], model: Model, task: Task, batch:
         output = structure.unflatten(outputs, model.outputs)
         found.scores.append(scored(task, output, batch.target, batch.count))
     first = outputs[0]
+    counted = overlaps(first, batch.target, task)
+    if counted is not None:
+        found.overlaps = counted if found.overlaps is None else found.overlaps + counted
     if found.predictions is not None:
         classes = first.dim() == 2 and first.shape[1] > 1 and first.is_floating_point()
         if classes:
             found.predictions += first.argmax(1).tolist()
         else:
             found.predictions = None
+
+
+def overlaps(output: Tensor, target: object, task: Task) -> Tensor | None:
+    """Of a class for each place, as in segmentation, (4, C) int64: the places where class and
+    target agree on each class, those of the prediction, those of the target, and the examples that
+    have the class; what is ignored counts nowhere. None for other outputs.
+
+    Args:
+        output: (B, C, H, W) floats, the class with the largest one being the prediction; or with
+            one or three dimensions in place of two.
+        target: (B, H, W) whole numbers.
+
+    Example:
+        >>> scores = torch.tensor([[[[2.0, 0.0]], [[1.0, 1.0]]]])  # classes 0 and 1
+        >>> task = Task((torch.zeros(1, 1, 1, 2),), score=None)
+        >>> overlaps(scores, torch.tensor([[[0, 0]]]), task).tolist()
+        [[1, 0], [1, 1], [2, 0], [1, 0]]
+    """
+    if not isinstance(target, Tensor) or target.is_floating_point() or target.is_complex():
+        return None
+    if output.dim() < 4 or output.shape[1] < 2 or not output.is_floating_point():
+        return None
+    if target.shape != (len(output), *output.shape[2:]):
+        return None
+    count, predicted = output.shape[1], output.argmax(1)
+    counts = (target >= 0) & (target < count)
+    for label in splits.ignored(task) or ():
+        counts &= target != label
+    wanted, given = target[counts].long(), predicted[counts]
+    places = [wanted[wanted == given], given, wanted]
+    rows = [torch.bincount(each, minlength=count) for each in places]
+    images = [torch.unique(t[c]).long() for t, c in zip(target, counts, strict=True)]
+    seen = torch.cat(images) if images else wanted[:0]
+    return torch.stack([*rows, torch.bincount(seen, minlength=count)])
 
 
 def _bad_examples(output: Tensor, length: int) -> int:

@@ -31,6 +31,7 @@ from paredown.run.outcome import in_reach, useless_file, verdict
 from paredown.run.preflight import problems
 from paredown.run.stages import Point, State, begun, proof, tried
 from paredown.run.students import Students
+from paredown.run.yardsticks import check_yardsticks
 from paredown.search import decide, plan
 from paredown.search.proposal import Proposal
 from paredown.ship.pack.container import packed_bytes
@@ -85,6 +86,7 @@ def compress(
     )
     folder = Path(out) if out else Path("runs") / stage_key(identity | question)[:12]
     with Ledger.open(folder, identity) as ledger, machine.same_numbers(seed):
+        check_yardsticks(ledger, captured, task)
         key = finished_key(question)
         run = _finished(ledger, key)
         if run is None:

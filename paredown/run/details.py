@@ -131,6 +131,10 @@ def _sampled(measured: Measured) -> list[float]:
 
 def _examples(task: Task, before: Measured, after: Measured) -> dict[str, Any]:
     """Per-class scores, and the examples whose score changed."""
+    if before.overlaps is not None and after.overlaps is not None:
+        rows = _overlaps(task, before.overlaps, after.overlaps)
+        classes = {"classes": rows, "classes_by": "intersection over union"}
+        return classes | {"flips": [], "flip_counts": {}}
     labels = _labels(task)
     if before.predictions is None or after.predictions is None or labels is None:
         return {"classes": [], "flips": [], "flip_counts": {}}
@@ -171,6 +175,24 @@ def _classes(task: Task, labels: list[int], old: Tensor, new: Tensor) -> list[di
                 "examples": len(chosen),
                 "before": float(old[chosen].mean()),
                 "after": float(new[chosen].mean()),
+            }
+        )
+    return rows
+
+
+def _overlaps(task: Task, old: Tensor, new: Tensor) -> list[dict[str, Any]]:
+    """Rows of the classes of a segmentation, each with its intersection over union over all places
+    of the split; classes that the targets do not have are none."""
+    rows = []
+    for label in [n for n, places in enumerate(old[2].tolist()) if places]:
+        agreed, given, wanted = (torch.stack([old, new])[:, n, label].double() for n in range(3))
+        before, after = (agreed / (given + wanted - agreed)).tolist()
+        rows.append(
+            {
+                "name": _class_name(task, label),
+                "examples": int(old[3, label]),
+                "before": before,
+                "after": after,
             }
         )
     return rows

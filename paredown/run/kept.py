@@ -26,6 +26,8 @@ def keep(ledger: Ledger, measured: dict[str, Measured]) -> str:
         arrays |= {f"{name}/round/{n}": times for n, times in enumerate(each.rounds)}
         if each.predictions is not None:
             arrays[f"{name}/predictions"] = np.array(each.predictions, np.int64)
+        if each.overlaps is not None:
+            arrays[f"{name}/overlaps"] = each.overlaps.numpy()
     told = {
         name: {"rounds": len(each.rounds), "measurement": dataclasses.asdict(each.measurement)}
         for name, each in measured.items()
@@ -47,6 +49,9 @@ def kept(ledger: Ledger, sha256: str) -> dict[str, Measured] | None:
                 [file.get_tensor(f"{name}/round/{n}") for n in range(told["rounds"])],
                 file.get_tensor(f"{name}/predictions").tolist()
                 if f"{name}/predictions" in there
+                else None,
+                torch.from_numpy(file.get_tensor(f"{name}/overlaps"))
+                if f"{name}/overlaps" in there
                 else None,
             )
             for name, told in json.loads(file.metadata()["measured"]).items()

@@ -13,6 +13,7 @@ from torch import nn
 
 from paredown.core import progress
 from paredown.core.errors import UserError
+from paredown.core.files import beside
 from paredown.core.memory import release
 from paredown.core.settings import check_arguments, described
 from paredown.core.task import Target, Task
@@ -231,7 +232,7 @@ def from_toml(text: str, where: str = "recipe") -> list[Step]:
 
 
 def load(path: str | Path) -> list[Step]:
-    """The steps of a recipe file.
+    """The steps of a recipe file; a student's file may lie beside it, or in the current folder.
 
     Raises:
         UserError: as `from_toml`, or the file cannot be read or holds no step.
@@ -245,7 +246,14 @@ def load(path: str | Path) -> list[Step]:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}.") from error
     if not steps:
         raise UserError(f"{path}: holds no [[step]].")
-    return steps
+    return [_beside(path, step) for step in steps]
+
+
+def _beside(path: Path, step: Step) -> Step:
+    named = getattr(step, "student", None)
+    if not isinstance(named, str):
+        return step
+    return dataclasses.replace(step, student=beside(path, named))  # type: ignore[type-var]
 
 
 def _step(table: dict[str, Any]) -> Step:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import random
 import sys
@@ -15,6 +16,7 @@ import torch
 from torch import nn
 
 from paredown.core.errors import UserError
+from paredown.core.files import beside
 from paredown.core.task import Task
 from paredown.graph.doors.other_files import told
 from paredown.graph.model import Model
@@ -41,9 +43,12 @@ def load_task(file: Path) -> Task:
 
 
 def made_task(function: Callable[[], Any], file: Path) -> Task:
+    """The task that a user's function makes; a student's file may lie beside its own."""
     made = call_user(function, file)
     if not isinstance(made, Task):
         raise UserError(f"{file}: task() returned a {type(made).__name__}, not a paredown.Task.")
+    if isinstance(made.student, str):
+        return dataclasses.replace(made, student=beside(file, made.student))
     return made
 
 

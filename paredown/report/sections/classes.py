@@ -19,7 +19,8 @@ def facts(run: Run) -> dict[str, Any] | None:
     found = [x for x in given if len(charts.finite([x["before"], x["after"]])) == 2]
     if not found:
         return None
-    points = run.baseline.score_in_points
+    measure = run.details.get("classes_by")
+    points = run.baseline.score_in_points or bool(measure)  # a share of places, whatever the score
     chosen = found
     if len(found) > CLASSES:
         chosen = sorted(found, key=lambda x: -abs(x["after"] - x["before"]))[:CLASSES]
@@ -30,7 +31,7 @@ def facts(run: Run) -> dict[str, Any] | None:
         low, high = max(low - air, 0.0), min(high + air, 1.0)
     rows = [_class(x, low, high, points) for x in chosen]
     ruler = strips.ruler(low, high, 2, lambda v: f"{100 * v:g}%" if points else charts.number(v))
-    return {"rows": rows, "count": len(found), "ruler": Markup(ruler)}
+    return {"rows": rows, "count": len(found), "by": measure, "ruler": Markup(ruler)}
 
 
 def _class(x: dict[str, Any], low: float, high: float, points: bool) -> dict[str, Any]:

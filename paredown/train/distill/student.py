@@ -36,8 +36,9 @@ def check_name(student: object, scale: Scale) -> str:
     if Path(student).is_file():
         return ""
     return (
-        f"student: {student}: no such file in {Path.cwd()}; name a Python file that defines "
-        "model(), a saved model (.safetensors, .pt2), or a net of the zoo (zoo:mobilenet_v2)."
+        f"student: {student}: no such file in {Path.cwd()}, nor beside the file that names it; "
+        "name a Python file that defines model(), a saved model (.safetensors, .pt2), or a net of "
+        "the zoo (zoo:mobilenet_v2)."
     )
 
 
@@ -75,6 +76,8 @@ def check_fits(student: Model, original: Model) -> None:
     Raises:
         UserError: says what the original takes or gives, and what the student does.
     """
+    if next(iter(student.parameters()), None) is None:
+        raise UserError("student: has no parameters, so it cannot be taught anything.")
     given, wanted = _inputs(student), _inputs(original)
     same_way = structure.names(student.arguments) == structure.names(original.arguments)
     if given != wanted or not same_way:
