@@ -19,8 +19,7 @@ from paredown.core.errors import UserError
 from paredown.core.goals import Goals
 from paredown.core.results import Run
 from paredown.core.task import Target, Task
-from paredown.targets.devices.device import DEVICES
-from paredown.targets.runtimes import RUNTIMES
+from paredown.targets.options import DEFAULT, Runtime, measures
 
 if TYPE_CHECKING:
     from paredown.graph.model import Model
@@ -54,12 +53,6 @@ Latency = Annotated[str | None, typer.Option(help='Median latency: "2ms", "0.7x"
 Memory = Annotated[str | None, typer.Option(help='Peak memory: "64MiB", "0.5x".')]
 Throughput = Annotated[str | None, typer.Option(help='At least: "500/s", "2x".')]
 Energy = Annotated[str | None, typer.Option(help='Energy per inference: "5mJ", "0.5x".')]
-Runtime = Annotated[str, typer.Option(help=f"Runtime of the artifact: {', '.join(RUNTIMES)}.")]
-Device = Annotated[str, typer.Option(help=f"Where to measure: {', '.join(DEVICES)}.")]
-Threads = Annotated[int, typer.Option(help="Threads of the runtime.")]
-Rounds = Annotated[
-    int, typer.Option(help="Times that each file is opened and timed, at most; fewer are quicker.")
-]
 RecipeFile = Annotated[
     Path | None, typer.Option("--recipe", help="A recipe of your own, instead of the plan's.")
 ]
@@ -145,12 +138,10 @@ def check(
 
 
 @app.command()
+@measures
 def baseline(
     file: File,
-    runtime: Runtime = "onnxruntime",
-    device: Device = "local",
-    threads: Threads = 1,
-    rounds: Rounds = 10,
+    target: Target = DEFAULT,
     as_json: Json = False,
 ) -> None:
     """Measure the model as it is: the exported file, in a process of its own."""
@@ -158,7 +149,6 @@ def baseline(
 
     with working(as_json):
         model, task = _captured(file)
-        target = Target(runtime, device, threads, rounds)
         measurement, _ = preflight.baseline(model, task, target)
     if as_json:
         print_json(dataclasses.asdict(measurement))
@@ -215,6 +205,7 @@ def _opened(file: Path) -> Model:
 
 
 @app.command("plan")
+@measures
 def plan_verb(
     file: File,
     max_drop: Drop = None,
@@ -223,10 +214,7 @@ def plan_verb(
     memory: Memory = None,
     throughput: Throughput = None,
     energy: Energy = None,
-    runtime: Runtime = "onnxruntime",
-    device: Device = "local",
-    threads: Threads = 1,
-    rounds: Rounds = 10,
+    target: Target = DEFAULT,
     recipe_file: RecipeFile = None,
     as_json: Json = False,
 ) -> None:
@@ -238,7 +226,6 @@ def plan_verb(
     from paredown.steps import recipe
 
     goals = Goals(max_drop, size, latency, memory, throughput, energy)
-    target = Target(runtime, device, threads, rounds)
     steps = recipe.load(recipe_file) if recipe_file else None
     with working(as_json):
         model, task = _captured(file)
@@ -257,6 +244,7 @@ def plan_verb(
 
 
 @app.command()
+@measures
 def run(
     file: File,
     max_drop: Drop = None,
@@ -265,10 +253,7 @@ def run(
     memory: Memory = None,
     throughput: Throughput = None,
     energy: Energy = None,
-    runtime: Runtime = "onnxruntime",
-    device: Device = "local",
-    threads: Threads = 1,
-    rounds: Rounds = 10,
+    target: Target = DEFAULT,
     recipe_file: RecipeFile = None,
     out: Annotated[
         Path | None,
@@ -292,7 +277,6 @@ def run(
 
     goals = Goals(max_drop, size, latency, memory, throughput, energy, proof)
     steps = recipe.load(recipe_file) if recipe_file else None
-    target = Target(runtime, device, threads, rounds)
     with working(as_json, quiet):
         module, task = python_file.load(file)
         command = shlex.join(["paredown", *sys.argv[1:]])

@@ -46,6 +46,10 @@ def test_help_of_every_verb_teaches(paredown_cli, verb):
 
     for param in typer.main.get_command(cli.app).commands[verb].params:
         assert param.name == "help" or (param.help or "").endswith((".", '.")')), param.name
+    asked = {param.name for param in typer.main.get_command(cli.app).commands[verb].params}
+    measuring = {"runtime", "device", "threads", "rounds"}
+    assert asked & measuring in (set(), {"runtime"}, measuring)
+    assert (measuring <= asked) == (verb in ("baseline", "plan", "run"))
     if verb in ("plan", "run"):
         assert '"500KB", "0.3x"' in out and "onnxruntime," in out
 
