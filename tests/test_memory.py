@@ -2,6 +2,7 @@
 other."""
 
 import copy
+import gc
 import json
 import subprocess
 import sys
@@ -108,6 +109,10 @@ def test_a_capture_and_all_that_is_made_of_it_hold_each_weight_once(net, tmp_pat
     for name, place in places(net).items():
         if name in weights:
             assert places(model)[name] == places(quantized)[name] == place, name
+    gc.collect()
+    held = [each for each in gc.get_objects() if type(each).__name__ == "TorchTensor"]
+    kept = {torch._C._data_address(each.raw) for each in held} & set(places(net).values())
+    assert not kept, "what the exporter had read it keeps"
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -203,13 +208,13 @@ MEASURED = """
 import sys
 sys.path.insert(0, sys.argv[1])
 import memory
-made = memory.child(1024, 1, sys.argv[2])
+made = memory.child(512, 6, sys.argv[2])
 print(made["parameters"], made["peak"])
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("step", "bound"), [("QuantizeWeights(4)", 1.6), ('Cast("fp16")', 2.2)])
+@pytest.mark.parametrize(("step", "bound"), [("QuantizeWeights(4)", 2.0), ('Cast("fp16")', 2.7)])
 def test_memory_of_a_large_model_is_bounded(step, bound):
     benchmarks = Path(__file__).parent.parent / "benchmarks"
     done = subprocess.run(

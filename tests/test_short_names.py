@@ -12,7 +12,7 @@ from torch.utils.data import TensorDataset
 import paredown
 from paredown.graph.quantized.quantizers import quantizers
 from paredown.targets.formats.onnx import values, write
-from paredown.targets.formats.onnx.file import File
+from paredown.targets.formats.onnx.file import File, without_numbers
 from paredown.targets.formats.onnx.names import shortened
 from paredown.targets.runtimes import onnxruntime
 
@@ -50,6 +50,14 @@ def test_a_small_file_is_a_third_smaller_and_runs_the_same(model, file):
     x = np.random.default_rng(0).normal(size=(1, 3, 12, 12)).astype(np.float32)
     outputs = [ort.InferenceSession(each).run(None, {"image": x}) for each in (whole, str(file))]
     assert np.array_equal(outputs[0][0], outputs[1][0])
+
+
+def test_a_file_is_looked_at_without_its_numbers(file):
+    whole = onnx.load(str(file))
+    for tensor in whole.graph.initializer:
+        assert tensor.HasField("raw_data")
+        tensor.ClearField("raw_data")
+    assert without_numbers(file) == whole
 
 
 def test_what_callers_and_readers_need_keeps_its_name(model, file):
