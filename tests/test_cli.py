@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
+import paredown
 from paredown import cli
+from paredown.core.errors import UserError
 from tests.test_run import NO_TRAIN, TINY, here, paredown_cli, user  # noqa: F401
 
 VERBS = ("check", "baseline", "plan", "run", "report", "replay")
@@ -198,6 +200,7 @@ def test_a_file_must_be_there_and_python(user, paredown_cli):
     {
         "net.onnx": "a file that a runtime runs: paredown.open runs it",
         "net.pth": r"holds weights without their module; load them in model\(\)",
+        "net.pt2": r"is a model without its task, .* paredown\.capture back from model\(\)",
         "net.keras": "is a Keras or TensorFlow model, which cannot be compressed",
         "run/run.json": "is a run's folder, for paredown report",
         "face/config.json": "is a folder as Hugging Face has them; load it with from_pretrained",
@@ -208,9 +211,27 @@ def test_what_is_no_python_file_is_told_for_what_it_is(user, paredown_cli, name,
     Path(name).parent.mkdir(exist_ok=True)
     Path(name).touch()
     where = name.partition("/")[0]
-    for verb in ("run", "check", "inspect", "baseline"):
+    for verb in ("run", "check", "inspect", "baseline", "plan"):
         code, out, err = paredown_cli(verb, where)
-        assert code == 1 and re.search(said, out + err) and "expected a Python file" in out + err
+        if (verb, name) != ("inspect", "net.pt2"):  # which it opens, and finds empty
+            assert re.search(said, out + err) and "expected a Python file" in out + err
+        assert code == 1
+    if "/" not in name:
+        for verb in ("report", "explain", "replay"):
+            code, _, err = paredown_cli(verb, name)
+            assert code == 1 and f"{name}: is a file, so it holds no finished run" in err
+    if name in ("net.pt2", "net.keras"):
+        with pytest.raises(UserError, match=rf"opens \{Path(name).suffix} files; expected an arti"):
+            paredown.open(name)
+
+
+def test_a_run_is_named_by_its_folder(paredown_cli):
+    Path("r").mkdir()
+    Path("r/run.json").touch()
+    code, _, err = paredown_cli("report", "r/run.json")
+    assert code == 1 and "name its folder, r." in err
+    code, _, err = paredown_cli("explain", "nowhere")
+    assert code == 1 and "nowhere: no such folder, so it holds no finished run" in err
 
 
 def test_a_recipe_of_ones_own_is_planned(user, paredown_cli):

@@ -445,7 +445,7 @@ def test_a_section_that_lacks_what_its_template_shows_is_an_error(
 ) -> None:
     empty = Section("census.html", lambda run: {"kinds": []})
     monkeypatch.setattr(pages, "sections", lambda: [empty])
-    with pytest.raises(UserError, match=r"census.*columns"):
+    with pytest.raises(UserError, match=r"section 'census' shows: UndefinedError: .*columns"):
         render(met_run())
 
 

@@ -177,7 +177,7 @@ class Run:
         check_arguments(folder=(folder, str | Path))
         path = Path(folder) / "run.json"
         if not path.is_file():
-            raise UserError(f"{folder}: holds no finished run (no run.json).")
+            raise UserError(f"{folder}: {_no_run(Path(folder))}.")
         try:
             return Run.from_json(path.read_text(encoding="utf-8")).within(path.parent)
         except OSError as error:
@@ -205,6 +205,18 @@ class Run:
         decoded(Target, run.target, "target")
         decoded(_Details, run.details, "details")
         return run
+
+
+def _no_run(path: Path) -> str:
+    """Why a path is no finished run's folder."""
+    lacking = "holds no finished run (no run.json)"
+    if path.is_dir():
+        return lacking
+    if not path.exists():
+        return f"no such folder, so it {lacking}"
+    if path.name == "run.json":
+        return f"is a file, so it {lacking}; name its folder, {path.parent}"
+    return f"is a file, so it {lacking}; expected the folder of a run, which paredown run makes"
 
 
 def _score(m: Measurement | None) -> str:

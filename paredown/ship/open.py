@@ -55,7 +55,11 @@ def _predictor(path: Path, threads: int) -> Predictor:
     for name in RUNTIMES:
         if path.suffix == runtime(name).SUFFIX:
             return _opened(path, name, threads)
-    raise UserError(f"{path}: no runtime opens {path.suffix or 'such'} files.")
+    able = ", ".join(runtime(name).SUFFIX for name in RUNTIMES)
+    raise UserError(
+        f"{path}: no runtime opens {path.suffix or 'such'} files; expected an artifact ({able}), a "
+        f"{PACKED} container, or a run's folder."
+    )
 
 
 def _opened(path: Path, name: str, threads: int) -> Predictor:

@@ -7,8 +7,10 @@ from pathlib import Path
 KNOWN = (
     "expected a Python file with model() and task(), a .pt2 program or a saved .safetensors model"
 )
+PYTORCH_ALONE = "which cannot be compressed; bring it in PyTorch"
 EXPORTED = {".onnx", ".tflite", ".pte", ".xml", ".pare"}
 WEIGHTS = {".pt", ".pth", ".ckpt", ".bin", ".npz"}
+WITHOUT_TASK = {".pt2", ".safetensors"}
 KERAS = {".keras", ".h5", ".hdf5", ".pb"}
 
 
@@ -23,6 +25,12 @@ def told(path: Path) -> str:
         return f"{path}: {_folder(path)}; {KNOWN}."
     if not path.is_file():
         return f"{path}: no such file."
+    if path.suffix in WITHOUT_TASK:
+        return (
+            f"{path}: is a model without its task, which paredown inspect takes; here give its "
+            "paredown.capture back from model() of a Python file: expected a Python file with "
+            "model() and task()."
+        )
     return f"{path}: {_file(path.suffix.lower())}{KNOWN}."
 
 
@@ -35,7 +43,7 @@ def _folder(path: Path) -> str:
             "Python file"
         )
     if (path / "saved_model.pb").is_file():
-        return "is a TensorFlow model, which cannot be compressed; bring it in PyTorch"
+        return f"is a TensorFlow model, {PYTORCH_ALONE}"
     return "is a folder"
 
 
@@ -48,5 +56,5 @@ def _file(suffix: str) -> str:
     if suffix in WEIGHTS:
         return "holds weights without their module; load them in model() of a Python file; "
     if suffix in KERAS:
-        return "is a Keras or TensorFlow model, which cannot be compressed; bring it in PyTorch; "
+        return f"is a Keras or TensorFlow model, {PYTORCH_ALONE}; "
     return ""
