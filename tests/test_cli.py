@@ -259,7 +259,7 @@ def test_a_runtime_is_known_by_its_other_names(user, paredown_cli, name, meant):
         *(("--size", "12 parsecs"), ("--size", "-5KB"), ("--size", "0x"), ("--size", "nan")),
         *(("--latency", "1"), ("--latency", "5KB"), ("--latency", "infs"), ("--memory", "0MB")),
         *(("--throughput", "many"), ("--energy", "1e999mJ"), ("--size", "")),
-        *(("--max-drop", "1"), ("--max-drop", "-1%"), ("--max-drop", "nan")),
+        *(("--max-drop", "1"), ("--max-drop", "200%"), ("--max-drop", "nan")),
     ],
 )
 def test_goals_that_cannot_be_read(user, paredown_cli, option, value):
@@ -274,6 +274,7 @@ def test_goals_that_cannot_be_read(user, paredown_cli, option, value):
         ("--runtime", "tensorfloe", "'tensorfloe' is not one of onnxruntime, openvino"),
         ("--device", "ssh://pi", "'ssh://pi' is not one of local"),
         ("--threads", "0", "threads: expected a whole number from 1 to 1024, got 0"),
+        ("--rounds", "0", "rounds: expected a whole number from 2 up, got 0"),
         ("--recipe", "nowhere.toml", r"nowhere\.toml: cannot be read: No such file"),
     ],
 )

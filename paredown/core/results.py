@@ -63,6 +63,7 @@ class _Details(TypedDict, total=False):
     batch_size: int
     census: dict[str, Any]
     classes: list[dict[str, Any]]
+    classes_by: str
     explanation: dict[str, Any]
     files: dict[str, str]
     finished: str
