@@ -225,7 +225,8 @@ def test_what_is_no_python_file_is_told_for_what_it_is(user, paredown_cli, name,
             paredown.open(name)
 
 
-def test_a_run_is_named_by_its_folder(paredown_cli):
+def test_a_run_is_named_by_its_folder(paredown_cli, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     Path("r").mkdir()
     Path("r/run.json").touch()
     code, _, err = paredown_cli("report", "r/run.json")
