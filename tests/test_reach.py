@@ -4,6 +4,7 @@
 import dataclasses
 import inspect
 import json
+import os
 import subprocess
 import sys
 import time
@@ -12,11 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 
 import paredown
 from paredown import cli
-from paredown.core import cache
+from paredown.core import cache, threads
 from paredown.core.goals import Goals
 from paredown.core.measurement import Comparison, Measurement
 from paredown.core.task import Target
@@ -29,6 +31,7 @@ from paredown.run.stages import Point, State
 from paredown.search import decide
 from paredown.search.decide import Standing
 from paredown.search.questions import questions
+from paredown.steps import recipe as recipes
 from tests.test_report import met_run
 from tests.test_run import NO_TRAIN, TINY, here, load_user, paredown_cli, user  # noqa: F401
 
@@ -215,6 +218,37 @@ def test_a_score_that_calls_other_code_is_measured_anew(user, here, own_cache):
     shift[0] = 1.0
     after, _ = preflight.baseline(captured, shifted, Target())
     assert after.score == pytest.approx(before.score + 1)
+
+
+def test_a_run_works_with_as_many_threads_as_cores_are_free(user, here, monkeypatch):
+    """Where they would spin; and so does whoever goes on with it, or replays it."""
+    now, used = [4], []
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: now.__setitem__(0, number))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: now[0])
+    monkeypatch.setattr(threads, "free_cores", lambda: 2)
+    for name in (threads.POLICY, "GOMP_SPINCOUNT"):
+        monkeypatch.delenv(name, raising=False)
+    apply_step = recipes.apply_step
+    monkeypatch.setattr(recipes, "apply_step", lambda *a: used.append(now[0]) or apply_step(*a))
+    model, task = load_user(Path(user(NO_TRAIN)))
+    steps, shown = [paredown.PruneChannels(0.3)], Console(record=True)
+    with paredown.progress(shown):
+        run = paredown.compress(model, task, Goals(size="0.9x"), steps=steps, out="r")
+    assert "2 of 4 threads work" in shown.export_text()
+    assert now == [4] and used == [2] and run.details["threads"] == 2
+    monkeypatch.setattr(threads, "free_cores", lambda: 9)
+    paredown.compress(model, task, Goals(size="0.9x"), steps=[paredown.Cast()], out="r")
+    artifact, digest = paredown.replay("r", model, task)
+    assert used == [2, 2, 2] and artifact.sha256 == digest and now == [4]
+    monkeypatch.setattr(threads, "free_cores", lambda: 0)
+    paredown.apply(model, steps, task)
+    monkeypatch.setenv(threads.POLICY, "PASSIVE")
+    paredown.apply(model, steps, task)
+    assert used[3:] == [1, 4] and now == [4]
+
+
+def test_free_cores_are_counted():
+    assert 0 <= threads.free_cores() <= (os.cpu_count() or 1)
 
 
 def test_the_cache_keeps_by_key_for_a_while_and_survives_damage(own_cache):

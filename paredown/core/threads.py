@@ -1,11 +1,14 @@
-"""How the threads of this program wait for each other."""
+"""How the threads of this program wait for each other, and how many have a core."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import time
+from collections.abc import Collection, Mapping
+from pathlib import Path
 
 POLICY = "OMP_WAIT_POLICY"
+LOOK_S = 0.1  # ten ticks of a core
 _ours: list[str] = []  # what this program has set, which no process that is timed is to have
 
 
@@ -18,6 +21,40 @@ def sleep_at_barriers() -> None:
     if POLICY not in os.environ and "GOMP_SPINCOUNT" not in os.environ:
         os.environ[POLICY] = "PASSIVE"
         _ours.append(POLICY)
+
+
+def sleeps() -> bool:
+    """Whether OpenMP's threads sleep where they wait, or the user has said how long they spin."""
+    return os.environ.get(POLICY, "").upper() == "PASSIVE" or "GOMP_SPINCOUNT" in os.environ
+
+
+def free_cores() -> int:
+    """How many cores this process may use and no other program does, within `LOOK_S`; 0 and up.
+
+    Where the system does not tell, those that its load average leaves.
+    """
+    own = (
+        os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    )
+    cores = len(own)
+    try:
+        before, began, used = _idle(own), time.monotonic(), time.process_time()
+        time.sleep(LOOK_S)
+        seconds = time.monotonic() - began
+        idle = (_idle(own) - before) / os.sysconf("SC_CLK_TCK") + time.process_time() - used
+        return max(0, min(cores, round(idle / seconds)))
+    except (OSError, ValueError):
+        return max(0, cores - round(os.getloadavg()[0]))
+
+
+def _idle(cores: Collection[int]) -> int:
+    """Ticks that these cores have been idle since the system began."""
+    ticks = 0
+    for line in Path("/proc/stat").read_text().splitlines():
+        name, *fields = line.split() or [""]
+        if name[:3] == "cpu" and name[3:].isdigit() and int(name[3:]) in cores:
+            ticks += int(fields[3]) + int(fields[4])  # idle, and waiting for a disk
+    return ticks
 
 
 def as_deployed(environment: Mapping[str, str]) -> dict[str, str]:

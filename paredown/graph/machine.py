@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from paredown.core import progress
+from paredown.core import threads as waiting
 from paredown.core.errors import UserError
 from paredown.graph.model import Model
 
@@ -84,6 +86,44 @@ def drawn(number: int) -> bool:
     found = ahead()
     seed_reading(number)
     return found != ahead()
+
+
+@contextlib.contextmanager
+def threads(number: int | None) -> Iterator[None]:
+    """PyTorch works with so many threads, as many as it has for None; these come back afterwards.
+
+    Example:
+        >>> before = torch.get_num_threads()
+        >>> with threads(1):
+        ...     print(torch.get_num_threads())
+        1
+        >>> torch.get_num_threads() == before
+        True
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(number or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def free_threads() -> Iterator[None]:
+    """Where PyTorch's threads spin as they wait for each other: no more of them than cores are
+    free, since with one that waits for a core all wait."""
+    had = torch.get_num_threads()
+    if had == 1 or waiting.sleeps():
+        yield
+        return
+    number = max(1, min(had, waiting.free_cores()))
+    if number < had:
+        progress.say(
+            f"Other programs use the cores: {number} of {had} threads work. With "
+            f"{waiting.POLICY}=PASSIVE, set before torch is imported, all of them do."
+        )
+    with threads(number):
+        yield
 
 
 def free_bytes() -> int:

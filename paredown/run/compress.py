@@ -24,6 +24,7 @@ from paredown.graph.capture import capture
 from paredown.graph.model import Model
 from paredown.measure.measure import Measured, compare
 from paredown.run import details
+from paredown.run.conditions import same_conditions
 from paredown.run.folder import artifact, write
 from paredown.run.identity import identity_of, ignore_of, question_of
 from paredown.run.ledger import RUN, Ledger, finished_key, stage_key
@@ -74,31 +75,30 @@ def compress(
     check_arguments(out=(out, str | Path | None), command=(command, str))
     steps = None if steps is None else recipe.checked(steps)
     target, task = target or Target(), splits.prepared(task)
-    captured = capture(model, task.example, task.dynamic)
-    found = problems(captured, task, target, steps or [])
-    if found:
-        raise UserError("\n".join(found))
-    students = Students.of(steps, task)
-    digests, (named, _) = students.digests(steps, task), students.named(steps, task)
-    identity, question = (
-        identity_of(captured, task, target, seed),
-        question_of(goals, named, digests),
-    )
-    folder = Path(out) if out else Path("runs") / stage_key(identity | question)[:12]
-    with Ledger.open(folder, identity) as ledger, machine.same_numbers(seed):
-        check_yardsticks(ledger, captured, task)
-        key = finished_key(question)
-        run = _finished(ledger, key)
-        if run is None:
-            students.write(folder)
-            steps, task = students.named(steps, task, folder)
-            state = begun(ledger, captured, task, goals, target, seed, steps)
-            asked = identity | question | {"finished": key}
-            text = _run(state, steps, asked, command).to_json()
-            run = Run.from_json(text)  # as a later call finds it
-            ledger.finish(key, {"stage": ledger.put(text.encode(), RUN), "suffix": RUN})
-        shutil.rmtree(folder / "scratch", ignore_errors=True)
-        return write(run, folder, *_files(ledger, run))
+    with machine.free_threads():
+        captured = capture(model, task.example, task.dynamic)
+        found = problems(captured, task, target, steps or [])
+        if found:
+            raise UserError("\n".join(found))
+        students = Students.of(steps, task)
+        digests, (named, _) = students.digests(steps, task), students.named(steps, task)
+        identity = identity_of(captured, task, target, seed)
+        question = question_of(goals, named, digests)
+        folder = Path(out) if out else Path("runs") / stage_key(identity | question)[:12]
+        with Ledger.open(folder, identity) as ledger, same_conditions(ledger, seed) as threads:
+            check_yardsticks(ledger, captured, task)
+            key = finished_key(question)
+            run = _finished(ledger, key)
+            if run is None:
+                students.write(folder)
+                steps, task = students.named(steps, task, folder)
+                state = begun(ledger, captured, task, goals, target, seed, steps)
+                asked = identity | question | {"finished": key, "threads": threads}
+                text = _run(state, steps, asked, command).to_json()
+                run = Run.from_json(text)  # as a later call finds it
+                ledger.finish(key, {"stage": ledger.put(text.encode(), RUN), "suffix": RUN})
+            shutil.rmtree(folder / "scratch", ignore_errors=True)
+            return write(run, folder, *_files(ledger, run))
 
 
 def _finished(ledger: Ledger, key: str) -> Run | None:
@@ -234,6 +234,7 @@ def _run(state: State, steps: Sequence[Step] | None, asked: dict[str, Any], comm
             "model_sha256": asked["model"],
             "batch_size": asked["batch_size"],
             "finished": asked["finished"],
+            "threads": asked["threads"],
             "useless": useless,
             **_details(state, trials, best, measured),
         },

@@ -46,7 +46,8 @@ def replay(
     with tempfile.TemporaryDirectory() as made:
         for step in recipe.from_toml(run.artifact.recipe, "the run's recipe"):
             progress.say(f"  {recipe.line(step)}")
-            with machine.same_numbers(run.seed):
+            threads = machine.threads(run.details.get("threads"))  # as many round sums the same
+            with machine.same_numbers(run.seed), threads:
                 applied = recipe.apply_step(captured, step, task, setting)
             applied.save(Path(made) / "replay.safetensors")  # the stored form, as in the run
             captured = Model.load(Path(made) / "replay.safetensors")

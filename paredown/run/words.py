@@ -120,6 +120,6 @@ def _why(run: Run) -> str:
     now = versions(run.target["runtime"])
     changed = [f"{n} was {v}, is {now.get(n)}" for n, v in run.versions.items() if now.get(n) != v]
     return "; ".join(changed) or (
-        "made with the same versions, so on another kind of processor, or with another number of "
-        "threads (OMP_NUM_THREADS), which changes how sums are rounded"
+        "made with the same versions and as many threads, so on another kind of processor, which "
+        "changes how sums are rounded"
     )

@@ -52,16 +52,17 @@ def apply(
     """
     check_arguments(task=(task, Task), target=(target, Target | None))
     steps, task = checked(steps), splits.prepared(task)
-    made = capture(model, task.example, task.dynamic)
-    found = problems(steps, task, target) or unfit(steps, made, task)
-    if found:
-        raise UserError("\n".join(found))
-    setting = Setting(original=made, target=target or Target())
-    for step in steps:
-        progress.say(f"  {line(step)}")
-        with machine.same_numbers(0):
-            made = apply_step(made, step.settle(made, task, setting), task, setting)
-    return made
+    with machine.free_threads():
+        made = capture(model, task.example, task.dynamic)
+        found = problems(steps, task, target) or unfit(steps, made, task)
+        if found:
+            raise UserError("\n".join(found))
+        setting = Setting(original=made, target=target or Target())
+        for step in steps:
+            progress.say(f"  {line(step)}")
+            with machine.same_numbers(0):
+                made = apply_step(made, step.settle(made, task, setting), task, setting)
+        return made
 
 
 def checked(steps: Any) -> list[Step]:
