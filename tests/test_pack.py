@@ -666,7 +666,3 @@ def test_no_other_file_is_written_over(tmp_path):
     )
     with pytest.raises(UserError, match=r"is what is to be packed"):
         pack(file, file)
-    other = packed.rename(tmp_path / "under.onnx")  # known by what it holds, not by its name
-    with pytest.raises(UserError, match=r"under.onnx: is packed already; unpack it"):
-        pack(other)
-    assert not list(tmp_path.glob("*.pare"))

@@ -82,9 +82,6 @@ def pack(path: str | Path, out: str | Path | None = None) -> Path:
         _check_unpacked(path)
         paths = belonging(path)
         files = [_file(each) for each in paths]
-        with path.open("rb") as stream:
-            if stream.read(len(MAGIC)) == MAGIC:
-                raise UserError(f"{path}: is packed already; unpack it, or deliver it as it is.")
     target = Path(out) if out is not None else path.with_name(path.name + SUFFIX)
     if target.exists() and any(target.samefile(each) for each in paths):
         raise UserError(f"{target}: is what is to be packed; name another file for the container.")
