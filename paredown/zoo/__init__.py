@@ -22,10 +22,10 @@ class Entry:
     """A net of the zoo.
 
     Attributes:
-        where: the function that makes it, as ``"module:attribute"``, or a design of
-            `paredown.zoo.convolutional` that `build` makes.
+        where: the function that makes it, as ``"module:attribute"``.
         takes: "images" (B, C, H, W), "rows" (B, features) or "tokens" (B, T).
-        gives: "classes" (B, classes), "maps" (B, classes, H, W), or "each" (B, T, classes).
+        gives: "classes" (B, classes), "maps" (B, classes, H, W), "each" (B, T, classes), or
+            "classes or each", by its setting ``pooled``.
         fixed: settings of the function that the name stands for.
     """
 
@@ -39,23 +39,25 @@ def _entry(where: str, takes: str, gives: str, **fixed: Any) -> Entry:
     return Entry(f"paredown.zoo.{where}", takes, gives, fixed)
 
 
+DESIGNS = (  # of `paredown.zoo.convolutional`
+    *("mobilenet_v1", "mobilenet_v2", "mobilenet_v3_small", "mobilenet_v3_large"),
+    *("mobilenet_v4_small", "efficientnet_v2_s"),
+)
 _image = partial(_entry, takes="images", gives="classes")
 ZOO = {
-    "mobilenet_v1": _image("convolutional:mobilenet_v1"),
-    "mobilenet_v2": _image("convolutional:mobilenet_v2"),
-    "mobilenet_v3_small": _image("convolutional:mobilenet_v3_small"),
-    "mobilenet_v3_large": _image("convolutional:mobilenet_v3_large"),
-    "mobilenet_v4_small": _image("convolutional:mobilenet_v4_small"),
+    **{name: _image("convolutional:designed", design=name) for name in DESIGNS},
     **{f"efficientnet_b{n}": _image("convolutional:efficientnet", scale=n) for n in range(8)},
-    "efficientnet_v2_s": _image("convolutional:efficientnet_v2_s"),
     "resnet_8": _image("tiny:ResNet8"),
     "ds_cnn": _image("tiny:DSCNN"),
     "unet": _entry("tiny:UNet", "images", "maps"),
     "mlp": _entry("tiny:mlp", "rows", "classes"),
     "autoencoder": _entry("tiny:autoencoder", "rows", "classes"),
     **{
-        f"{kind}_{size}": _entry(f"transformers:{kind}", "tokens", gives, kind=size)
-        for kind, gives in (("encoder", "classes or each"), ("decoder", "each"))
+        f"{kind}_{size}": _entry("transformers:transformer", "tokens", gives, kind=size, **how)
+        for kind, gives, how in (
+            ("encoder", "classes or each", {"causal": False}),
+            ("decoder", "each", {"causal": True, "pooled": False}),
+        )
         for size in ("tiny", "mini", "small", "medium")
     },
 }

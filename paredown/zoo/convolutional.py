@@ -322,40 +322,26 @@ EFFICIENTNET_V2_S = Design(  # 2104.00298, small
 )  # fmt: skip
 
 
-def mobilenet_v1(
-    classes: int, channels: int = 3, size: Size = 224, width: float = 1.0, depth: float = 1.0
+DESIGNS = {  # parameters, multiply-adds with the pixels they were published for
+    "mobilenet_v1": MOBILENET_V1,  # 4.2 M, 569 M at 224
+    "mobilenet_v2": MOBILENET_V2,  # 3.5 M, 301 M at 224
+    "mobilenet_v3_small": MOBILENET_V3_SMALL,  # 2.5 M, 56 M at 224
+    "mobilenet_v3_large": MOBILENET_V3_LARGE,  # 5.5 M, 217 M at 224
+    "mobilenet_v4_small": MOBILENET_V4_SMALL,  # 3.8 M, 186 M at 224
+    "efficientnet_v2_s": EFFICIENTNET_V2_S,  # 21.5 M, 8.4 G at 384
+}
+
+
+def designed(
+    design: str,
+    classes: int,
+    channels: int = 3,
+    size: Size = 224,
+    width: float = 1.0,
+    depth: float = 1.0,
 ) -> Network:
-    """MobileNetV1: 4.2 M parameters and 569 M multiply-adds at 224 pixels (1704.04861)."""
-    return build(MOBILENET_V1, classes, channels, size, width, depth)
-
-
-def mobilenet_v2(
-    classes: int, channels: int = 3, size: Size = 224, width: float = 1.0, depth: float = 1.0
-) -> Network:
-    """MobileNetV2: 3.5 M parameters and 301 M multiply-adds at 224 pixels (1801.04381)."""
-    return build(MOBILENET_V2, classes, channels, size, width, depth)
-
-
-def mobilenet_v3_small(
-    classes: int, channels: int = 3, size: Size = 224, width: float = 1.0, depth: float = 1.0
-) -> Network:
-    """MobileNetV3-Small: 2.5 M parameters and 56 M multiply-adds at 224 pixels (1905.02244)."""
-    return build(MOBILENET_V3_SMALL, classes, channels, size, width, depth)
-
-
-def mobilenet_v3_large(
-    classes: int, channels: int = 3, size: Size = 224, width: float = 1.0, depth: float = 1.0
-) -> Network:
-    """MobileNetV3-Large: 5.5 M parameters and 217 M multiply-adds at 224 pixels (1905.02244)."""
-    return build(MOBILENET_V3_LARGE, classes, channels, size, width, depth)
-
-
-def mobilenet_v4_small(
-    classes: int, channels: int = 3, size: Size = 224, width: float = 1.0, depth: float = 1.0
-) -> Network:
-    """MobileNetV4-Conv-Small: 3.8 M parameters and 186 M multiply-adds at 224 pixels
-    (2404.10518)."""
-    return build(MOBILENET_V4_SMALL, classes, channels, size, width, depth)
+    """One of `DESIGNS`."""
+    return build(DESIGNS[design], classes, channels, size, width, depth)
 
 
 def efficientnet(
@@ -372,10 +358,3 @@ def efficientnet(
     norm = _gentle if scale >= 5 else nn.BatchNorm2d
     design = replace(EFFICIENTNET_B0, dropout=dropout, norm=norm)
     return build(design, classes, channels, size, wider * width, deeper * depth)
-
-
-def efficientnet_v2_s(
-    classes: int, channels: int = 3, size: Size = 384, width: float = 1.0, depth: float = 1.0
-) -> Network:
-    """EfficientNetV2-S: 21.5 M parameters and 8.4 G multiply-adds at 384 pixels (2104.00298)."""
-    return build(EFFICIENTNET_V2_S, classes, channels, size, width, depth)

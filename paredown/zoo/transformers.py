@@ -110,34 +110,19 @@ class Transformer(nn.Module):
         return self.head(x)  # type: ignore[no-any-return]
 
 
-def encoder(
+def transformer(
+    kind: str,
     vocabulary: int,
     classes: int,
-    kind: str,
+    causal: bool,
     width: float = 1.0,
     depth: float = 1.0,
     length: int = 512,
     pooled: bool = True,
 ) -> Transformer:
     """One of `SIZES`, its width and depth multiplied."""
-    wide, deep = _sizes(kind, width, depth)
-    return Transformer(vocabulary, classes, wide, deep, length, pooled=pooled)
-
-
-def decoder(
-    vocabulary: int,
-    classes: int,
-    kind: str,
-    width: float = 1.0,
-    depth: float = 1.0,
-    length: int = 512,
-) -> Transformer:
-    """One of `SIZES`, its width and depth multiplied, for the next token of each."""
-    wide, deep = _sizes(kind, width, depth)
-    return Transformer(vocabulary, classes, wide, deep, length, causal=True, pooled=False)
-
-
-def _sizes(kind: str, width: float, depth: float) -> tuple[int, int]:
-    wide, deep = SIZES[kind]
-    scaled = wide * width
-    return divisible(scaled, HEAD if scaled >= HEAD else 8), max(1, round(deep * depth))
+    whole, deep = SIZES[kind]
+    scaled = whole * width
+    wide = divisible(scaled, HEAD if scaled >= HEAD else 8)
+    layers = max(1, round(deep * depth))
+    return Transformer(vocabulary, classes, wide, layers, length, causal, pooled)
