@@ -144,7 +144,7 @@ def test_only_what_filling_added_is_cut():
     [
         (torch.tensor(1.0), r"shape \(2,\), got \(\); do not average"),
         (torch.zeros(2, 1), r"got \(2, 1\)"),
-        (0.5, "got float"),
+        (0.5, r"shape \(2,\), got \(\)"),
         (torch.zeros(2, dtype=torch.complex64), "got torch.complex64"),
         (torch.tensor([1.0, float("nan")]), "1 of 2 scores of a batch are NaN or infinite"),
         (None, "got NoneType"),

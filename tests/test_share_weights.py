@@ -508,7 +508,7 @@ def test_a_tied_weight_is_shared_once(tmp_path):
     ("make_step", "message"),
     [
         (lambda: ShareWeights(k=1), "k: expected a whole number from 2 up, got 1"),
-        (lambda: ShareWeights(k=2.5), "k: expected a whole number from 2 up, got 2.5"),
+        (lambda: ShareWeights(k=2.5), "k: expected a whole number, got 2.5"),
         (lambda: ShareWeights(scope="row"), 'scope: expected one of "layer", "channels", "global"'),
         (lambda: ShareWeights(channels=0), "channels: expected a whole number from 1 up, got 0"),
         (lambda: ShareWeights(block=0), "block: expected a whole number from 1 up"),

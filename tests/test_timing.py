@@ -127,7 +127,7 @@ def test_nothing_is_left_of_a_failure(
 
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(local.Probe, "time", killed)
-    with pytest.raises(UserError, match=r"before\.onnx: .*crashed \(SIGKILL\)"):
+    with pytest.raises(UserError, match=r"before\.onnx: .*killed \(SIGKILL\)"):
         timing.speedup(small, small, Target())
     assert len(files) == 1 and list(tmp_path.iterdir()) == []
 

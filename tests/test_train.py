@@ -493,7 +493,7 @@ def test_a_wrong_loss_is_explained(model, loss, message):
     ("score", "message"),
     [
         (lambda out, y: (out.argmax(1) == y).float().mean(), r"shape \(16,\), got \(\); do not av"),
-        (lambda out, y: 0.5, "got float"),
+        (lambda out, y: 0.5, r"shape \(16,\), got \(\)"),
         (lambda out, y: out[:, 0] / 0, "16 of 16 scores of a batch are NaN or infinite"),
     ],
 )
