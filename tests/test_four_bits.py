@@ -153,7 +153,7 @@ def test_two_of_four_zeros_stay_in_the_file(net, task, scheme, tmp_path):
 def test_wrong_bits_are_refused_at_once():
     for value in (2, 0, "8", None):
         with pytest.raises(
-            UserError, match="edge_bits(: expected a whole number| must be 8 or 4), got"
+            UserError, match=r"edge_bits(: expected a whole number| must be 8 or 4), got"
         ):
             Quantize("int4", edge_bits=value)
     with pytest.raises(
