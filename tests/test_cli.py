@@ -399,14 +399,15 @@ try:
 except SystemExit:
     pass
 from paredown.targets.devices import forks
-print(os.environ["OMP_WAIT_POLICY"], forks.environment(1).get("OMP_WAIT_POLICY"))
+for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+    print(os.environ.get(name), forks.environment(1).get(name))
 """
     given = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
     given |= {"OMP_WAIT_POLICY": chosen} if chosen else {}
     command = [sys.executable, "-c", source]
     done = subprocess.run(command, env=given, capture_output=True, text=True, check=True)
-    expected = [chosen, chosen] if chosen else ["PASSIVE", "None"]
-    assert done.stdout.splitlines()[-1].split() == expected
+    expected = [f"{chosen} {chosen}", "None None"] if chosen else ["PASSIVE None", "1000 None"]
+    assert done.stdout.splitlines()[-2:] == expected
 
 
 def test_code_that_ends_the_program_is_told(user, paredown_cli):
