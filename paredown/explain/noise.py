@@ -243,8 +243,9 @@ def _recorded(
     found: dict[str, Tensor] = {}
 
     def note(node: fx.Node, value: Any) -> None:
-        if node.name in wanted and isinstance(value, Tensor):
-            found[node.name] = value.detach().clone()
+        result = _result(value)
+        if node.name in wanted and result is not None:
+            found[node.name] = result.detach().clone()
         if also is not None:
             also(node, value)
 
@@ -257,7 +258,7 @@ def read_by(layer: Layer) -> list[str]:
     found: dict[str, None] = {}
     for node in layer.chain:
         for arg in node.all_input_nodes:
-            if arg.target in ACTIVATION_QUANTIZERS and arg not in layer.chain:
+            while arg.target in ACTIVATION_QUANTIZERS and arg not in layer.chain:
                 arg = arg.all_input_nodes[0]
             if arg not in layer.chain and not _is_state(arg):
                 found[arg.name] = None
@@ -305,8 +306,14 @@ def run_alone(
                     values[node] = _call(node, value_of)
         except (RuntimeError, KeyError):  # the original's input does not fit a cut layer
             return None
-    found = values[layer.result]
-    return found if isinstance(found, Tensor) else None
+    return _result(values[layer.result])
+
+
+def _result(value: Any) -> Tensor | None:
+    """What a layer gives: of a recurrent one its states, the first of several tensors."""
+    if isinstance(value, (tuple, list)) and value:
+        value = value[0]
+    return value if isinstance(value, Tensor) else None
 
 
 def _call(node: fx.Node, value_of: Callable[[fx.Node], Any]) -> Any:
