@@ -329,6 +329,7 @@ WRONG = {
         "mobilenet_v2",
         {"classes": 2, "vocabulary": 3},
     ),
+    "classes: expected a whole number from 1 up, got -1": ("resnet_8", {"classes": -1}),
     "width: expected a number above 0, got 0": ("resnet_8", {"classes": 2, "width": 0}),
     "resolution: expected a number above 0": ("resnet_8", {"classes": 2, "resolution": -1}),
     "mlp takes rows; resolution is of images": ("mlp", {"features": 3, "out": 2, "resolution": 2}),

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from paredown.core.errors import UserError
 from paredown.core.named import named
-from paredown.core.settings import require
+from paredown.core.settings import check_count, require
 
 if TYPE_CHECKING:
     from torch import nn
@@ -63,6 +63,9 @@ ZOO = {
 }
 
 
+COUNTS = {"classes", "channels", "features", "out", "vocabulary", "length"}
+
+
 def entry(name: str) -> Entry:
     """Raises:
     UserError: there is none of that name; names the nearest.
@@ -102,6 +105,8 @@ def make(name: str, resolution: float = 1.0, **settings: Any) -> nn.Module:
     function: Callable[..., nn.Module] = named(found.where)
     settings = dict(settings)
     _check(name, function, found, settings)
+    for whole in COUNTS & set(settings):
+        check_count(whole, settings[whole])
     for share in ("width", "depth"):
         given = settings.get(share, 1.0)
         require(share, given, _is_number(given) and given > 0, "a number above 0")
@@ -143,5 +148,6 @@ def _check(name: str, function: Callable[..., Any], found: Entry, settings: dict
     wrong = [n for n in settings if n not in known and (n, found.takes) != ("size", "images")]
     lacking = [n for n, p in known.items() if p.default is p.empty and n not in settings]
     if wrong or lacking:
+        more = " and resolution" if found.takes == "images" else ""
         what = f"has no {', '.join(wrong)}" if wrong else f"needs {', '.join(lacking)}"
-        raise UserError(f"zoo: {name} {what}; it takes {', '.join(known)} and resolution.")
+        raise UserError(f"zoo: {name} {what}; it takes {', '.join(known)}{more}.")

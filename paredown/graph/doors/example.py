@@ -63,7 +63,10 @@ def _dynamic_pairs(
         pairs = list(zip(args, dynamic, strict=True))
     else:
         shape = f"a dict of {', '.join(kwargs)}" if kwargs else f"a tuple of {len(args)}"
-        raise UserError(f"dynamic: expected {shape}, as the example is; got {dynamic!r}.")
+        raise UserError(
+            f'dynamic: expected {shape}, as the example is, each {{dimension: "name"}} or None; got '
+            f"{dynamic!r}."
+        )
     for _, spec in pairs:
         if spec is not None and not isinstance(spec, dict):
             raise UserError(f'dynamic: expected {{dimension: "name"}} or None, got {spec!r}.')

@@ -27,7 +27,9 @@ def facts(run: Run) -> dict[str, Any]:
 
 def _title(run: Run) -> str:
     if run.outcome == "open":
-        return "Goals met by a file of no use" if run.details.get("useless") else "Met, not proven"
+        if run.details.get("useless"):
+            return "Goals met by a file of no use" if run.checks else "A file of no use"
+        return "Met, not proven"
     return f"Goals {run.outcome}"
 
 
