@@ -64,8 +64,8 @@ def _dynamic_pairs(
     else:
         shape = f"a dict of {', '.join(kwargs)}" if kwargs else f"a tuple of {len(args)}"
         raise UserError(
-            f'dynamic: expected {shape}, as the example is, each {{dimension: "name"}} or None; got '
-            f"{dynamic!r}."
+            f'dynamic: expected {shape}, as the example is, each {{dimension: "name"}} or None; '
+            f"got {dynamic!r}."
         )
     for _, spec in pairs:
         if spec is not None and not isinstance(spec, dict):
