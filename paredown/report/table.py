@@ -157,7 +157,8 @@ def score_difference(run: Run, a: Measurement, b: Measurement) -> float | None:
 def bound(run: Run, check: GoalCheck) -> str:
     """What a goal asks for, such as "≤ 200 KB"."""
     if check.goal == "max_drop":
-        return f"≥ {change(-check.bound, run.baseline.score_in_points)}"
+        points = run.baseline.score_in_points
+        return f"≥ {change(-check.bound, points)}{'' if points else ' in change'}"
     return f"{'≥' if check.goal == 'throughput' else '≤'} {quantity(check.bound, check.goal)}"
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from paredown.core.goals import Goals
 from paredown.core.measurement import Measurement
 from paredown.core.results import Run, Trial
 from paredown.report import charts
@@ -85,8 +86,10 @@ def _against(run: Run, goal: str) -> str:
         words = f"goal ≤ {quantity(bounds[goal], goal)}"
         cost_axis = charts.Axis(cost_axis.label, bounds[goal] / scale, words)
     score_axis = charts.Axis("score, %" if percent == 100 else "score")
-    if "max_drop" in bounds and run.baseline.score is not None:
-        floor = run.baseline.score - bounds["max_drop"]
+    asked = Goals(run.goals.get("max_drop"))
+    allowed = asked.allowed_drop(run.baseline)  # of this split's score, not of the test's
+    if "max_drop" in bounds and run.baseline.score is not None and allowed is not None:
+        floor = run.baseline.score - allowed
         words = f"goal ≥ {score(floor, run.baseline.score_in_points)}"
         score_axis = charts.Axis(score_axis.label, percent * floor, words)
     return charts.trajectory(drawn, cost_axis, score_axis)
