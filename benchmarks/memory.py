@@ -7,7 +7,6 @@ the libraries were imported and a tiny model had gone the same way.
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import json
 import subprocess
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import paredown
+from paredown.core.memory import WORTH_BYTES, release
 from paredown.core.task import Task
 from paredown.targets.devices.probe import peak_bytes, reset_peak
 
@@ -103,7 +103,7 @@ def child(width: int, blocks: int, step: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         made = STEPS[step]()
         _through(64, 1, made, Path(folder), {})
-        _trim()
+        release(WORTH_BYTES)  # what the tiny model freed
         before, peaks = _resident_bytes(), {}
         floats = _through(width, blocks, made, Path(folder), peaks)
     shares = {name: (peak - before) / floats for name, peak in peaks.items()}
@@ -134,14 +134,6 @@ def _phase(name: str, peaks: dict[str, int]) -> Iterator[None]:
     peak = peak_bytes()
     assert peak is not None, "this system does not tell a process's peak memory"
     peaks[name] = peak
-
-
-def _trim() -> None:
-    """Give what the tiny model freed back to the system, where the C library can."""
-    gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 def _resident_bytes() -> int:

@@ -36,8 +36,6 @@ def shown(console: Console | None = None) -> Iterator[None]:
         half done
     """
     from rich.console import Console as Where
-
-    check_arguments(console=(console, Where | None))
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -46,6 +44,7 @@ def shown(console: Console | None = None) -> Iterator[None]:
         TimeRemainingColumn,
     )
 
+    check_arguments(console=(console, Where | None))
     console = console or Where(stderr=True)
     columns = (
         TextColumn("  {task.description}"),

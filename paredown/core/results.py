@@ -71,6 +71,7 @@ class _Details(TypedDict, total=False):
     flips: list[dict[str, Any]]
     folder: str
     histograms: list[dict[str, Any]]
+    ignore: list[int]
     in_reach: str
     instruction_sets: str
     latency_samples_ms: dict[str, list[float]]
@@ -81,6 +82,7 @@ class _Details(TypedDict, total=False):
     reproduce: list[str]
     score: str
     stage_sha256: str
+    threads: int
     useless: str
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import typing
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,6 +48,22 @@ def check_count(name: str, value: Any, least: int = 1, most: int | None = None) 
     fits = whole and value >= least and (most is None or value <= most)
     end = "up" if most is None else f"to {most}"
     require(name, value, fits, f"a whole number from {least} {end}")
+
+
+def check_above_zero(name: str, value: Any) -> None:
+    """Refuse what is no finite number above 0; True and False are none.
+
+    Raises:
+        UserError: says what was expected, and what came.
+
+    Example:
+        >>> check_above_zero("width", 0)
+        Traceback (most recent call last):
+            ...
+        paredown.core.errors.UserError: width: expected a number above 0, got 0.
+    """
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    require(name, value, number and 0 < value < math.inf, "a number above 0")
 
 
 def check_seed(name: str, value: Any) -> None:

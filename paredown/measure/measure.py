@@ -16,7 +16,7 @@ from torch import Tensor
 
 from paredown.core.errors import UserError
 from paredown.core.measurement import Comparison, Measurement
-from paredown.core.settings import check_arguments, check_choice, require
+from paredown.core.settings import check_above_zero, check_arguments, check_choice
 from paredown.core.task import SPLITS, Target, Task
 from paredown.data import splits
 from paredown.graph import structure
@@ -79,7 +79,7 @@ def measure(
     """
     files = _checked(files, model, task, target)
     check_choice("split", split, SPLITS)
-    require("timeout_s", timeout_s, _seconds(timeout_s), "a number of seconds above 0")
+    check_above_zero("timeout_s", timeout_s)
     check_arguments(questions=(questions, tuple | list | None))
     task = splits.prepared(task)
     examples = splits.split(task, split)
@@ -129,10 +129,6 @@ def _checked(
     for name, file in files.items():
         check_arguments(**{f"files[{name!r}]": (file, str | Path)})
     return {name: Path(file) for name, file in files.items()}
-
-
-def _seconds(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
 
 
 def _around(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from paredown.core.errors import UserError
 from paredown.core.named import named
-from paredown.core.settings import check_count, require
+from paredown.core.settings import check_above_zero, check_count
 
 if TYPE_CHECKING:
     from torch import nn
@@ -42,11 +42,11 @@ def _entry(where: str, takes: str, gives: str, **fixed: Any) -> Entry:
 DESIGNS = (  # of `paredown.zoo.convolutional`
     *("mobilenet_v1", "mobilenet_v2", "mobilenet_v3_small", "mobilenet_v3_large"),
     *("mobilenet_v4_small", "efficientnet_v2_s"),
+    *(f"efficientnet_b{n}" for n in range(8)),
 )
 _image = partial(_entry, takes="images", gives="classes")
 ZOO = {
     **{name: _image("convolutional:designed", design=name) for name in DESIGNS},
-    **{f"efficientnet_b{n}": _image("convolutional:efficientnet", scale=n) for n in range(8)},
     "resnet_8": _image("tiny:ResNet8"),
     "ds_cnn": _image("tiny:DSCNN"),
     "unet": _entry("tiny:UNet", "images", "maps"),
@@ -108,9 +108,8 @@ def make(name: str, resolution: float = 1.0, **settings: Any) -> nn.Module:
     for whole in COUNTS & set(settings):
         check_count(whole, settings[whole])
     for share in ("width", "depth"):
-        given = settings.get(share, 1.0)
-        require(share, given, _is_number(given) and given > 0, "a number above 0")
-    require("resolution", resolution, _is_number(resolution) and resolution > 0, "a number above 0")
+        check_above_zero(share, settings.get(share, 1.0))
+    check_above_zero("resolution", resolution)
     if resolution != 1 and found.takes != "images":
         raise UserError(f"zoo: {name} takes {found.takes}; resolution is of images alone.")
     size = settings.get("size", 224)
@@ -134,10 +133,6 @@ def sides(size: int | tuple[int, int], resolution: float) -> tuple[int, int]:
     """
     both = (size, size) if isinstance(size, int) else size
     return max(1, round(both[0] * resolution)), max(1, round(both[1] * resolution))
-
-
-def _is_number(given: object) -> bool:
-    return isinstance(given, (int, float)) and not isinstance(given, bool)
 
 
 def _check(name: str, function: Callable[..., Any], found: Entry, settings: dict[str, Any]) -> None:

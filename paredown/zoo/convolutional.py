@@ -39,6 +39,7 @@ class Design:
         head_shrinks: whether it gets narrower with the rest.
         features: channels of a layer between pooling and classifier; 0 is none.
         features_pooled: whether that layer is a convolution with its norm, or a linear one.
+        width, depth: multipliers of the paper's own, times those given.
         block_name, flat: as `Block` and `layers_of` have them.
         nested: whether a row's blocks stand in a module of their own, as in torchvision's
             EfficientNet, or all one after the other.
@@ -57,6 +58,8 @@ class Design:
     nested: bool = False
     head_shrinks: bool = True
     features_pooled: bool = False
+    width: float = 1.0
+    depth: float = 1.0
     dropout: float = 0.2
     drop_path: float = 0.0
 
@@ -329,6 +332,16 @@ DESIGNS = {  # parameters, multiply-adds with the pixels they were published for
     "mobilenet_v3_large": MOBILENET_V3_LARGE,  # 5.5 M, 217 M at 224
     "mobilenet_v4_small": MOBILENET_V4_SMALL,  # 3.8 M, 186 M at 224
     "efficientnet_v2_s": EFFICIENTNET_V2_S,  # 21.5 M, 8.4 G at 384
+    **{  # B0: 5.3 M, 386 M at 224
+        f"efficientnet_b{n}": replace(
+            EFFICIENTNET_B0,
+            width=width,
+            depth=depth,
+            dropout=dropout,
+            norm=_gentle if n >= 5 else nn.BatchNorm2d,
+        )
+        for n, (width, depth, dropout) in enumerate(EFFICIENTNET_SCALES)
+    },
 }
 
 
@@ -341,20 +354,5 @@ def designed(
     depth: float = 1.0,
 ) -> Network:
     """One of `DESIGNS`."""
-    return build(DESIGNS[design], classes, channels, size, width, depth)
-
-
-def efficientnet(
-    scale: int,
-    classes: int,
-    channels: int = 3,
-    size: Size = 224,
-    width: float = 1.0,
-    depth: float = 1.0,
-) -> Network:
-    """EfficientNet B0 to B7: B0, 5.3 M parameters and 386 M multiply-adds at 224 pixels, with the
-    multipliers of the paper (1905.11946) times those given."""
-    wider, deeper, dropout = EFFICIENTNET_SCALES[scale]
-    norm = _gentle if scale >= 5 else nn.BatchNorm2d
-    design = replace(EFFICIENTNET_B0, dropout=dropout, norm=norm)
-    return build(design, classes, channels, size, wider * width, deeper * depth)
+    made = DESIGNS[design]
+    return build(made, classes, channels, size, made.width * width, made.depth * depth)

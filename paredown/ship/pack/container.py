@@ -27,6 +27,7 @@ from paredown.ship.pack.entropy import Damaged
 from paredown.ship.pack.index import MAGIC, File, Index, Stream, head_bytes, read, write
 from paredown.ship.pack.streams import chunk_layout, gather, streams
 from paredown.targets.artifact import parts
+from paredown.targets.runtimes import RUNTIMES, runtime
 
 SUFFIX = ".pare"
 WHOLE = 1 << 22  # bytes of an artifact up to which it is also tried as one string of bytes
@@ -169,8 +170,10 @@ def contents(path: str | Path) -> Contents:
 def _check_unpacked(path: Path) -> None:
     """Refuse a folder, and what is a container by its bytes, whatever its name."""
     if path.is_dir():
-        own = sorted(path.glob("model.*")) if (path / "run.json").is_file() else []
-        instead = f"a run's folder; pack its artifact, {own[0]}" if own else "a folder"
+        suffixes = {runtime(name).SUFFIX for name in RUNTIMES}
+        ours = sorted(path.glob("model.*")) if (path / "run.json").is_file() else []
+        own = next((each for each in ours if each.suffix in suffixes), None)
+        instead = f"a run's folder; pack its artifact, {own}" if own else "a folder"
         raise UserError(f"{path}: expected the artifact of a runtime, got {instead}.")
     with path.open("rb") as stream:
         if stream.read(len(MAGIC)) == MAGIC:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import astuple, dataclass, replace
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from paredown.core.errors import UserError
-from paredown.core.settings import require
+from paredown.core.settings import check_above_zero
 from paredown.core.task import Task
 from paredown.graph import machine, structure
 from paredown.graph.capture import capture
@@ -44,8 +43,7 @@ class Scale:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            require(name, value, number and 0 < value < math.inf, "a number above 0")
+            check_above_zero(name, value)
 
 
 def is_name(student: object) -> bool:
