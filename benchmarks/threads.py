@@ -22,6 +22,7 @@ def child() -> None:
     """Seconds of one epoch of FineTune, and of LowRank(0.5), on the digits' net."""
     sys.path.insert(0, str(EXAMPLES))
     import digits
+
     import paredown
     from paredown.core import threads
 
