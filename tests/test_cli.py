@@ -14,6 +14,7 @@ import pytest
 import paredown
 from paredown import cli
 from paredown.core.errors import UserError
+from paredown.core.results import Run
 from tests.test_run import NO_TRAIN, TINY, here, paredown_cli, user  # noqa: F401
 
 VERBS = ("check", "baseline", "plan", "run", "report", "replay")
@@ -370,14 +371,14 @@ def test_what_the_system_refuses_is_a_sentence(paredown_cli, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device", "/tmp/x")
 
-    monkeypatch.setattr(cli.Run, "load", full)
+    monkeypatch.setattr(Run, "load", full)
     code, _, err = paredown_cli("report", "r")
     assert (code, err) == (1, "error: /tmp/x: No space left on device.\n")
 
     def none(*_):
         raise MemoryError
 
-    monkeypatch.setattr(cli.Run, "load", none)
+    monkeypatch.setattr(Run, "load", none)
     code, _, err = paredown_cli("report", "r")
     assert code == 1 and err.startswith("error: out of memory. Use a smaller batch_size")
 

@@ -1,0 +1,174 @@
+"""Verbs that look at a model: check, baseline, inspect, plan."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from paredown.cli.command import (
+    FAILED,
+    Drop,
+    Energy,
+    File,
+    Json,
+    Latency,
+    Memory,
+    RecipeFile,
+    Size,
+    Throughput,
+    app,
+)
+from paredown.core.console import print_json, wide, working
+from paredown.core.errors import UserError
+from paredown.core.goals import Goals
+from paredown.core.task import Target, Task
+from paredown.targets.options import DEFAULT, Runtime, measures
+
+if TYPE_CHECKING:
+    from paredown.graph.model import Model
+
+
+def _captured(file: Path) -> tuple[Model, Task]:
+    from paredown.graph.capture import capture
+    from paredown.graph.doors import python_file
+
+    module, task = python_file.load(file)
+    return capture(module, task.example, task.dynamic), task
+
+
+@app.command()
+def check(
+    file: File,
+    size: Size = None,
+    memory: Memory = None,
+    energy: Energy = None,
+    runtime: Runtime = "onnxruntime",
+    recipe_file: Annotated[
+        Path | None, typer.Option("--recipe", help="Also check that this recipe can run.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Capture, export and dry-run one batch; name every problem at once, change nothing.
+
+    Of goals it says which nothing can meet here.
+    """
+    from paredown.run import preflight, words
+
+    goals = Goals(size=size, memory=memory, energy=energy)
+    with working(as_json):
+        found = preflight.check_file(file, Target(runtime=runtime), recipe_file, goals)
+    if as_json:
+        print_json(dataclasses.asdict(found))
+    else:
+        words.print_found(found.problems, found.notes, found.facts)
+    if found.problems:
+        raise typer.Exit(FAILED)
+
+
+@app.command()
+@measures
+def baseline(
+    file: File,
+    target: Target = DEFAULT,
+    as_json: Json = False,
+) -> None:
+    """Measure the model as it is: the exported file, in a process of its own."""
+    from paredown.run import preflight, words
+
+    with working(as_json):
+        model, task = _captured(file)
+        measurement, _ = preflight.baseline(model, task, target)
+    if as_json:
+        print_json(dataclasses.asdict(measurement))
+    else:
+        words.print_measurement(file.name, measurement)
+
+
+@app.command("inspect")
+def inspect_verb(
+    file: Annotated[
+        Path, typer.Argument(help="Python file, exported .pt2 or saved .safetensors model.")
+    ],
+    attention: Annotated[
+        str, typer.Option(help='Units in attention: "heads", or "head_dim", those of every head.')
+    ] = "heads",
+    group_norm: Annotated[
+        str, typer.Option(help='Units of a group norm: "groups", or "within", channels of each.')
+    ] = "groups",
+    parameter: Annotated[
+        str | None, typer.Option(help="Say of this parameter alone which groups cut it.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Say what structured pruning can cut, what goes with it, and what stays whole; run no data."""
+    from paredown.explain.inspect import inspect_model, shown
+    from paredown.graph.coupling.coupling import analyze
+
+    with working(as_json):
+        model = _captured(file)[0] if file.suffix == ".py" else _opened(file)
+        coupling = analyze(model, attention, group_norm)
+    if parameter is not None:
+        dims = coupling.explain(parameter)
+        if as_json:
+            print_json({"parameter": parameter, "dimensions": dims})
+        else:
+            print("\n".join(dims))
+        return
+    found = inspect_model(model, coupling)
+    if as_json:
+        print_json(found.to_json())
+    else:
+        console = wide()
+        for part in shown(found, console.width):
+            console.print(part, highlight=False)
+
+
+def _opened(file: Path) -> Model:
+    from paredown.graph.capture import capture
+    from paredown.graph.doors.other_files import told
+
+    if file.suffix not in (".pt2", ".safetensors"):
+        raise UserError(told(file))
+    return capture(file)
+
+
+@app.command("plan")
+@measures
+def plan_verb(
+    file: File,
+    max_drop: Drop = None,
+    size: Size = None,
+    latency: Latency = None,
+    memory: Memory = None,
+    throughput: Throughput = None,
+    energy: Energy = None,
+    target: Target = DEFAULT,
+    recipe_file: RecipeFile = None,
+    as_json: Json = False,
+) -> None:
+    """Say which recipes would be tried for these goals, in which order and why."""
+    from paredown.run import preflight
+    from paredown.run.reach import steering
+    from paredown.search.plan import as_asked, plan
+    from paredown.search.words import plan_rows, print_plan
+    from paredown.steps import recipe
+
+    goals = Goals(max_drop, size, latency, memory, throughput, energy)
+    steps = recipe.load(recipe_file) if recipe_file else None
+    with working(as_json):
+        model, task = _captured(file)
+        asked = steps or []
+        lacking = recipe.problems(asked, task, target) or recipe.unfit(asked, model, task)
+        if lacking:
+            raise UserError("\n".join(lacking))
+        measurement, beyond = preflight.baseline(model, task, target, goals, asked)
+    given = [as_asked(steps)] if steps else None
+    goals, told = steering(goals, beyond), list(beyond.values())
+    proposals = given or plan(model, task, goals, measurement, target=target)
+    if as_json:
+        print_json(plan_rows(proposals, measurement, told))
+    else:
+        print_plan(proposals, told)

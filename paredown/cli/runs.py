@@ -1,0 +1,149 @@
+"""Verbs that make a run, and look at one: run, report, explain, replay."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from paredown.cli.command import (
+    DIFFERS,
+    MISSED,
+    UNPROVEN,
+    Drop,
+    Energy,
+    File,
+    Json,
+    Latency,
+    Memory,
+    Quiet,
+    RecipeFile,
+    Size,
+    Throughput,
+    app,
+)
+from paredown.core.console import output, print_json, wide, working
+from paredown.core.goals import Goals
+from paredown.core.results import Run
+from paredown.core.task import Target
+from paredown.targets.options import DEFAULT, measures
+
+
+@app.command()
+@measures
+def run(
+    file: File,
+    max_drop: Drop = None,
+    size: Size = None,
+    latency: Latency = None,
+    memory: Memory = None,
+    throughput: Throughput = None,
+    energy: Energy = None,
+    target: Target = DEFAULT,
+    recipe_file: RecipeFile = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Run folder, by default a new one under runs/ for each other input."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of every random choice.")] = 0,
+    proof: Annotated[
+        bool, typer.Option("--proof", help="Count a goal as missed that the data cannot prove.")
+    ] = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Compress to the goals, measure the exported file, and write artifact and report.
+
+    The same command goes on where it was interrupted.
+    """
+    from paredown.graph.doors import python_file
+    from paredown.run.compress import compress
+    from paredown.run.words import print_run
+    from paredown.steps import recipe
+
+    goals = Goals(max_drop, size, latency, memory, throughput, energy, proof)
+    steps = recipe.load(recipe_file) if recipe_file else None
+    with working(as_json, quiet):
+        module, task = python_file.load(file)
+        command = shlex.join(["paredown", *sys.argv[1:]])
+        finished = compress(module, task, goals, target, steps, out, seed, command)
+    if as_json:
+        print(finished.to_json())
+    else:
+        print_run(finished)
+    if not finished.met:
+        raise typer.Exit(UNPROVEN if finished.outcome == "not proven" else MISSED)
+
+
+@app.command("report")
+def report_verb(
+    folder: Annotated[Path, typer.Argument(help="Run folder.")], as_json: Json = False
+) -> None:
+    """Write the report page of a run again."""
+    from paredown.report.page import report
+
+    path = report(Run.load(folder), folder / "report.html")
+    if as_json:
+        print_json({"report": str(path)})
+    else:
+        output(False).print(f"Report: {escape(str(path))}", highlight=False)
+
+
+@app.command("explain")
+def explain_verb(
+    folder: Annotated[Path, typer.Argument(help="Run folder.")],
+    file: Annotated[
+        Path | None, typer.Option(help="The Python file, where it is not where the run found it.")
+    ] = None,
+    top: Annotated[int, typer.Option(min=1, help="Layers shown of each table.")] = 10,
+    as_json: Json = False,
+) -> None:
+    """Say where the score went: the noise of each layer, what restoring it wins, and the causes.
+
+    The report is written again with the explanation.
+    """
+    from paredown.explain.words import shown
+    from paredown.graph.doors import python_file
+    from paredown.report.page import report
+    from paredown.run.explain import explain
+    from paredown.run.words import file_of
+
+    run = Run.load(folder)
+    with working(as_json):
+        found = explain(folder, python_file.load_task(file or file_of(run, "explain")))
+        report(Run.load(folder), folder / "report.html")
+    if as_json:
+        print_json(found.to_json())
+        return
+    console = wide()
+    for part in shown(found, console.width, top, run.baseline.score_in_points):
+        console.print(part, highlight=False)
+
+
+@app.command("replay")
+def replay_verb(
+    folder: Annotated[Path, typer.Argument(help="Run folder.")],
+    file: Annotated[
+        Path | None, typer.Option(help="The Python file, where it is not where the run found it.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Make a run's artifact again from its recipe, and compare the two files' SHA-256."""
+    from paredown.graph.doors import python_file
+    from paredown.run.replay import replay
+    from paredown.run.words import file_of, print_replay
+
+    run = Run.load(folder)
+    with working(as_json):
+        artifact, digest = replay(folder, *python_file.load(file or file_of(run, "replay")))
+    same = digest == artifact.sha256
+    if as_json:
+        print_json({"kept": artifact.sha256, "replayed": digest, "same": same})
+    else:
+        print_replay(run, artifact.sha256, digest)
+    if not same:
+        raise typer.Exit(DIFFERS)
