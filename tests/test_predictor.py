@@ -108,7 +108,11 @@ WRONG = [
     ),
     ((IDS[:, 1:], WEIGHTS), {}, "input 'ids': expected shape (batch, 5), got (2, 4)."),
     ((IDS[0], WEIGHTS), {}, "input 'ids': expected shape (batch, 5), got (5,)."),
-    ((IDS[:0], WEIGHTS[:0]), {}, "input 'ids': expected shape (batch, 5), got (0, 5)."),
+    (
+        (IDS[:0], WEIGHTS[:0]),
+        {},
+        "input 'ids': expected shape (batch, 5), got (0, 5); batch is at least 1.",
+    ),
     (
         (IDS, torch.ones(3)),
         {},

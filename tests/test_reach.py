@@ -41,6 +41,7 @@ MEASURED = Measurement(
 BESIDE = Measurement(
     5000, memory_bytes=65_500_000, memory_floor_bytes=59_300_000, memory_model_bytes=6_200_000
 )
+ORIGINAL = Measurement(50_000, latency_ms_p50=2.0, throughput_per_s=500.0)
 
 
 @pytest.fixture
@@ -110,22 +111,26 @@ def test_the_share_grows_with_the_model_and_not_with_the_runtime(tmp_path, monke
         (Goals(size="0.2x"), ["size: the goal is 10 KB, and of the original's 50 KB 12 KB are"]),
         (Goals(memory="64KB"), ["onnxruntime takes", "with a model of one op"]),
         (Goals(memory="0.9x"), []),
+        (Goals(latency="10ns"), ["latency: the goal is", "for a model of one op at its quickest"]),
+        (Goals(latency="0.00001x"), ["latency: the goal is"]),
+        (Goals(latency="0.5x", throughput="2x"), []),
+        (Goals(throughput="2000000000/s"), ["throughput: the goal is", "gives at most"]),
     ],
 )
 def test_goals_that_nothing_can_meet_are_told(monkeypatch, goals, words):
     monkeypatch.setattr(memory, "_floors", {})
-    found = " ".join(unreachable(goals, Target(), 50_000, 12_000).values())
+    found = " ".join(unreachable(goals, Target(), ORIGINAL, 12_000).values())
     assert all(each in found for each in words) and bool(found) == bool(words)
 
 
 def test_energy_without_a_meter_is_told(monkeypatch):
-    floor = memory.Floor(1000, 100, False)
+    floor = memory.Floor(1000, 0.004, 100, False)
     monkeypatch.setattr(memory, "_floors", {("onnxruntime", "local", 1): floor})
-    [sentence] = unreachable(Goals(energy="5mJ"), Target(), 50_000, 100).values()
+    [sentence] = unreachable(Goals(energy="5mJ"), Target(), ORIGINAL, 100).values()
     assert "no meter can be read here" in sentence
-    read = memory.Floor(1000, 100, True)
+    read = memory.Floor(1000, 0.004, 100, True)
     monkeypatch.setattr(memory, "_floors", {("onnxruntime", "local", 1): read})
-    assert unreachable(Goals(energy="5mJ"), Target(), 50_000, 100) == {}
+    assert unreachable(Goals(energy="5mJ"), Target(), ORIGINAL, 100) == {}
 
 
 def test_a_size_is_in_reach_of_a_student_that_is_named(user, here):

@@ -600,6 +600,10 @@ def test_a_change_of_speed_is_worded_alike_everywhere() -> None:
             speedup=1 / slower,
             speedup_low=interval[0],
             speedup_high=interval[1],
+            speedup_p90_low=interval[0],
+            speedup_p90_high=interval[1],
+            speedup_p99_low=0.5,  # rare ones scatter more
+            speedup_p99_high=1.5,
             speed=sentence,
         )
         told = dataclasses.replace(run, on_device=sides, comparison=both)
@@ -607,6 +611,7 @@ def test_a_change_of_speed_is_worded_alike_everywhere() -> None:
         assert sentence.startswith(said)
         for name in ("Latency, median", "Latency, 90th percentile", "Throughput"):
             assert rows[name].startswith(said), rows
+        assert rows["Latency, 99th percentile"] == "no measurable speed-up"
         page = words(render(told))
         assert ("1.01× slower" in page) is (said == "1.01")
 

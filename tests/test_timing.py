@@ -249,6 +249,38 @@ def test_rounds_end_as_soon_as_the_questions_are_answered(
     assert [len(each.rounds) for each in found.values()] == [rounds] * 3
 
 
+@pytest.mark.parametrize(
+    ("rounds", "scatter", "done"),
+    [
+        (10, 0.01, 10),
+        (10, 1.0, 20),
+        (9, 1.0, 9),  # who asks for few gets few
+    ],
+)
+def test_a_disturbed_machine_is_timed_for_longer(
+    exported: dict[str, Path],
+    small: Model,
+    monkeypatch: pytest.MonkeyPatch,
+    rounds: int,
+    scatter: float,
+    done: int,
+) -> None:
+    rng, said = np.random.default_rng(0), []
+    timed = local.Probe.time
+
+    def shaken(self: local.Probe, *args: Any) -> Any:
+        latencies, energy = timed(self, *args)
+        return np.ones_like(latencies) * rng.lognormal(0, scatter), energy
+
+    monkeypatch.setattr(local.Probe, "time", shaken)
+    monkeypatch.setattr(progress, "say", said.append)
+    batches, two = [inputs.deployed_example(small)], ("original", "candidate")
+    files = {name: exported[name] for name in two}
+    found = timing.interleaved(files, Target(), batches, rounds, 90.0)
+    assert [len(each.rounds) for each in found.values()] == [done] * 2
+    assert any("disturbed" in text for text in said) is (done > rounds)
+
+
 def test_looking_early_finds_hardly_more_speed_ups_than_looking_once() -> None:
     """Of 600 pairs of equal programs, each round of which has a pace of its own."""
     rng = np.random.default_rng(0)

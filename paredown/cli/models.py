@@ -43,6 +43,7 @@ def _captured(file: Path) -> tuple[Model, Task]:
 def check(
     file: File,
     size: Size = None,
+    latency: Latency = None,
     memory: Memory = None,
     energy: Energy = None,
     runtime: Runtime = "onnxruntime",
@@ -57,7 +58,7 @@ def check(
     """
     from paredown.run import preflight, words
 
-    goals = Goals(size=size, memory=memory, energy=energy)
+    goals = Goals(size=size, latency=latency, memory=memory, energy=energy)
     with working(as_json):
         found = preflight.check_file(file, Target(runtime=runtime), recipe_file, goals)
     if as_json:

@@ -82,6 +82,10 @@ class Comparison:
     speedup: float | None = None  # median latency of the original over the candidate's
     speedup_low: float | None = None
     speedup_high: float | None = None
+    speedup_p90_low: float | None = None  # the same ratio of 90th percentiles
+    speedup_p90_high: float | None = None
+    speedup_p99_low: float | None = None
+    speedup_p99_high: float | None = None
     latency_ms_low: float | None = None  # the candidate's median by itself
     latency_ms_high: float | None = None
     verdict: str = ""  # the claim about the score, one sentence

@@ -17,6 +17,7 @@ from paredown.measure import speedups
 
 FIRST, EVERY = 4, 2  # rounds before the first look, and between looks
 SURE = 0.999
+WIDE = 1.2  # the upper end of a 95 % interval over its lower one, from which on it tells little
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,22 @@ def look(done: int) -> bool:
         [4, 6, 8, 10]
     """
     return done >= FIRST and (done - FIRST) % EVERY == 0
+
+
+def sharp(rounds: Mapping[str, Sequence[ArrayLike]]) -> bool:
+    """Whether how fast each file runs beside the first is known well enough: as long as another
+    process disturbs the machine it is not, and more rounds help.
+
+    That they end by the width of an interval and not by where it lies favours no answer.
+
+    Example:
+        >>> steady, shaken = [[4.0], [4.1], [4.0], [4.1]], [[2.0], [2.1], [5.0], [2.0]]
+        >>> sharp({"original": steady, "candidate": steady}), sharp({"a": steady, "b": shaken})
+        (True, False)
+    """
+    first, *others = rounds.values()
+    found = [speedups.median_ratio(first, other) for other in others]
+    return all(each.high <= WIDE * each.low for each in found)
 
 
 def answered(questions: Sequence[Question], rounds: Mapping[str, Sequence[ArrayLike]]) -> bool:

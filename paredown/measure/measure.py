@@ -168,19 +168,32 @@ def compare(original: Measured, candidate: Measured, max_drop: float | None) -> 
         found = stats.non_inferior(before, after, max_drop, name="score", unit=unit)
         verdict, claim = found.sentence, found.status
     median = speedups.median_interval(candidate.rounds)
+    slowest_tenth = speedups.median_ratio(original.rounds, candidate.rounds, quantile=0.9)
+    rare = _rare(original, candidate)
     return Comparison(
-        difference.estimate,
-        difference.low,
-        difference.high,
-        speedup.estimate,
-        speedup.low,
-        speedup.high,
-        median.low,
-        median.high,
-        verdict,
-        speedups.speedup_sentence(speedup),
-        claim,
+        score_difference=difference.estimate,
+        score_difference_low=difference.low,
+        score_difference_high=difference.high,
+        speedup=speedup.estimate,
+        speedup_low=speedup.low,
+        speedup_high=speedup.high,
+        speedup_p90_low=slowest_tenth.low,
+        speedup_p90_high=slowest_tenth.high,
+        speedup_p99_low=rare.low if rare else None,
+        speedup_p99_high=rare.high if rare else None,
+        latency_ms_low=median.low,
+        latency_ms_high=median.high,
+        verdict=verdict,
+        speed=speedups.speedup_sentence(speedup),
+        score_claim=claim,
     )
+
+
+def _rare(original: Measured, candidate: Measured) -> stats.Interval | None:
+    """The ratio of 99th percentiles, where there are samples enough for one."""
+    if any(each.measurement.latency_ms_p99 is None for each in (original, candidate)):
+        return None
+    return speedups.median_ratio(original.rounds, candidate.rounds, quantile=0.99)
 
 
 def _unbounded(difference: stats.Interval, examples: int, in_points: bool) -> str:
@@ -188,10 +201,10 @@ def _unbounded(difference: stats.Interval, examples: int, in_points: bool) -> st
     estimate, low, high = (
         scale * x for x in (difference.estimate, difference.low, difference.high)
     )
-    moved = f"{'fell' if estimate < 0 else 'rose'} by {abs(estimate):.3g}{unit}"
+    moved = stats.moved(difference, f"{abs(estimate):.3g}{unit}")
     return (
-        f"score {moved if estimate else 'did not change'} (95 % interval {low:+.3g} to "
-        f"{high:+.3g} over {examples:,} examples); no bound was set for it"
+        f"score {moved} (95 % interval {low:+.3g} to {high:+.3g} over {examples:,} examples); "
+        "no bound was set for it"
     )
 
 

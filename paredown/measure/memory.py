@@ -1,4 +1,4 @@
-"""Peak memory of a process that runs a file, and how much of it is there without the model.
+"""Peak memory of a process that runs a file, and what it takes without the model.
 
 It is that of a fresh process: a fork shares with its server what it began with. It stays the same
 within 0.2 %, so each file is asked once.
@@ -26,6 +26,8 @@ from paredown.targets.artifact import digest, size_bytes
 from paredown.targets.devices import probe
 from paredown.targets.devices.device import TIMEOUT_S, write_batches
 from paredown.targets.runtimes import ready
+
+FLOOR_SAMPLES = 200  # of the latency of a model of one op, each of some microseconds
 
 _known: dict[tuple[object, ...], int | None] = {}  # of this process
 _floors: dict[tuple[object, ...], Floor] = {}
@@ -66,11 +68,13 @@ class Floor:
 
     Attributes:
         memory_bytes: peak of its process; None where the system does not tell.
+        latency_ms: the least of its latencies.
         size_bytes: of its file.
         metered: whether the energy of an inference can be read.
     """
 
     memory_bytes: int | None
+    latency_ms: float
     size_bytes: int
     metered: bool
 
@@ -86,7 +90,7 @@ def floor(target: Target) -> Floor:
     if where not in _floors:
         key = machine(target) | {"runtime": target.runtime, "threads": target.threads}
         _floors[where] = cache.kept(
-            "floor", key, lambda: dataclasses.asdict(_floor(target)), lambda found: Floor(**found)
+            "floors", key, lambda: dataclasses.asdict(_floor(target)), lambda found: Floor(**found)
         )
     return _floors[where]
 
@@ -113,4 +117,6 @@ def _floor(target: Target) -> Floor:
         write_batches(inputs, [[x.numpy()]])
         with timing.opened({"one": file}, target) as probes:
             energy = probes["one"].time(inputs, 1)[1]
-            return Floor(probes["one"].memory(), size_bytes(file), energy is not None)
+            peak = probes["one"].memory()
+            latencies, _ = probes["one"].time(inputs, FLOOR_SAMPLES, warmup=FLOOR_SAMPLES)
+            return Floor(peak, float(latencies.min()), size_bytes(file), energy is not None)

@@ -48,8 +48,10 @@ def median_ratio(
     original_rounds: Sequence[ArrayLike],
     candidate_rounds: Sequence[ArrayLike],
     confidence: float = 0.95,
+    quantile: float = 0.5,
 ) -> Interval:
-    """Speed-up median(original) / median(candidate) of interleaved rounds, with its interval.
+    """Speed-up median(original) / median(candidate) of interleaved rounds, with its interval; or
+    that of another quantile.
 
     Round i of either list is a 1-D array of latencies, any unit, taken next to round i of the
     other. Whole rounds are resampled, by index, so that a drift of the machine meets both programs
@@ -63,6 +65,8 @@ def median_ratio(
     >>> interval = median_ratio(slow, fast)
     >>> f"{interval.estimate:.2f}, above 1: {interval.low > 1}"
     '2.05, above 1: True'
+    >>> round(median_ratio(slow, fast, quantile=0.9).estimate, 2)
+    2.0
     """
     before = _rounds(original_rounds, "original_rounds")
     after = _rounds(candidate_rounds, "candidate_rounds")
@@ -73,7 +77,11 @@ def median_ratio(
             f"got {rounds} and {len(after)}; measure the two in turn, several times"
         )
     return _resampled(
-        lambda weights: _medians(before, weights) / _medians(after, weights), rounds, confidence
+        lambda weights: (
+            _quantiles(before, weights, quantile) / _quantiles(after, weights, quantile)
+        ),
+        rounds,
+        confidence,
     )
 
 
@@ -89,7 +97,7 @@ def median_interval(rounds: Sequence[ArrayLike], confidence: float = 0.95) -> In
     samples = _rounds(rounds, "rounds")
     if len(samples) < 2:
         raise ValueError(f"rounds: expected at least 2, got {len(samples)}")
-    return _resampled(lambda weights: _medians(samples, weights), len(samples), confidence)
+    return _resampled(lambda weights: _quantiles(samples, weights), len(samples), confidence)
 
 
 def _resampled(
@@ -131,22 +139,22 @@ def speedup_sentence(interval: Interval) -> str:
     return f"{said} ({100 * interval.confidence:g} % interval {low} to {high})"
 
 
-def _medians(rounds: list[Floats], weights: NDArray[np.int64]) -> Floats:
-    """Median of the samples of all rounds, round r taken weights[:, r] times: (rows,)."""
+def _quantiles(rounds: list[Floats], weights: NDArray[np.int64], quantile: float = 0.5) -> Floats:
+    """Quantile of the samples of all rounds, round r taken weights[:, r] times: (rows,)."""
     samples = np.concatenate(rounds)  # (N,)
     owner = np.repeat(np.arange(len(rounds)), [len(r) for r in rounds])
     order = np.argsort(samples, kind="stable")
     samples, owner = samples[order], owner[order]
-    medians = []
+    found = []
     rows = max(1, CHUNK // len(samples))
     for start in range(0, len(weights), rows):
         taken = weights[start : start + rows].astype(np.int32)[:, owner]
         upto = np.cumsum(taken, axis=1, dtype=np.int32)  # (rows, N)
-        half = upto[:, -1:] // 2
-        upper = (upto > half).argmax(axis=1)
-        lower = (upto >= upto[:, -1:] - half).argmax(axis=1)
-        medians.append((samples[lower] + samples[upper]) / 2)
-    return np.concatenate(medians)
+        rank = np.round(quantile * upto[:, -1:], 6)
+        upper = (upto > np.floor(rank)).argmax(axis=1)
+        lower = (upto >= np.ceil(rank)).argmax(axis=1)
+        found.append((samples[lower] + samples[upper]) / 2)
+    return np.concatenate(found)
 
 
 def _rounds(rounds: Sequence[ArrayLike], name: str) -> list[Floats]:

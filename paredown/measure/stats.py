@@ -155,8 +155,8 @@ def non_inferior(
 
     >>> right, wrong = [1] * 970, [0] * 30
     >>> non_inferior(right + wrong, [0] + right[1:] + wrong, max_drop=0.01).sentence
-    'accuracy fell by 0.10 points (95 % interval -0.56 to +0.28 over 1,000 examples); \
-a drop of at most 1 point is proven'
+    'accuracy did not measurably change: -0.10 points (95 % interval -0.56 to +0.28 over 1,000 \
+examples); a drop of at most 1 point is proven'
     """
     before, after = _pair(original, candidate)
     if not (max_drop >= 0 and 0.5 < confidence < 1):
@@ -306,11 +306,27 @@ def _sentence(
     if difference.low <= -max_drop <= difference.high:
         claim += f" (one-sided bound {number(one_sided.high if refuted else one_sided.low)})"
     size = f"{number(abs(difference.estimate), '', fine)} {unit}".strip()
-    moved = f"{'fell' if difference.estimate < 0 else 'rose'} by {size}"
-    if difference.estimate == 0:
-        moved = "did not change"
     level = f"{100 * difference.confidence:g} %"
-    return f"{name} {moved} ({level} interval {interval} over {examples}); {claim}"
+    return (
+        f"{name} {moved(difference, size)} ({level} interval {interval} over {examples}); {claim}"
+    )
+
+
+def moved(difference: Interval, size: str) -> str:
+    """How a score moved, in words: an interval that holds 0 is no measurable change.
+
+    Args:
+        size: how far, without a sign.
+
+    >>> moved(Interval(0.1, 0.3, 0.2), "0.2"), moved(Interval(-0.3, 0.1, -0.1), "0.1 points")
+    ('rose by 0.2', 'did not measurably change: -0.1 points')
+    """
+    fell = difference.estimate < 0
+    if difference.estimate == 0:
+        return "did not change"
+    if difference.low <= 0 <= difference.high:
+        return f"did not measurably change: {'-' if fell else '+'}{size}"
+    return f"{'fell' if fell else 'rose'} by {size}"
 
 
 def _fine(value: float, places: int) -> int:

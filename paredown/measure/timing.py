@@ -182,7 +182,8 @@ def interleaved(
     Args:
         files: name -> exported file.
         batches: one array per input of the files, for each inference in turn.
-        rounds: each opens every file anew and times it twice, from file to file and back.
+        rounds: each opens every file anew and times it twice, from file to file and back; where
+            these are those of a target or more, and scatter, there are up to twice as many.
         budget_ms: timed inferences of one file in total, where they are quick enough.
         timeout_s: the longest that opening a file or a turn may take, in seconds.
         fresh: in processes that have done nothing yet, not in forks.
@@ -193,9 +194,7 @@ def interleaved(
         first, cycle = Path(folder) / "first.npz", Path(folder) / "cycle.npz"
         write_batches(first, batches[:1])
         write_batches(cycle, batches)
-        for number in progress.track(range(rounds), "timing"):
-            if questions is not None and looks.look(number) and _answered(questions, timings):
-                break
+        for number in _numbers(rounds, timings, questions):
             began = time.monotonic()
             order = list(files) if number % 2 == 0 else list(files)[::-1]
             these = {name: files[name] for name in order}
@@ -211,16 +210,36 @@ def interleaved(
     return timings
 
 
+def _numbers(
+    rounds: int, timings: dict[str, Timing], questions: Sequence[looks.Question] | None
+) -> Iterator[int]:
+    """Numbers of rounds until the questions are answered; up to as many again where the machine was
+    disturbed, and nobody asked for few."""
+
+    def done(number: int) -> bool:
+        timed = {name: each.rounds for name, each in timings.items()}
+        if questions is not None and looks.look(number) and looks.answered(questions, timed):
+            return True
+        return number >= rounds and (rounds < Target().rounds or looks.sharp(timed))
+
+    for number in progress.track(range(rounds), "timing"):
+        if done(number):
+            return
+        yield number
+    if not done(rounds):
+        progress.say("  the machine is disturbed: its timings scatter, so there are more of them")
+        for number in progress.track(range(rounds, 2 * rounds), "timing on"):
+            if done(number):
+                return
+            yield number
+
+
 def _tell(round_s: float, rounds: int, files: int) -> None:
     if round_s * rounds >= LONG_S:
         progress.say(
             f"  timing {files} file{'s' if files > 1 else ''}: {rounds} rounds of {round_s:.1f} s, "
             f"{round_s * rounds:.0f} s at most (--rounds makes them fewer)"
         )
-
-
-def _answered(questions: Sequence[looks.Question], timings: dict[str, Timing]) -> bool:
-    return looks.answered(questions, {name: timed.rounds for name, timed in timings.items()})
 
 
 def _warm(probe: Opened, first: Path, cycle: Path) -> float:

@@ -11,7 +11,12 @@ from paredown.core.results import Run
 from paredown.core.speed import speed_change
 from paredown.report.words import WORDS, change, quantity, ratio, score, times
 
-MEDIANS = ("Latency, median", "Throughput")  # one is the other's inverse
+SPEEDS = {  # a row -> what the comparison calls its ratio; of medians one is the other's inverse
+    "Latency, median": "speedup",
+    "Throughput": "speedup",
+    "Latency, 90th percentile": "speedup_p90",
+    "Latency, 99th percentile": "speedup_p99",
+}
 
 
 def comparison(run: Run) -> list[dict[str, Any]]:
@@ -56,10 +61,11 @@ def comparison(run: Run) -> list[dict[str, Any]]:
 def _row(
     run: Run, name: str, goal: str, values: list[float | None], check: GoalCheck | None
 ) -> dict[str, Any]:
-    number, word, tone = changed(run.comparison, goal, values, name in MEDIANS)
-    interval, both = "", run.comparison
-    if name == "Latency, median" and number and both and both.speedup_low and both.speedup_high:
-        interval = f"{times(both.speedup_low)} to {times(both.speedup_high)} as fast"
+    speed = SPEEDS.get(name, "")
+    number, word, tone = changed(run.comparison, goal, values, speed)
+    interval, both = "", _interval_of(run.comparison, speed)
+    if both and number and name.startswith("Latency"):
+        interval = f"{times(both[0])} to {times(both[1])} as fast"
     return {
         "name": name,
         "figures": [quantity(value, goal) for value in values],
@@ -73,33 +79,35 @@ def _row(
 
 
 def changed(
-    both: Comparison | None, goal: str, values: Sequence[float | None], median: bool = True
+    both: Comparison | None, goal: str, values: Sequence[float | None], speed: str = "speedup"
 ) -> tuple[str, str, str]:
-    """How many times better or worse, as `ratio` says it; of a speed as its verdict does, so that
-    nothing is slower here that is not measurably so there.
+    """How many times better or worse, as `ratio` says it; of a speed as its interval does, so that
+    nothing is slower here that is not measurably so.
 
     Args:
-        median: whether these are of the median latency, which the comparison speaks of.
+        speed: what the comparison calls the ratio of such a speed; "" where it has none.
     """
     before, after = values
     number, word, tone = ratio(goal, before, after)
-    if goal not in ("latency", "throughput") or both is None or not both.speedup or not number:
+    found = _interval_of(both, speed) if goal in ("latency", "throughput") and number else None
+    if both is None or found is None or before is None or after is None:
         return number, word, tone
-    low, high = both.speedup_low, both.speedup_high
-    if low is None or high is None:
-        return (
-            ratio(goal, both.speedup, 1.0) if median and goal == "latency" else (number, word, tone)
-        )
-    if not median:
-        assert before is not None and after is not None
-        even = low <= 1 <= high and low <= before / after <= high
-        return (*speed_change(1.0, low, high), "") if even else (number, word, tone)
-    number, word = speed_change(both.speedup, low, high)
-    if low <= 1 <= high:
+    measured = both.speedup if speed == "speedup" else before / after
+    assert measured is not None  # it has an interval
+    number, word = speed_change(measured, *found)
+    if found[0] <= 1 <= found[1]:
         return number, word, ""
     better, worse = WORDS[goal]
     faster = word == "faster"
     return number.replace("x", "×"), better if faster else worse, "better" if faster else "worse"
+
+
+def _interval_of(both: Comparison | None, speed: str) -> tuple[float, float] | None:
+    """Of a ratio of the comparison; None where it has none."""
+    if both is None or not speed:
+        return None
+    low, high = getattr(both, f"{speed}_low"), getattr(both, f"{speed}_high")
+    return None if low is None or high is None else (low, high)
 
 
 def met(check: GoalCheck | None) -> str:

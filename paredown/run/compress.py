@@ -132,7 +132,8 @@ def _proposals(state: State, steps: Sequence[Step] | None) -> list[Proposal]:
     for number, item in enumerate(proposals, 1):
         progress.say(f"  {number}. {item.title}: {item.reason}")
         for attempt in item.attempts:
-            progress.say(f"     - {attempt.title}: {attempt.reason}; expected: {attempt.expected}")
+            expected = f"; expected: {attempt.expected}" if attempt.expected else ""
+            progress.say(f"     - {attempt.title}: {attempt.reason}{expected}")
     return proposals
 
 

@@ -22,6 +22,10 @@ from paredown.steps.step import Step
 from paredown.targets.runtimes import ready
 
 FORMAT, IDENTITY = 2, "identity.json"
+TRAINED = (  # what most often makes a model another one
+    "Where model() trains or draws its weights, they are others each time: save them once, and let "
+    "model() load them."
+)
 PACKAGES = ("torch", "numpy", "safetensors", "paredown")  # and those of the runtime
 
 
@@ -110,6 +114,8 @@ def check_identity(folder: Path, wanted: dict[str, Any]) -> None:
         lines = "\n".join(f"  {change}" for change in changes)
         if any(".fingerprint:" in change for change in changes):
             lines += "\n`paredown check` says whether the data are others each time they are read."
+        if any(change.startswith("model:") for change in changes):
+            lines += f"\n{TRAINED}"
         raise UserError(
             f"{folder}: holds a run of something else, so it cannot be gone on with. Changed:\n"
             f"{lines}\nChoose another --out, or delete the folder."

@@ -79,8 +79,10 @@ def useless_file(state: State, measured: dict[str, Measured]) -> str:
     points = compressed.measurement.score_in_points
     scores = [float(compressed.scores[constant.examples].mean()), constant.mean]
     figures = [f"{score:.2%}" if points else f"{score:.4g}" for score in scores]
+    looked, all_of = len(constant.examples), len(compressed.scores)
+    those = f"{all_of:,}" if looked == all_of else f"{looked:,} of the {all_of:,}"
     told = (
-        "The file is of no use as far as this data can tell: it scores "
+        f"The file is of no use as far as this data can tell: on {those} test examples it scores "
         f"{figures[0]}, and the same output for every input {figures[1]}."
     )
     if constant.as_good(original.scores):

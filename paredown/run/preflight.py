@@ -278,7 +278,8 @@ def _export(
 ) -> tuple[str, list[str]]:
     """The size of the exported model, and the goals that cannot be met."""
     whole, graph = exported_bytes(model, target)
-    found = unreachable(goals, target, whole, graph, partial(students, model, task, steps))
+    named = partial(students, model, task, steps)
+    found = unreachable(goals, target, Measurement(whole), graph, named)
     return human("size", whole), list(found.values())
 
 
@@ -299,6 +300,6 @@ def baseline(
             return chosen.lower(model, Path(folder) / f"original{chosen.SUFFIX}")
 
         found = of_original(model, task, target, exported)
-    sizes = found.measurement.size_bytes, found.graph_bytes
     named = partial(students, model, task, steps)
-    return found.measurement, unreachable(goals or Goals(), target, *sizes, named)
+    beyond = unreachable(goals or Goals(), target, found.measurement, found.graph_bytes, named)
+    return found.measurement, beyond

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from paredown.core.goals import Goals
+from paredown.core.measurement import Measurement
 from paredown.core.task import Target, Task
 from paredown.core.units import Limit, human
 from paredown.graph.model import Model
@@ -19,27 +20,30 @@ from paredown.targets.artifact import size_bytes
 from paredown.targets.runtimes import ready
 from paredown.train.distill.student import found as student
 
-STEERS_YET = {"size"}  # steps bring it nearer, though not to the goal
+STEERS_YET = {"size", "latency", "throughput"}  # steps bring these nearer, though not to the goal
+FLOORS = ("memory", "latency", "throughput", "energy")  # goals that a model of one op may miss
 
 
 def unreachable(
     goals: Goals,
     target: Target,
-    whole: int,
+    original: Measurement,
     graph: int,
     students: Callable[[], Sequence[Model]] = list,
 ) -> dict[str, str]:
     """Goal -> a sentence, for each goal that no step can meet on this target.
 
     Args:
-        whole: bytes of the exported original.
-        graph: what of that are no weights.
+        original: what was measured of the exported original; its size alone may be known.
+        graph: bytes of that which are no weights.
         students: gives the models that may take the original's place.
     """
-    found = {"size": _size(goals.size, whole, graph, target, students)}
-    if goals.memory is not None or goals.energy is not None:
+    found = {"size": _size(goals.size, original.size_bytes, graph, target, students)}
+    if any(getattr(goals, name) is not None for name in FLOORS):
         lowest = floor(target)
         found["memory"] = _memory(goals.memory, target, lowest)
+        found["latency"] = _latency(goals.latency, target, original, lowest)
+        found["throughput"] = _throughput(goals.throughput, target, original, lowest)
         if goals.energy is not None and not lowest.metered:
             found["energy"] = (
                 "energy: no meter can be read here, so this goal cannot be met; leave it out, or "
@@ -111,4 +115,36 @@ def _memory(limit: Limit | str | None, target: Target, lowest: Floor) -> str:
         f"memory: the goal is {human('memory', limit.value)}, and {target.runtime} takes "
         f"{human('memory', lowest.memory_bytes)} with a model of one op; ask for more than that, "
         'or for a share of what the model adds, such as "0.5x".'
+    )
+
+
+def _latency(
+    limit: Limit | str | None, target: Target, original: Measurement, lowest: Floor
+) -> str:
+    if not isinstance(limit, Limit) or (limit.relative and not original.latency_ms_p50):
+        return ""
+    wanted = limit.absolute(original.latency_ms_p50 or 0.0)
+    if wanted >= lowest.latency_ms:
+        return ""
+    return (
+        f"latency: the goal is {human('latency', wanted)}, and {target.runtime} takes "
+        f"{human('latency', lowest.latency_ms)} for a model of one op at its quickest; ask for "
+        "more than that."
+    )
+
+
+def _throughput(
+    limit: Limit | str | None, target: Target, original: Measurement, lowest: Floor
+) -> str:
+    """A batch after the other, each of which takes what a model of one op takes, or more."""
+    each_s, latency = original.throughput_per_s, original.latency_ms_p50
+    if not isinstance(limit, Limit) or not each_s or not latency:
+        return ""
+    most = each_s * latency / lowest.latency_ms
+    if limit.absolute(each_s) <= most:
+        return ""
+    return (
+        f"throughput: the goal is {human('throughput', limit.absolute(each_s))}, and "
+        f"{target.runtime} gives at most {human('throughput', most)} with a model of one op at its "
+        "quickest; ask for less than that."
     )

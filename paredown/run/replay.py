@@ -18,6 +18,7 @@ from paredown.graph import machine, store
 from paredown.graph.capture import capture
 from paredown.graph.model import Model
 from paredown.run.folder import changed_task
+from paredown.run.identity import TRAINED
 from paredown.steps import recipe
 from paredown.steps.step import Setting
 from paredown.targets.artifact import check_kept, digest
@@ -41,7 +42,8 @@ def replay(
     captured = capture(model, task.example, task.dynamic)
     changed = next(_changed(run, captured, task), None)
     if changed:
-        raise UserError(f"{folder}: {changed} is not the one of the run.")
+        hint = f" {TRAINED}" if changed == "the model" else ""
+        raise UserError(f"{folder}: {changed} is not the one of the run.{hint}")
     setting = Setting(original=captured, target=Target(**run.target))
     with tempfile.TemporaryDirectory() as made:
         for step in recipe.from_toml(run.artifact.recipe, "the run's recipe"):

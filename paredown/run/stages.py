@@ -127,8 +127,8 @@ def begun(
     progress.say(f"  {_takes(record['seconds'], target.rounds)}")
     for note in [*model.notes, *filter(None, [own_zeros.told(own_zeros.found(model))])]:
         progress.say(f"  note: {note}")
-    sizes = measurement.size_bytes, record["graph_bytes"]
-    beyond = unreachable(goals, target, *sizes, partial(students, model, task, steps or ()))
+    named = partial(students, model, task, steps or ())
+    beyond = unreachable(goals, target, measurement, record["graph_bytes"], named)
     for sentence in beyond.values():
         progress.say(f"  out of reach: {sentence}")
     given = ledger, task, goals, target, model, file, measurement, seed, steps is not None
@@ -187,7 +187,8 @@ def tried(
     if measured is not None and not _enough(state, best, measured):
         measured = None
     if record is None or (record["measured"] and measured is None):
-        progress.say(f"  {attempt.title} ({', '.join(recipe.line(s) for s in attempt.steps)})")
+        steps = ", ".join(recipe.line(step) for step in attempt.steps)
+        progress.say(f"  {attempt.title}" + (f" ({steps})" if steps != attempt.title else ""))
         record, measured = _made(state, attempt, best)
         state.ledger.finish(key, record)
     trial = Trial(

@@ -251,7 +251,9 @@ def _check_shape(item: dict[str, Any], array: np.ndarray, sizes: dict[str, int])
                     f"before it, got {got} in shape {array.shape}."
                 )
         if not fits:
-            raise UserError(f"input {name!r}: expected shape {_told(wanted)}, got {array.shape}.")
+            empty = "" if got or isinstance(size, int) else f"; {symbol} is at least {least}"
+            told = f"expected shape {_told(wanted)}, got {array.shape}{empty}."
+            raise UserError(f"input {name!r}: {told}")
 
 
 def _told(shape: list[Any]) -> str:

@@ -21,7 +21,10 @@ MEASURING = {  # the fields of a Target, as every verb that measures has them
     "threads": Annotated[int, typer.Option(help="Threads of the runtime.")],
     "rounds": Annotated[
         int,
-        typer.Option(help="Times that each file is opened and timed, at most; fewer are quicker."),
+        typer.Option(
+            help="Times that each file is opened and timed, at most; fewer are quicker. From 10 on "
+            "there are up to twice as many where the machine is disturbed."
+        ),
     ],
 }
 
