@@ -260,13 +260,15 @@ SENTENCES = [
     (
         (2, 4, 500, 0.02),
         "proven",
-        "accuracy did not measurably change: -0.4 points (95 % interval -1.7 to +0.7 over 500 examples); "
+        "accuracy did not measurably change: -0.4 points (95 % interval -1.7 to +0.7 over 500 "
+        "examples); "
         "a drop of at most 2 points is proven",
     ),
     (
         (2, 4, 500, 0.016),
         "proven",
-        "accuracy did not measurably change: -0.4 points (95 % interval -1.7 to +0.7 over 500 examples); "
+        "accuracy did not measurably change: -0.4 points (95 % interval -1.7 to +0.7 over 500 "
+        "examples); "
         "a drop of at most 1.6 points is proven (one-sided bound -1.4)",
     ),
     (
@@ -309,7 +311,8 @@ SENTENCES = [
     (
         (4, 3, 400, 0.02),  # 0.25 points, as table and report have it, and not 0.2
         "proven",
-        "accuracy did not measurably change: +0.25 points (95 % interval -1.3 to +1.9 over 400 examples); "
+        "accuracy did not measurably change: +0.25 points (95 % interval -1.3 to +1.9 over 400 "
+        "examples); "
         "a drop of at most 2 points is proven",
     ),
     (
