@@ -13,6 +13,7 @@ from paredown.core.settings import MOST_THREADS, check_arguments, check_count
 from paredown.core.task import Task
 from paredown.ship.pipeline import Pipeline
 from paredown.ship.predictor import Predictor
+from paredown.targets import foreign
 from paredown.targets.artifact import check_kept
 from paredown.targets.runtimes import RUNTIMES, ready, runtime
 
@@ -64,6 +65,7 @@ def _predictor(path: Path, threads: int) -> Predictor:
 
 def _opened(path: Path, name: str, threads: int) -> Predictor:
     chosen = ready(name)
+    foreign.check(path, name)
     try:
         predictor = chosen.open(path, threads)
     except UserError:

@@ -10,7 +10,7 @@ import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
 
@@ -88,6 +88,12 @@ def pack(path: str | Path, out: str | Path | None = None) -> Path:
         raise UserError(f"{target}: is what is to be packed; name another file for the container.")
     if not sum(file.size for file in files):
         raise UserError(f"{path}: is empty.")
+    _contain(paths, files, target)
+    return target
+
+
+def _contain(paths: list[Path], files: list[File], target: Path) -> None:
+    """Write the container of files, under the names that ``files`` give them."""
     with _told(target, "written"), _unfinished(target) as (stream, _):
         body = _temporary(target)
         try:
@@ -98,7 +104,6 @@ def pack(path: str | Path, out: str | Path | None = None) -> Path:
                 shutil.copyfileobj(coded, stream, 1 << 20)
         finally:
             body.unlink(missing_ok=True)
-    return target
 
 
 def packed_bytes(path: str | Path) -> int:
@@ -107,15 +112,18 @@ def packed_bytes(path: str | Path) -> int:
     Raises:
         UserError: as `pack`.
     """
-    path = Path(path).absolute()
+    path = Path(path)
+    own = parts(path)
+    with _told(path, "read"):
+        paths = belonging(path)
+        files = [_file(each) for each in paths]
+    named = [
+        replace(file, name=each.with_stem("model").name) if each in own else file
+        for file, each in zip(files, paths, strict=True)
+    ]
     with tempfile.TemporaryDirectory(prefix="paredown-") as folder:
-        named = Path(folder) / f"model{path.suffix}"  # a container holds the names inside
-        for part, linked in zip(parts(path), parts(named), strict=True):
-            linked.symlink_to(part)
-        with _told(path, "read"):
-            for weights in belonging(path)[len(parts(path)) :]:  # under the name the file knows
-                (named.parent / weights.name).symlink_to(weights)
-        return pack(named).stat().st_size
+        _contain(paths, named, Path(folder) / f"model{SUFFIX}")
+        return (Path(folder) / f"model{SUFFIX}").stat().st_size
 
 
 def unpack(path: str | Path, out: str | Path | None = None) -> Path:

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from paredown.ship.pack.blocks import Layout
+from paredown.targets.formats.onnx.wire import fields, tensor_protos, varint, varints
 
 _BLOCK = 1 << 15  # bytes that are looked at together in an unknown file
 _ROW = 512  # bytes of it that share a spread
@@ -26,7 +27,6 @@ _ONNX = {1: (4, True), 10: (2, True), 16: (2, True), 11: (8, True), 6: (4, False
 _ONNX |= {12: (4, False), 13: (8, False), 4: (2, False), 5: (2, False)}
 _LITERT = {0: (4, True), 1: (2, True), 2: (4, False), 4: (8, False), 7: (2, False)}
 _LITERT |= {10: (8, True), 18: (2, True)}
-MAX_DEPTH = 8  # of messages within messages
 
 
 @dataclass(frozen=True)
@@ -73,125 +73,26 @@ def _layout(width: int, floats: bool, shape: list[int], size: int) -> Layout:
 # --- ONNX: protocol buffers ------------------------------------------------------------------
 
 
-def external_files(path: Path) -> list[str]:
-    """The files, as an ONNX file names them from its folder, that hold tensors of it; none where
-    it is no ONNX file.
-
-    Raises:
-        OSError: it cannot be read.
-    """
-    if path.suffix != ".onnx" or not path.stat().st_size:
-        return []
-    view = memoryview(np.memmap(path, np.uint8, "r").data)
-    names: dict[str, None] = {}
-    try:
-        for start, end in _tensor_protos(view):
-            for number, a, b in _fields(view, start, end):
-                if number == 13:  # TensorProto.external_data
-                    entry = {n: bytes(view[c:d]) for n, c, d in _fields(view, a, b)}
-                    if entry.get(1) == b"location":
-                        names[entry.get(2, b"").decode()] = None
-    except (ValueError, IndexError):
-        return []  # not what its name says
-    return list(names)
-
-
 def _onnx(view: memoryview) -> Iterator[Tensor]:
     """The raw data of every TensorProto."""
-    for start, end in _tensor_protos(view):
+    for start, end in tensor_protos(view):
         yield from _tensor_proto(view, start, end)
-
-
-def _tensor_protos(view: memoryview) -> Iterator[tuple[int, int]]:
-    """Where the tensors of an ONNX file are told: in graph.initializer and in attributes."""
-    for number, start, end in _fields(view, 0, len(view)):
-        if number == 7:  # ModelProto.graph
-            yield from _graph(view, start, end, 0)
-        elif number == 25:  # ModelProto.functions
-            for field, a, b in _fields(view, start, end):
-                if field == 7:  # FunctionProto.node
-                    yield from _node(view, a, b, 0)
-
-
-def _graph(view: memoryview, start: int, end: int, depth: int) -> Iterator[tuple[int, int]]:
-    if depth > MAX_DEPTH:
-        return
-    for number, a, b in _fields(view, start, end):
-        if number == 5:  # GraphProto.initializer
-            yield a, b
-        elif number == 1:  # GraphProto.node
-            yield from _node(view, a, b, depth)
-
-
-def _node(view: memoryview, start: int, end: int, depth: int) -> Iterator[tuple[int, int]]:
-    for field, a, b in _fields(view, start, end):
-        if field == 5:  # NodeProto.attribute
-            yield from _attribute(view, a, b, depth)
-
-
-def _attribute(view: memoryview, start: int, end: int, depth: int) -> Iterator[tuple[int, int]]:
-    for number, a, b in _fields(view, start, end):
-        if number in (5, 10):  # AttributeProto.t and tensors
-            yield a, b
-        elif number in (6, 11):  # AttributeProto.g and graphs
-            yield from _graph(view, a, b, depth + 1)
 
 
 def _tensor_proto(view: memoryview, start: int, end: int) -> Iterator[Tensor]:
     shape: list[int] = []
     kind, raw = 0, (0, 0)
-    for number, a, b in _fields(view, start, end):
+    for number, a, b in fields(view, start, end):
         if number == 1:
-            shape += [_varint(view, a)[0]] if b - a == 0 else _varints(view, a, b)
+            shape += [varint(view, a)[0]] if b - a == 0 else varints(view, a, b)
         elif number == 2:
-            kind = _varint(view, a)[0]
+            kind = varint(view, a)[0]
         elif number == 9:
             raw = (a, b)
     width, floats = _ONNX.get(kind, (1, False))
     if raw[1] > raw[0] and kind != 8:
         size = raw[1] - raw[0]
         yield Tensor(*raw, _layout(width, floats, shape, size))
-
-
-def _fields(view: memoryview, start: int, end: int) -> Iterator[tuple[int, int, int]]:
-    """(field number, start, end) of a message's fields; a number's start is where it stands, and
-    its end the same."""
-    at = start
-    while at < end:
-        key, at = _varint(view, at)
-        number, kind = key >> 3, key & 7
-        if kind == 0:
-            yield number, at, at
-            _, at = _varint(view, at)
-        elif kind == 2:
-            length, at = _varint(view, at)
-            if at + length > end:
-                raise ValueError("a field beyond its message")
-            yield number, at, at + length
-            at += length
-        elif kind in (1, 5):
-            at += 8 if kind == 1 else 4
-        else:
-            raise ValueError("not a protocol buffer")
-
-
-def _varint(view: memoryview, at: int) -> tuple[int, int]:
-    value = 0
-    for shift in range(0, 70, 7):
-        byte = view[at]
-        at += 1
-        value |= (byte & 127) << shift
-        if byte < 128:
-            return value, at
-    raise ValueError("a number without an end")
-
-
-def _varints(view: memoryview, start: int, end: int) -> list[int]:
-    found, at = [], start
-    while at < end:
-        value, at = _varint(view, at)
-        found.append(value)
-    return found
 
 
 # --- safetensors -----------------------------------------------------------------------------
