@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,13 +13,14 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 import paredown
+from paredown.core.errors import UserError
 from paredown.core.goals import Goals
 from paredown.core.measurement import Comparison, Measurement
 from paredown.core.task import Target, Task
 from paredown.measure.measure import Measured
 from paredown.run.outcome import verdict
 from paredown.search.decide import Standing, decide, rank
-from paredown.search.offers import offers
+from paredown.search.offers import offers, smaller
 from paredown.search.plan import attempts, plan
 from paredown.search.situation import Situation, expected_integer_bytes
 from paredown.steps import recipe
@@ -132,6 +134,20 @@ def test_without_data_weights_are_rounded_and_what_data_would_open_is_said():
     assert not any(needs(item) for item in proposals)
     given = plan(model, task(calibration=images()), Goals(size="0.3x"), baseline)
     assert given[0].steps == [paredown.Quantize()], "recurrent weights are bytes too"
+
+
+@pytest.mark.parametrize("amount", ["parameters", "macs"])
+def test_what_factors_can_remove_is_known_before(amount):
+    layers = [nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 64, 3), nn.ReLU()]
+    net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
+    x, y = torch.randn(32, 3, 12, 12), torch.zeros(32, dtype=torch.long)
+    data = TensorDataset(x, y)
+    task = paredown.Task(example=(x[:2],), score=paredown.accuracy, calibration=data)
+    model = paredown.capture(net.eval(), task.example)
+    most = smaller._removable(SimpleNamespace(model=model), amount)
+    step = paredown.LowRank(ratio=0.999, amount=amount, whiten=False)
+    with pytest.raises(UserError, match=f"at most {most:.3g}"):
+        paredown.apply(model, [step], task)
 
 
 def test_factors_are_not_offered_beyond_what_they_can_remove():

@@ -10,6 +10,7 @@ from paredown.search.pieces import MARGIN, asked, make, recovery, then_int8
 from paredown.search.proposal import Attempt, Proposal
 from paredown.search.situation import Share, Situation
 from paredown.steps.low_rank.factor_layers import factor_layers
+from paredown.steps.low_rank.factor_options import least
 
 NARROW = 0.5  # share to leave where no amount is asked for
 NARROWEST = 0.02  # a smaller share is no model any more
@@ -39,14 +40,14 @@ def factored(situation: Situation) -> Sequence[Proposal]:
 
 
 def _removable(situation: Situation, amount: str) -> float:
-    """The share that factors of rank 1 in all layers that may be factored would remove."""
+    """The share that factors of the least ranks in all layers that may be factored would remove."""
     layers, _ = factor_layers(situation.model, (), ())
     counted = int(amount == "macs")  # of a layer's costs
     saved = 0.0
     for layer in layers:
-        ranks = {m: (1, 1) if m == "tucker" else (1,) for m in layer.methods("auto")}
-        least = min(layer.cost(method, each)[counted] for method, each in ranks.items())
-        saved += max(0.0, (layer.weight.numel(), layer.macs)[counted] - least)
+        whole = (layer.weight.numel(), layer.macs)[counted]
+        found = [layer.cost(method, ranks)[counted] for method, ranks in least(layer).items()]
+        saved += max(0.0, whole - min(found, default=whole))
     costs = analyze(situation.model).costs()
     return saved / max(1, costs.macs if counted else costs.parameters)
 

@@ -83,6 +83,20 @@ def _allowed(layer: FactorLayer, method: str, search: Search) -> list[int]:
     return neat(paying, layer.groups, search.round_to)
 
 
+def least(layer: FactorLayer) -> dict[str, tuple[int, ...]]:
+    """By method the smallest ranks that `options` may come to where none are asked for; a method of
+    which no rank pays is left out."""
+    asked, found = Search("auto", None), dict[str, tuple[int, ...]]()
+    outputs, inputs = layer.weight.shape[1:3]
+    for method in layer.methods("auto"):
+        if method == "tucker":
+            sizes = (inputs, outputs)
+            found[method] = tuple(neat(range(1, n + 1), layer.groups, None)[0] for n in sizes)
+        elif ranks := _allowed(layer, method, asked):
+            found[method] = (ranks[0],)
+    return found
+
+
 def _few(ranks: Sequence[int], count: int) -> list[int]:
     """At most ``count`` of them, evenly spread, the largest among them.
 
