@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 TIMEOUT_S = 600.0
 DEVICES = {  # scheme -> what connects to an address, and gives a `Device`
     "local": "paredown.targets.devices.local:connect",
+    "ssh": "paredown.targets.devices.ssh:connect",
 }
 
 

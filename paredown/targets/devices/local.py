@@ -5,12 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import selectors
 import signal
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -21,8 +19,8 @@ from paredown.core.errors import UserError
 from paredown.core.processes import ended
 from paredown.targets.devices import forks, probe
 from paredown.targets.devices.device import TIMEOUT_S, Device
+from paredown.targets.devices.lines import Lines
 
-MAX_ANSWER = 2**26  # bytes of one line
 MAX_FILE = 2**34  # bytes that a child may write into one file
 
 
@@ -75,8 +73,9 @@ class Probe:
         if not self.file.exists():
             raise UserError(f"{self.file}: no such file.")
         self._stderr = tempfile.TemporaryFile()
-        self._pending = b""
         self._child = self._started()
+        assert self._child.stdout is not None
+        self._lines = Lines(self._child.stdout)
         try:
             limit(self._child.pid, self.memory_bytes)
             self.open(self.file)
@@ -169,22 +168,16 @@ class Probe:
 
     def _line(self, command: str) -> bytes:
         """The next line of the child's standard output."""
-        assert self._child.stdout is not None
-        until = time.monotonic() + self.timeout_s
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._child.stdout, selectors.EVENT_READ)
-            while b"\n" not in self._pending:
-                if not selector.select(max(0.0, until - time.monotonic())):
-                    self._kill()
-                    raise UserError(
-                        f"{self.file}: {DOING[command]} took more than {self.timeout_s:g} s "
-                        "and was stopped."
-                    )
-                part = os.read(self._child.stdout.fileno(), 2**16)
-                if not part or len(self._pending) > MAX_ANSWER:
-                    raise UserError(f"{self.file}: {DOING[command]} {self._ending()}.")
-                self._pending += part
-        line, _, self._pending = self._pending.partition(b"\n")
+        try:
+            line = self._lines.next(self.timeout_s)
+        except TimeoutError:
+            self._kill()
+            raise UserError(
+                f"{self.file}: {DOING[command]} took more than {self.timeout_s:g} s "
+                "and was stopped."
+            ) from None
+        if line is None:
+            raise UserError(f"{self.file}: {DOING[command]} {self._ending()}.")
         return line
 
     def _ending(self) -> str:
