@@ -20,6 +20,7 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +111,11 @@ def sha256(path: Path) -> str:
 
 def main() -> None:
     """Answer the one command of the arguments."""
-    commands = {"begin": begin, "arrived": arrived, "end": end}
+    commands: dict[str, Callable[..., dict[str, Any]]] = {
+        "begin": begin,
+        "arrived": arrived,
+        "end": end,
+    }
     try:
         found = commands[sys.argv[1]](**json.loads(sys.argv[2]))
     except Exception as error:

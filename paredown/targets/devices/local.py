@@ -68,6 +68,7 @@ class Probe:
         self.memory_bytes = memory_bytes or physical_memory()
         self.input_names: list[str] = []
         self.output_names: list[str] = []
+        self.conditions: dict[str, float] = {}
 
     def __enter__(self) -> Probe:
         if not self.file.exists():
@@ -142,6 +143,7 @@ class Probe:
     def time(self, inputs: Path, count: int, warmup: int = 0) -> tuple[np.ndarray, float | None]:
         """Latencies in ms (count,), cycling through the batches, and mJ per inference or None."""
         answer = self._ask("time", inputs=str(inputs.absolute()), warmup=warmup, count=count)
+        self.conditions = answer["conditions"]
         return np.array(answer["latencies_ms"], dtype=np.float64), answer["energy_mj"]
 
     def memory(self) -> int | None:

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import IO, TypeVar
 
 from paredown.core import progress
 from paredown.core.errors import UserError
@@ -77,13 +77,13 @@ class Shell:
             Lost: the connection failed, or the command took longer.
         """
         with contextlib.ExitStack() as stack:
-            source = stack.enter_context(tempfile.TemporaryFile())
+            source: IO[bytes] = stack.enter_context(tempfile.TemporaryFile())
             if isinstance(given, Path):
                 source = stack.enter_context(given.open("rb"))
             else:
                 source.write(given)
                 source.seek(0)
-            made = stack.enter_context(tempfile.TemporaryFile())
+            made: IO[bytes] = stack.enter_context(tempfile.TemporaryFile())
             if into is not None:
                 made = stack.enter_context(into.open("w+b"))
             said = stack.enter_context(tempfile.TemporaryFile())  # a pipe, the master would hold

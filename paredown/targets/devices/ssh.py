@@ -118,7 +118,7 @@ class Remote:
             return self._work("time", inputs, {"warmup": warmup, "count": count})
 
         answer = self._shell.again(work)
-        self.conditions = answer.get("conditions", {})
+        self.conditions = answer["conditions"]
         return np.array(answer["latencies_ms"], dtype=np.float64), answer["energy_mj"]
 
     def memory(self) -> int | None:
