@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -35,6 +36,14 @@ def connect(address: str) -> Device:
     return Probe
 
 
+@dataclass(frozen=True)
+class Under:
+    """What a process runs under: a program before it, such as an emulator, and variables."""
+
+    launcher: tuple[str, ...] = ()
+    variables: tuple[tuple[str, str], ...] = ()
+
+
 class Probe:
     """An exported file, opened by its runtime in a fresh process for as long as the block lasts.
 
@@ -45,6 +54,7 @@ class Probe:
         timeout_s: the longest that one request may take, in seconds.
         fresh: as `Device` has it.
         memory_bytes: the most memory the process may allocate; by default all there is.
+        under: what it runs under; then the process is always fresh.
 
     Raises:
         UserError: the file cannot be opened, or the process crashed, hung or answered with an
@@ -59,6 +69,7 @@ class Probe:
         timeout_s: float = TIMEOUT_S,
         fresh: bool = True,
         memory_bytes: int | None = None,
+        under: Under | None = None,
     ) -> None:
         self.file = file
         self.runtime_file = runtime_file
@@ -66,6 +77,7 @@ class Probe:
         self.timeout_s = timeout_s
         self.fresh = fresh
         self.memory_bytes = memory_bytes or physical_memory()
+        self.under = under
         self.input_names: list[str] = []
         self.output_names: list[str] = []
         self.conditions: dict[str, float] = {}
@@ -86,16 +98,17 @@ class Probe:
         return self
 
     def _started(self) -> forks.Child:
-        if not self.fresh:
+        if not self.fresh and self.under is None:
             forked = forks.forked(self.runtime_file.absolute(), self.threads, self._stderr)
             if forked is not None:
                 return forked
+        under = self.under or Under()
         return subprocess.Popen(
-            [sys.executable, "-I", probe.__file__],
+            [*under.launcher, sys.executable, "-I", probe.__file__],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._stderr,
-            env=forks.environment(self.threads),
+            env=forks.environment(self.threads) | dict(under.variables),
             start_new_session=True,
         )
 
