@@ -58,9 +58,12 @@ class Power:
         return 1000 * sum(known) / sum(count for _, _, count in windows)
 
 
-def read(path: Path) -> Power:
+def read(path: Path, least: int = 2) -> Power:
     """The readings in a CSV file with the columns ``time``, seconds since 1970 or ISO 8601, and
     ``watts``, in any order among others.
+
+    Args:
+        least: readings that there must be.
 
     Raises:
         UserError: it cannot be read, lacks a column, or holds something else than numbers; names
@@ -83,9 +86,9 @@ def read(path: Path) -> Power:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}.") from error
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path}: is no CSV file: {error}.") from error
-    if len(found) < 2:
-        raise UserError(f"{path}: expected at least 2 readings, got {len(found)}.")
-    table = np.array(found)[np.argsort([time for time, _ in found], kind="stable")]
+    if len(found) < least:
+        raise UserError(f"{path}: expected at least {least} readings, got {len(found)}.")
+    table = np.array(sorted(found)).reshape(-1, 2)
     return Power(table[:, 0], table[:, 1])
 
 

@@ -126,7 +126,7 @@ def read(path: Path, digest: str = "") -> Golden:
             golden = Golden(_arrays(stored, "inputs"), _arrays(stored, "outputs"))
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}.") from error
-    except (ValueError, KeyError, zipfile.BadZipFile) as error:
+    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"{path}: is no golden set: {error}.") from error
     if not golden.inputs or len(golden.inputs) != len(golden.outputs):
         raise UserError(f"{path}: is no golden set: expected inputs.0.0 and outputs.0.0 in it.")

@@ -22,7 +22,7 @@ from paredown.measure import power, speedups, timing
 from paredown.measure.measure import Measured, compare, measure
 from paredown.measure.memory import peak_bytes
 from paredown.measure.power import Power
-from paredown.run.golden import Agreement, compared
+from paredown.run.golden import Agreement, Arrays, Golden, compared
 from paredown.run.validate_isa import Forced, Way, forced, ways
 from paredown.run.validate_subject import COMPRESSED, ORIGINAL, Subject, of_file, of_run
 from paredown.targets.artifact import size_bytes
@@ -100,6 +100,8 @@ def validate(
     """
     check_arguments(what=(what, str | Path), task=(task, Task | None))
     path = Path(what)
+    if power_csv is not None:
+        power.read(power_csv, least=0)  # its readings come while this goes on
     task = task and splits.prepared(task)
     subject = of_run(path, task) if path.is_dir() else of_file(path, task_file)
     chosen = {target.runtime: ways(target.runtime, isa) for target in targets}
@@ -121,26 +123,30 @@ def _on(subject: Subject, target: Target, here: Sequence[Way], record: Path | No
         tempfile.TemporaryDirectory(prefix="paredown-") as folder,
         subject.lowered(target.runtime, Path(folder)) as files,
     ):
-        golden = subject.golden and _parity(subject, files[COMPRESSED], target, Path(folder))
+        own = target.runtime == subject.runtime
+        outputs = subject.golden and _outputs(
+            subject.golden, files[COMPRESSED], target, Path(folder)
+        )
         measured = _measured(subject, files, target)
         notes = list(subject.notes)
         if record is not None:
             measured = _metered(measured, power.read(record), notes)
         there: list[Forced] = []
-        if here and subject.golden is not None:
-            there = forced(files[COMPRESSED], target.runtime, subject.golden, here)
-    own = target.runtime == subject.runtime
+        if here and subject.golden is not None and outputs:
+            # a file made anew is held against itself, as it is without being forced
+            beside = subject.golden if own else Golden(subject.golden.inputs, outputs)
+            there = forced(files[COMPRESSED], target.runtime, beside, here)
     if not own:
         notes.append(
             f"The files were made anew for {target.runtime}; the golden outputs are those of "
-            f"{subject.runtime}."
+            f"{subject.runtime}, and under instruction sets the file is held against itself."
         )
     declared = (subject.run and subject.run.details.get("instruction_sets")) if own else ""
     return Validation(
         target.device,
         target.runtime,
         sha256=subject.sha256 if own else "",
-        golden=golden,
+        golden=compared(subject.golden.outputs, outputs) if subject.golden and outputs else None,
         **_judged(subject, measured),
         instruction_sets=there,
         declared=declared or "",
@@ -149,13 +155,12 @@ def _on(subject: Subject, target: Target, here: Sequence[Way], record: Path | No
     )
 
 
-def _parity(subject: Subject, file: Path, target: Target, folder: Path) -> Agreement:
-    assert subject.golden is not None
+def _outputs(golden: Golden, file: Path, target: Target, folder: Path) -> Arrays:
+    """What a file makes of the golden inputs on a device."""
     inputs = folder / "golden-inputs.npz"
-    write_batches(inputs, subject.golden.inputs)
+    write_batches(inputs, golden.inputs)
     with timing.opened({COMPRESSED: file}, target) as probes:
-        outputs = probes[COMPRESSED].run(inputs, folder / "golden-outputs.npz")
-    return compared(subject.golden.outputs, outputs)
+        return probes[COMPRESSED].run(inputs, folder / "golden-outputs.npz")
 
 
 def _measured(subject: Subject, files: dict[str, Path], target: Target) -> dict[str, Measured]:

@@ -143,9 +143,9 @@ def of_file(file: Path, task_file: Path | None) -> Subject:
     """
     from paredown.graph.capture import capture
 
+    name = runtime_of(file)
     if not file.is_file():
         raise UserError(f"{file}: no such file or folder.")
-    name = runtime_of(file)
     there = file.with_name(golden.GOLDEN)
     model, task = None, None
     if task_file is not None:
@@ -185,6 +185,8 @@ def runtime_of(file: Path) -> str:
         'onnxruntime'
     """
     known = {runtime(name).SUFFIX: name for name in reversed(RUNTIMES)}
+    if file.suffix not in known and not file.exists():
+        raise UserError(f"{file}: no such file or folder.")
     if file.suffix not in known:
         raise UserError(
             f"{file}: no runtime takes a file of that ending; expected {', '.join(sorted(known))}, "

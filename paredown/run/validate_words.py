@@ -166,6 +166,7 @@ def agreement(found: Agreement) -> str:
 def facts(each: Validation) -> dict[str, object]:
     """What the page of a device shows besides the sections of a run."""
     return {
+        "outcome": each.outcome,
         "golden": each.golden and agreement(each.golden),
         "golden_agrees": each.golden is not None and each.golden.agrees,
         "sha256": each.sha256,
@@ -178,7 +179,7 @@ def facts(each: Validation) -> dict[str, object]:
                 "problem": way.problem,
                 "agrees": way.agreement is not None and way.agreement.agrees,
                 "differing": way.agreement and f"{way.agreement.differing:,}",
-                "values": way.agreement and f"{way.agreement.values:,}",
+                "of": way.agreement and f"{way.agreement.values:,}",
                 "max_error": way.agreement and _error(way.agreement.max_error),
                 "flips": way.agreement and way.agreement.flips,
                 "examples": way.agreement and way.agreement.examples,

@@ -240,7 +240,7 @@ def momentary() -> dict[str, str]:
     numbers = [number_of(path) for path in sorted(THERMAL.glob("thermal_zone*/temp"))]
     hottest = max((each for each in numbers if each), default=None)
     found = {
-        "instruction_sets": instruction_sets(),
+        "instruction sets": instruction_sets(),
         "governor": text_of(CPUS / "cpu0/cpufreq/scaling_governor").strip(),
         "memory": f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 1e9:.1f} GB",
         "load": f"{os.getloadavg()[0]:.2f}",
