@@ -233,6 +233,7 @@ def names(folder):
 def test_a_whole_run(undisturbed, monkeypatch):
     monkeypatch.chdir(undisturbed)
     written = {"model.onnx", "original.onnx", "recipe.toml", "report.html", "run.json"}
+    written |= {"golden.npz"}
     assert set(names("whole")) == written | {".lock", "identity.json", "ledger.jsonl", "stages"}
     run = load("whole")
     assert Run.from_json(run.to_json()).within(Path("whole")) == run

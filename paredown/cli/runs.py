@@ -1,4 +1,4 @@
-"""Verbs that make a run, and look at one: run, report, explain, replay."""
+"""Verbs that make a run, and look at one: run, report, explain, replay, validate."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from rich.markup import escape
 
 from paredown.cli.command import (
     DIFFERS,
+    FAILED,
     MISSED,
     UNPROVEN,
     Drop,
@@ -30,7 +31,7 @@ from paredown.core.console import output, print_json, wide, working
 from paredown.core.goals import Goals
 from paredown.core.results import Run
 from paredown.core.task import Target
-from paredown.targets.options import DEFAULT, measures
+from paredown.targets.options import DEFAULT, DEVICE_HELP, measures
 
 
 @app.command()
@@ -147,3 +148,56 @@ def replay_verb(
         print_replay(run, artifact.sha256, digest)
     if not same:
         raise typer.Exit(DIFFERS)
+
+
+@app.command("validate")
+def validate_verb(
+    what: Annotated[Path, typer.Argument(help="Run folder, or a single artifact.")],
+    task: Annotated[
+        Path | None,
+        typer.Option(help="The Python file with model() and task(), where the run names none."),
+    ] = None,
+    device: Annotated[
+        list[str] | None, typer.Option(help=f"{DEVICE_HELP} May be given several times.")
+    ] = None,
+    runtime: Annotated[
+        list[str] | None,
+        typer.Option(help="Runtime, by default the run's. May be given several times."),
+    ] = None,
+    isa: Annotated[
+        list[str] | None,
+        typer.Option(help="Instruction set to force here, by default all that can be; or none."),
+    ] = None,
+    power_csv: Annotated[
+        Path | None, typer.Option(help="A power meter's CSV file with columns time and watts.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads of the runtime.")] = None,
+    rounds: Annotated[int, typer.Option(help="Times that each file is opened and timed.")] = 10,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the pages, by default its own.")
+    ] = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Validate an artifact where it is to run: outputs, score, speed, memory, against its goals.
+
+    Ends with 3 where a goal is missed or outputs are others, and with 1 where a device failed.
+    """
+    from paredown.graph.doors import python_file
+    from paredown.run.validate import FAILED as NOT_DONE
+    from paredown.run.validate import PASSED, validate
+    from paredown.run.validate_words import print_validations, targets_of, task_file_of, write
+
+    with working(as_json, quiet):
+        targets = targets_of(what, device, runtime, threads, rounds)
+        found_file = task or task_file_of(what)
+        loaded = python_file.load_task(found_file) if found_file and what.is_dir() else None
+        subject, found = validate(what, loaded, targets, isa, power_csv, task)
+        pages = write(subject, found, out or subject.folder)
+    if as_json:
+        print_json({"validations": [each.to_json() for each in found]})
+    else:
+        print_validations(found, pages)
+    outcomes = {each.outcome for each in found}
+    if outcomes != {PASSED}:
+        raise typer.Exit(FAILED if NOT_DONE in outcomes else MISSED)

@@ -70,6 +70,7 @@ class _Details(TypedDict, total=False):
     flip_counts: dict[str, int]
     flips: list[dict[str, Any]]
     folder: str
+    golden: dict[str, Any]
     histograms: list[dict[str, Any]]
     ignore: list[int]
     in_reach: str

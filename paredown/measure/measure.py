@@ -21,7 +21,7 @@ from paredown.core.task import SPLITS, Target, Task
 from paredown.data import splits
 from paredown.graph import structure
 from paredown.graph.model import Model
-from paredown.measure import around, speedups, stats, timing
+from paredown.measure import around, disturbed, speedups, stats, timing
 from paredown.measure.inputs import deployed, deployed_batch
 from paredown.measure.looks import Question
 from paredown.measure.memory import floor, peak_bytes
@@ -40,6 +40,7 @@ class Measured:
         predictions: the class with the largest first output of each example, where that output
             is (N, C) floats and N is at most 20,000.
         overlaps: of a class for each place, (4, C) int64, as `scoring.overlaps` counts them.
+        windows: when it was timed, as `Timing` has them.
     """
 
     measurement: Measurement
@@ -47,6 +48,7 @@ class Measured:
     rounds: list[np.ndarray]
     predictions: list[int] | None
     overlaps: Tensor | None = None
+    windows: tuple[tuple[float, float, int], ...] = ()
 
 
 def measure(
@@ -86,15 +88,22 @@ def measure(
     with timing.opened(files, target, timeout_s, fresh=False) as probes:
         _check_signatures(probes, model)
         scorings = score_files(probes, model, task, split)
-        places = {name: probe.describe() for name, probe in probes.items()}
+        place = next(iter(probes.values())).describe()  # one for all, whatever changes meanwhile
         batches, inputs = deployed(model, examples, split)
         surrounded = _around(probes, model, task, split, batches)
     batch = deployed_batch(model)
     where = {"batch": str(batch), "inputs": inputs}
     memory = {name: _memory(file, target, batches[0], timeout_s) for name, file in files.items()}
     timings = timing.interleaved(
-        files, target, batches, target.rounds, timeout_s=timeout_s, questions=questions
+        files,
+        target,
+        batches,
+        target.rounds,
+        timeout_s=timeout_s,
+        questions=questions,
     )
+    kept = next(iter(timings.values())).disturbances
+    where |= {"conditions": disturbed.told(kept, len(kept))}
     in_points = _in_points(scorings.values())
     return {
         name: _measured(
@@ -102,7 +111,7 @@ def measure(
                 size_bytes(file),
                 score_in_points=in_points,
                 split=split,
-                where=places[name] | where,
+                where=place | where,
                 preprocess_ms=surrounded[name][0],
                 postprocess_ms=surrounded[name][1],
                 **memory[name],
@@ -253,4 +262,11 @@ def _measured(start: Measurement, timed: timing.Timing, scoring: Scoring, batch:
         energy_mj=timed.energy_mj,
         energy_source="unavailable" if timed.energy_mj is None else "measured",
     )
-    return Measured(measurement, scores, timed.rounds, scoring.predictions, scoring.overlaps)
+    return Measured(
+        measurement,
+        scores,
+        timed.rounds,
+        scoring.predictions,
+        scoring.overlaps,
+        tuple(timed.windows),
+    )

@@ -87,6 +87,8 @@ class _OneOp(nn.Module):
 def floor(target: Target) -> Floor:
     """What a model of one op takes; found once for each machine, runtime and version of it."""
     where = target.runtime, target.device, target.threads
+    if where not in _floors and target.device != "local":
+        _floors[where] = _floor(target)  # another machine may be at that address next time
     if where not in _floors:
         key = machine(target) | {"runtime": target.runtime, "threads": target.threads}
         _floors[where] = cache.kept(

@@ -16,7 +16,7 @@ from paredown.core import progress
 from paredown.core.errors import UserError
 from paredown.core.task import Target
 from paredown.graph.model import Model
-from paredown.measure import looks, speedups, stats
+from paredown.measure import disturbed, looks, speedups, stats
 from paredown.measure.inputs import arrays, deployed_example, leaves
 from paredown.targets.devices.device import TIMEOUT_S, Opened, device, write_batches
 from paredown.targets.runtimes import ready, source
@@ -30,6 +30,7 @@ BUDGET_MS = 3000.0  # timed inferences of one file in total, where they are quic
 DECISION_ROUNDS = 4  # of `speedup`, each with as much time as one of ten of a final measurement
 WARMUP_MS = 100.0  # in each process
 MAX_WARMUP = 50  # inferences
+AGAIN = 5  # of so many rounds one may be timed again
 LONG_S = 20.0  # of all rounds, from which on it is said before
 MAX_SAMPLES = 2000  # more would not narrow the interval between rounds
 
@@ -43,12 +44,17 @@ class Timing:
         energies_mj: millijoules per inference, one a turn; None where unknown.
         samples: inferences timed in each turn.
         warmup: inferences before each turn, to bring the caches back.
+        disturbances: of each round what disturbed it, "" where nothing did.
+        windows: of each turn when its inferences began and ended, in seconds since 1970 by this
+            machine's clock, and how many they were.
     """
 
     rounds: list[np.ndarray] = field(default_factory=list)
     energies_mj: list[float | None] = field(default_factory=list)
     samples: int = 0
     warmup: int = 0
+    disturbances: list[str] = field(default_factory=list)
+    windows: list[tuple[float, float, int]] = field(default_factory=list)
 
     @property
     def energy_mj(self) -> float | None:
@@ -179,6 +185,8 @@ def interleaved(
 ) -> dict[str, Timing]:
     """Time the files in turn, in other processes every round; warm-up apart.
 
+    A round that something disturbed is timed again, one of five at most; see `disturbed`.
+
     Args:
         files: name -> exported file.
         batches: one array per input of the files, for each inference in turn.
@@ -189,7 +197,7 @@ def interleaved(
         fresh: in processes that have done nothing yet, not in forks.
         questions: where given, the rounds end as soon as all of them are answered; see `looks`.
     """
-    timings = {name: Timing() for name in files}
+    timings, again = {name: Timing() for name in files}, rounds // AGAIN
     with tempfile.TemporaryDirectory(prefix="paredown-") as folder:
         first, cycle = Path(folder) / "first.npz", Path(folder) / "cycle.npz"
         write_batches(first, batches[:1])
@@ -198,13 +206,18 @@ def interleaved(
             began = time.monotonic()
             order = list(files) if number % 2 == 0 else list(files)[::-1]
             these = {name: files[name] for name in order}
-            with opened(these, target, timeout_s, fresh) as probes:
-                for name in order:
-                    warm_ms = _warm(probes[name], first, cycle)
-                    if number == 0:
-                        plan = _plan(warm_ms, rounds * TURNS, budget_ms)
-                        timings[name].samples, timings[name].warmup = plan
-                _round(probes, timings, cycle)
+            while True:
+                with opened(these, target, timeout_s, fresh) as probes:
+                    for name in order:
+                        warm_ms = _warm(probes[name], first, cycle)
+                        if number == 0:
+                            plan = _plan(warm_ms, rounds * TURNS, budget_ms)
+                            timings[name].samples, timings[name].warmup = plan
+                    disturbance = _round(probes, timings, cycle)
+                if not disturbance or not again:
+                    break
+                again -= 1
+                _undo(timings)
             if number == 0:
                 _tell(time.monotonic() - began, rounds, len(files))
     return timings
@@ -249,18 +262,34 @@ def _warm(probe: Opened, first: Path, cycle: Path) -> float:
     return float(np.median(warm))
 
 
-def _round(probes: dict[str, Opened], timings: dict[str, Timing], cycle: Path) -> None:
-    """Time every file once in each turn, from file to file and back."""
+def _round(probes: dict[str, Opened], timings: dict[str, Timing], cycle: Path) -> str:
+    """Time every file once in each turn, from file to file and back; what disturbed that."""
     order = list(probes)
     turns: dict[str, list[np.ndarray]] = {name: [] for name in order}
+    conditions = []
     for turn in range(TURNS):
         for name in order if turn % 2 == 0 else order[::-1]:
             timing = timings[name]
             latencies, energy = probes[name].time(cycle, timing.samples, timing.warmup)
+            ended = time.time()
             turns[name].append(latencies)
             timing.energies_mj.append(energy)
+            timing.windows.append((ended - latencies.sum() / 1000, ended, len(latencies)))
+            conditions.append(probes[name].conditions)
+    disturbance = disturbed.disturbed(conditions)
     for name in order:
         timings[name].rounds.append(np.concatenate(turns[name]))
+        timings[name].disturbances.append(disturbance)
+    return disturbance
+
+
+def _undo(timings: dict[str, Timing]) -> None:
+    """Forget the last round."""
+    for timing in timings.values():
+        timing.rounds.pop()
+        said = timing.disturbances.pop()
+        del timing.energies_mj[-TURNS:], timing.windows[-TURNS:]
+    progress.say(f"  a round is timed again: {said}")
 
 
 def _plan(latency_ms: float, turns: int, budget_ms: float = BUDGET_MS) -> tuple[int, int]:

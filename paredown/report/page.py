@@ -30,24 +30,35 @@ def report(run: Run, path: str | Path) -> Path:
 
 def render(run: Run) -> str:
     """The page as text; it depends on nothing but ``run``."""
-    templates = Environment(
+    made = templates()
+    texts = [text for each in sections() if (text := shown(each, made, run)) is not None]
+    return made.get_template("page.html").render(run=run, sections=texts)
+
+
+def templates() -> Environment:
+    """What the pages are made of."""
+    made = Environment(
         loader=PackageLoader("paredown.report", ""),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    templates.filters |= {"human": quantity, "short": short, "files": _files}
-    shown = [text for each in sections() if (text := _shown(each, templates, run)) is not None]
-    return templates.get_template("page.html").render(run=run, sections=shown)
+    made.filters |= {"human": quantity, "short": short, "files": _files}
+    return made
 
 
-def _shown(section: Section, templates: Environment, run: Run) -> Markup | None:
+def shown(section: Section, made: Environment, run: Run) -> Markup | None:
+    """A section of the page; None where it is left out.
+
+    Raises:
+        UserError: the run does not hold what the section shows.
+    """
     try:
         facts = section.facts(run)
         if facts is None:
             return None
-        template = templates.get_template(f"sections/{section.template}")
+        template = made.get_template(f"sections/{section.template}")
         return Markup(template.render(facts, run=run))
     except (LookupError, TypeError, ValueError, AttributeError, UndefinedError) as error:
         name = section.template.removesuffix(".html")

@@ -23,7 +23,7 @@ from paredown.graph import machine
 from paredown.graph.capture import capture
 from paredown.graph.model import Model
 from paredown.measure.measure import Measured, compare
-from paredown.run import details
+from paredown.run import details, golden
 from paredown.run.conditions import same_conditions
 from paredown.run.folder import artifact, write
 from paredown.run.identity import identity_of, ignore_of, question_of
@@ -98,7 +98,7 @@ def compress(
                 run = Run.from_json(text)  # as a later call finds it
                 ledger.finish(key, {"stage": ledger.put(text.encode(), RUN), "suffix": RUN})
             shutil.rmtree(folder / "scratch", ignore_errors=True)
-            return write(run, folder, *_files(ledger, run))
+            return write(run, folder, *_files(ledger, run), _golden(ledger, run))
 
 
 def _finished(ledger: Ledger, key: str) -> Run | None:
@@ -117,6 +117,12 @@ def _files(ledger: Ledger, run: Run) -> list[Path]:
     artifacts = [item for item in (run.artifact, run.original) if item is not None]
     found = [ledger.get(item.sha256, Path(item.path).suffix) for item in artifacts]
     return [path for path in found if path is not None]
+
+
+def _golden(ledger: Ledger, run: Run) -> Path | None:
+    """The run's golden set, as far as it has one that is whole."""
+    kept = run.details.get("golden")
+    return ledger.get(kept["sha256"], golden.SUFFIX) if kept else None
 
 
 def _proposals(state: State, steps: Sequence[Step] | None) -> list[Proposal]:
@@ -260,6 +266,7 @@ def _details(
         "stage_sha256": best.stage,
         "packed_bytes": _packed(state, best),
         "in_reach": in_reach(state, trials, best),
+        "golden": golden.keep(state.ledger, state.original, state.task, best.file, state.target),
         **details.collect(*made),
         "explanation": _explanation(state, best, model, sum(trial.seconds for trial in trials)),
     }

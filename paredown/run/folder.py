@@ -12,15 +12,18 @@ from paredown.core.results import Artifact, Run
 from paredown.core.task import Target, Task
 from paredown.data import splits
 from paredown.report.page import report
+from paredown.run.golden import GOLDEN
 from paredown.run.identity import ignore_of
 from paredown.steps import recipe
 from paredown.steps.step import Step
 from paredown.targets.artifact import digest, parts, size_bytes
 
 
-def write(run: Run, folder: Path, artifact: Path, original: Path) -> Run:
-    """The folder's results: artifact and original, recipe, run.json, report.html; each whole or not
-    there. Returns the run by where its files lie."""
+def write(
+    run: Run, folder: Path, artifact: Path, original: Path, golden: Path | None = None
+) -> Run:
+    """The folder's results: artifact and original, golden set, recipe, run.json, report.html; each
+    whole or not there. Returns the run by where its files lie."""
     assert run.artifact is not None and run.original is not None
     progress.say(f"Results in {folder}")
     run.details["folder"] = str(folder)
@@ -31,6 +34,8 @@ def write(run: Run, folder: Path, artifact: Path, original: Path) -> Run:
     for name, file in ((run.artifact.path, artifact), (run.original.path, original)):
         given = map(read_parts, parts(file))
         write_together(dict(zip(parts(folder / name), given, strict=True)))
+    if golden is not None:
+        write_atomically(folder / GOLDEN, read_parts(golden))
     write_atomically(folder / "recipe.toml", run.artifact.recipe.encode())
     write_atomically(folder / "run.json", run.to_json().encode())
     report(run, folder / "report.html")

@@ -37,6 +37,18 @@ def parts(path: Path) -> list[Path]:
     return [path, *(path.with_suffix(suffix) for suffix in beside)]
 
 
+def companions(path: Path) -> list[Path]:
+    """The files beside an artifact that opening it reads, as far as they are there; of an ONNX
+    file that others made, its weights too.
+
+    Example:
+        >>> companions(Path("model.onnx"))
+        []
+    """
+    weights = path.with_name(path.name + ".data")
+    return [each for each in [*parts(path)[1:], weights] if each.is_file()]
+
+
 def digest(path: Path) -> str:
     """SHA-256 over all bytes of an artifact, those of its companions last.
 

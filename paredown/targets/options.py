@@ -15,9 +15,10 @@ from paredown.targets.runtimes import RUNTIMES
 
 Runtime = Annotated[str, typer.Option(help=f"Runtime of the artifact: {', '.join(RUNTIMES)}.")]
 DEFAULT = Target()
+DEVICE_HELP = f"Where to measure: {', '.join(DEVICES)}; as in ssh://user@host."
 MEASURING = {  # the fields of a Target, as every verb that measures has them
     "runtime": Runtime,
-    "device": Annotated[str, typer.Option(help=f"Where to measure: {', '.join(DEVICES)}.")],
+    "device": Annotated[str, typer.Option(help=DEVICE_HELP)],
     "threads": Annotated[int, typer.Option(help="Threads of the runtime.")],
     "rounds": Annotated[
         int,

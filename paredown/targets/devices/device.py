@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 TIMEOUT_S = 600.0
 DEVICES = {  # scheme -> what connects to an address, and gives a `Device`
     "local": "paredown.targets.devices.local:connect",
+    "ssh": "paredown.targets.devices.ssh:connect",
 }
 
 
@@ -23,11 +24,17 @@ class Opened(Protocol):
     """An exported file, opened by its runtime in a process of its own on the device.
 
     A batch is one array per input; files of batches are npz as `write_batches` makes them.
+
+    Attributes:
+        conditions: what else went on there while the file was timed last: ``seconds`` it took,
+            ``cores`` there are, ``others``, the cores that other programs took, ``throttles`` of
+            the processor, and its ``speed`` as a share of the highest; each as far as it is told.
     """
 
     file: Path
     input_names: list[str]
     output_names: list[str]
+    conditions: dict[str, float]
 
     def run(self, inputs: Path, outputs: Path) -> list[list[np.ndarray]]:
         """The outputs of every batch in the file ``inputs``; they pass through ``outputs``."""
@@ -39,7 +46,8 @@ class Opened(Protocol):
         """Peak resident bytes since just before the file was opened; None where unknown."""
 
     def describe(self) -> dict[str, str]:
-        """The device and what runs on it: cpu, cores, os, python, runtime."""
+        """The device and what runs on it: cpu, cores, os, python, runtime; and as far as it is
+        told instruction sets, governor, memory, load and temperature."""
 
 
 class Device(Protocol):

@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import selectors
 import signal
 import subprocess
 import sys
 import tempfile
-import time
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -21,8 +20,8 @@ from paredown.core.errors import UserError
 from paredown.core.processes import ended
 from paredown.targets.devices import forks, probe
 from paredown.targets.devices.device import TIMEOUT_S, Device
+from paredown.targets.devices.lines import Lines
 
-MAX_ANSWER = 2**26  # bytes of one line
 MAX_FILE = 2**34  # bytes that a child may write into one file
 
 
@@ -37,6 +36,14 @@ def connect(address: str) -> Device:
     return Probe
 
 
+@dataclass(frozen=True)
+class Under:
+    """What a process runs under: a program before it, such as an emulator, and variables."""
+
+    launcher: tuple[str, ...] = ()
+    variables: tuple[tuple[str, str], ...] = ()
+
+
 class Probe:
     """An exported file, opened by its runtime in a fresh process for as long as the block lasts.
 
@@ -47,6 +54,7 @@ class Probe:
         timeout_s: the longest that one request may take, in seconds.
         fresh: as `Device` has it.
         memory_bytes: the most memory the process may allocate; by default all there is.
+        under: what it runs under; then the process is always fresh.
 
     Raises:
         UserError: the file cannot be opened, or the process crashed, hung or answered with an
@@ -61,6 +69,7 @@ class Probe:
         timeout_s: float = TIMEOUT_S,
         fresh: bool = True,
         memory_bytes: int | None = None,
+        under: Under | None = None,
     ) -> None:
         self.file = file
         self.runtime_file = runtime_file
@@ -68,15 +77,18 @@ class Probe:
         self.timeout_s = timeout_s
         self.fresh = fresh
         self.memory_bytes = memory_bytes or physical_memory()
+        self.under = under
         self.input_names: list[str] = []
         self.output_names: list[str] = []
+        self.conditions: dict[str, float] = {}
 
     def __enter__(self) -> Probe:
         if not self.file.exists():
             raise UserError(f"{self.file}: no such file.")
         self._stderr = tempfile.TemporaryFile()
-        self._pending = b""
         self._child = self._started()
+        assert self._child.stdout is not None
+        self._lines = Lines(self._child.stdout)
         try:
             limit(self._child.pid, self.memory_bytes)
             self.open(self.file)
@@ -86,16 +98,17 @@ class Probe:
         return self
 
     def _started(self) -> forks.Child:
-        if not self.fresh:
+        if not self.fresh and self.under is None:
             forked = forks.forked(self.runtime_file.absolute(), self.threads, self._stderr)
             if forked is not None:
                 return forked
+        under = self.under or Under()
         return subprocess.Popen(
-            [sys.executable, "-I", probe.__file__],
+            [*under.launcher, sys.executable, "-I", probe.__file__],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._stderr,
-            env=forks.environment(self.threads),
+            env=forks.environment(self.threads) | dict(under.variables),
             start_new_session=True,
         )
 
@@ -143,6 +156,7 @@ class Probe:
     def time(self, inputs: Path, count: int, warmup: int = 0) -> tuple[np.ndarray, float | None]:
         """Latencies in ms (count,), cycling through the batches, and mJ per inference or None."""
         answer = self._ask("time", inputs=str(inputs.absolute()), warmup=warmup, count=count)
+        self.conditions = answer["conditions"]
         return np.array(answer["latencies_ms"], dtype=np.float64), answer["energy_mj"]
 
     def memory(self) -> int | None:
@@ -169,22 +183,16 @@ class Probe:
 
     def _line(self, command: str) -> bytes:
         """The next line of the child's standard output."""
-        assert self._child.stdout is not None
-        until = time.monotonic() + self.timeout_s
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._child.stdout, selectors.EVENT_READ)
-            while b"\n" not in self._pending:
-                if not selector.select(max(0.0, until - time.monotonic())):
-                    self._kill()
-                    raise UserError(
-                        f"{self.file}: {DOING[command]} took more than {self.timeout_s:g} s "
-                        "and was stopped."
-                    )
-                part = os.read(self._child.stdout.fileno(), 2**16)
-                if not part or len(self._pending) > MAX_ANSWER:
-                    raise UserError(f"{self.file}: {DOING[command]} {self._ending()}.")
-                self._pending += part
-        line, _, self._pending = self._pending.partition(b"\n")
+        try:
+            line = self._lines.next(self.timeout_s)
+        except TimeoutError:
+            self._kill()
+            raise UserError(
+                f"{self.file}: {DOING[command]} took more than {self.timeout_s:g} s "
+                "and was stopped."
+            ) from None
+        if line is None:
+            raise UserError(f"{self.file}: {DOING[command]} {self._ending()}.")
         return line
 
     def _ending(self) -> str:

@@ -7,9 +7,11 @@ Requests and answers are JSON, one per line; arrays travel as npz files whose ke
     close                                      -> nothing; another file may be opened
     optimise file, runtime_file, made (paths)  -> nothing; what the runtime makes of it is at made
     run      inputs, outputs (npz paths)       -> batches
-    time     inputs (npz path), warmup, count  -> latencies_ms, energy_mj per inference or null
+    time     inputs (npz path), warmup, count  -> latencies_ms, energy_mj per inference or null,
+                                                  conditions: what else went on meanwhile
     memory                                     -> peak_bytes of this process or null
-    versions                                   -> cpu, cores, os, python, runtime
+    versions                                   -> cpu, cores, os, python, runtime; and as far as
+                                                  the system tells what it is like at the moment
 
 Started with a runtime's file and the number of a socket, it imports what opening a file imports,
 and forks a process like that for each request on the socket; `Server` is told more.
@@ -36,12 +38,18 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from time import perf_counter_ns, sleep
+from time import perf_counter_ns, process_time, sleep
 from typing import Any, TextIO
 
 import numpy as np
 
 POWERCAP = Path("/sys/class/powercap")
+CPUS, THERMAL = Path("/sys/devices/system/cpu"), Path("/sys/class/thermal")
+INSTRUCTION_SETS = (  # as Linux names them, on x86 and on ARM
+    *("sse4_2", "avx", "avx2", "fma", "avx_vnni", "avx512f", "avx512bw", "avx512_vnni"),
+    *("avx512_bf16", "avx512_fp16", "amx_int8", "amx_bf16"),
+    *("asimd", "asimdhp", "asimddp", "i8mm", "bf16", "sve", "sve2", "sme"),
+)
 MAX_ERROR = 2000  # characters
 PAGE, SHIFT_PAGES = 4096, 2**16  # by which a fork's addresses are moved at most
 
@@ -88,6 +96,7 @@ class Session:
     def time(self, inputs: str, warmup: int, count: int) -> dict[str, Any]:
         if self.timed_on != inputs:
             self.timed_on, self.cycle = inputs, itertools.cycle(list(read_batches(inputs)))
+        began = moment()
         for arrays in itertools.islice(self.cycle, warmup):
             self.predictor(*arrays)
         before = read_energy_uj()
@@ -100,6 +109,7 @@ class Session:
         return {
             "latencies_ms": [latency / 1e6 for latency in latencies_ns],
             "energy_mj": None if spent_uj is None else spent_uj / 1e3 / count,
+            "conditions": conditions(began, moment()),
         }
 
     def memory(self) -> dict[str, Any]:
@@ -112,6 +122,7 @@ class Session:
             "os": platform.platform(),
             "python": platform.python_version(),
             "runtime": self.runtime.version(),
+            **momentary(),
         }
 
 
@@ -213,6 +224,72 @@ def usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def instruction_sets() -> str:
+    """Those that kernels for neural nets are written for, as the system names them."""
+    for line in text_of(Path("/proc/cpuinfo")).splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() in ("flags", "Features"):
+            return " ".join(name for name in INSTRUCTION_SETS if name in value.split())
+    return ""
+
+
+def momentary() -> dict[str, str]:
+    """What the machine has and does, as far as the system tells."""
+    numbers = [number_of(path) for path in sorted(THERMAL.glob("thermal_zone*/temp"))]
+    hottest = max((each for each in numbers if each), default=None)
+    found = {
+        "instruction sets": instruction_sets(),
+        "governor": text_of(CPUS / "cpu0/cpufreq/scaling_governor").strip(),
+        "memory": f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 1e9:.1f} GB",
+        "load": f"{os.getloadavg()[0]:.2f}",
+        "temperature": "" if hottest is None else f"{hottest / 1000:.0f} degrees C",
+    }
+    return {name: value for name, value in found.items() if value}
+
+
+def moment() -> dict[str, Any]:
+    """Clocks and counters, for `conditions` to compare two of them."""
+    ticks = text_of(Path("/proc/stat")).partition("\n")[0].split()[1:9]
+    counts = [number_of(path) for path in CPUS.glob("cpu*/thermal_throttle/core_throttle_count")]
+    speeds = [number_of(path) for path in CPUS.glob("cpu*/cpufreq/scaling_cur_freq")]
+    return {
+        "ns": perf_counter_ns(),
+        "own_s": process_time(),
+        "ticks": sum(map(int, ticks[:3] + ticks[5:])) if len(ticks) == 8 else None,  # not idle
+        "throttles": sum(each or 0 for each in counts),
+        "khz": sum(each or 0 for each in speeds) / len(speeds) if speeds else None,
+    }
+
+
+def conditions(before: dict[str, Any], after: dict[str, Any]) -> dict[str, float]:
+    """What went on between two moments besides this process: the cores that others took, how often
+    the processor was throttled, and its speed as a share of the highest."""
+    seconds = max(1e-9, (after["ns"] - before["ns"]) / 1e9)
+    found = {"seconds": seconds, "cores": float(usable_cores())}
+    found["throttles"] = float(after["throttles"] - before["throttles"])
+    if before["ticks"] is not None:
+        busy_s = (after["ticks"] - before["ticks"]) / os.sysconf("SC_CLK_TCK")
+        found["others"] = max(0.0, busy_s - (after["own_s"] - before["own_s"])) / seconds
+    highest = number_of(CPUS / "cpu0/cpufreq/cpuinfo_max_freq")
+    if after["khz"] and highest:
+        found["speed"] = after["khz"] / highest
+    return found
+
+
+def text_of(path: Path) -> str:
+    """What a file of the system holds; "" where there is none."""
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
+
+
+def number_of(path: Path) -> float | None:
+    with contextlib.suppress(ValueError):
+        return float(text_of(path))
+    return None
 
 
 def listen() -> tuple[Iterator[dict[str, Any]], TextIO]:
