@@ -73,10 +73,7 @@ class Rollout:
         self._invalid, self._problem = 0, ""
         self._dwell_s, self._last = 0.0, monotonic()
         self._blocked = ""
-        position, panel = _recovered(journal, digest)
-        if panel:
-            self._panel.restore(panel)
-        self._move(position)
+        self._move(_recovered(journal, digest, self._panel))
         if journal is not None:
             self._events.extend(journal.events()[-KEPT:])
 
@@ -199,6 +196,11 @@ class Rollout:
     def stage(self) -> Stage:
         """Where it stands."""
         return self._position.stage
+
+    @property
+    def position(self) -> Position:
+        """Where it stands, with the reason of the last move, and what a pause returns to."""
+        return self._position
 
     @property
     def weight(self) -> int:
@@ -369,17 +371,24 @@ class Rollout:
         return {"digest": self.digest, "position": position.to_json(), "guards": panel}
 
 
-def _recovered(journal: Journal | None, digest: str) -> tuple[Position, dict[str, Any]]:
-    """Where this candidate stood when the journal was last written; a new one begins anew."""
+def _recovered(journal: Journal | None, digest: str, panel: Panel) -> Position:
+    """Where this candidate stood when the journal was last written; a new one begins anew.
+
+    What the tests had seen by then goes back into the panel.
+    """
     if journal is None:
-        return Position(), {}
+        return Position()
     why = journal.latched(digest)
     if why is not None:
-        return moves.rolled_back(why), {}
+        return moves.rolled_back(why)
     kept = journal.snapshot()
     if kept is None or kept.get("digest") != digest:
-        return Position(), {}
+        return Position()
     try:
-        return Position.from_json(kept["position"]), dict(kept["guards"])
+        panel.restore(kept["guards"])
+        return Position.from_json(kept["position"])
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{journal.path}: its snapshot cannot be read: {error}.") from error
+        raise UserError(
+            f"{journal.path}: its snapshot cannot be read ({error!r}), so the original alone "
+            "serves. Restore the file, or remove it to begin anew."
+        ) from error
