@@ -22,6 +22,7 @@ from paredown.ship.guard.stages import Event, Position, Route, Stage
 from paredown.ship.guard.tally import Tally
 from paredown.ship.guard.windows import Windows
 
+ROUNDING_S = 1e-6  # seconds that ticks lose when they are added up
 KEPT = 500  # events that are held for the page
 
 
@@ -248,7 +249,7 @@ class Rollout:
         self._windows.passed_s += passed_s
         if position.judged:
             self._panel.update(tally)
-        if self._windows.passed_s < self.policy.window_s:
+        if self._windows.passed_s < self.policy.window_s - ROUNDING_S:
             return
         ended = self._windows.close(str(position.stage), self.weight, self._clock())
         self._router.window(now)
@@ -286,7 +287,7 @@ class Rollout:
             if each.asked and each.state != "pass"
         ]
         left = self._dwell_needed(position) - self._dwell_s
-        return [f"time: {left:,.0f} s to go", *found] if left > 0 else found
+        return [f"time: {left:,.0f} s to go", *found] if left > ROUNDING_S else found
 
     def _dwell_needed(self, position: Position) -> float:
         if position.where in (Stage.SHADOW, Stage.CANARY):
