@@ -63,7 +63,7 @@ class Agreement:
     bound: float = 0.0
 
     def agree(self, original: Outputs, candidate: Outputs) -> bool:
-        """Whether they agree, every row of the request being one example of a pair.
+        """Whether they agree.
 
         Example:
             >>> one, other = {"y": np.array([[1.0, 2.0]])}, {"y": np.array([[0.0, 9.0]])}
@@ -74,6 +74,19 @@ class Agreement:
             return distance(original, candidate) <= self.bound
         first, second = (next(iter(each.values())) for each in (original, candidate))
         return first.shape == second.shape and bool(np.array_equal(guess(first), guess(second)))
+
+
+def rows_of(outputs: Outputs, rows: int, most: int) -> list[Outputs]:
+    """The outputs of each example, of the first ``most``; all as one where they are not by rows.
+
+    Example:
+        >>> [each["y"].tolist() for each in rows_of({"y": np.arange(3)}, 3, 2)]
+        [[0], [1]]
+    """
+    if any(array.ndim == 0 or len(array) != rows for array in outputs.values()):
+        return [outputs]
+    picked = range(min(rows, most))
+    return [{name: array[n : n + 1] for name, array in outputs.items()} for n in picked]
 
 
 def guess(scores: np.ndarray) -> np.ndarray:

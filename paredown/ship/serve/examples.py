@@ -1,0 +1,125 @@
+"""Real inputs of a task for a file's validation, read in a process of their own.
+
+The task is a user's Python file and needs PyTorch, which the server itself does without.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from paredown.core.errors import UserError
+
+SPLITS = ("validation", "test")
+MOST, MOST_BYTES = 512, 2**28
+READ_S = 600.0  # the longest that the user's file may take
+FILE = "examples.npz"
+
+
+def read(folder: Path) -> list[list[np.ndarray]]:
+    """The examples kept in a folder: one array per input each, with a batch dimension of 1.
+
+    Raises:
+        OSError, ValueError, KeyError: there are none.
+    """
+    with np.load(folder / FILE, allow_pickle=False) as kept:
+        columns = [kept[str(place)] for place in range(len(kept.files))]
+    return [[column[n : n + 1] for column in columns] for n in range(len(columns[0]))]
+
+
+def make(task: Path, folder: Path, names: Sequence[str]) -> None:
+    """Read examples of the task in a child process, and keep them in the folder.
+
+    Args:
+        names: of the file's inputs.
+
+    Raises:
+        UserError: the user's file fails, or its examples do not fit the inputs.
+    """
+    command = [sys.executable, "-m", __name__, str(task), str(folder / FILE), *names]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=READ_S, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise UserError(f"{task}: reading its examples took more than {READ_S:g} s.") from error
+    if done.returncode:
+        said = (done.stderr.strip().splitlines() or ["no word"])[-1]
+        raise UserError(f"{task}: its examples cannot be read: {said}")
+
+
+def columns(rows: Sequence[Sequence[np.ndarray]]) -> list[np.ndarray]:
+    """Examples of one shape, all that have the first one's, stacked by input.
+
+    Example:
+        >>> rows = [[np.zeros(2)], [np.ones(2)], [np.ones(3)]]
+        >>> [column.shape for column in columns(rows)]
+        [(2, 2)]
+    """
+    shapes = [array.shape for array in rows[0]]
+    fitting = [row for row in rows if [array.shape for array in row] == shapes]
+    size = sum(array.nbytes for array in rows[0])
+    fitting = fitting[: max(1, MOST_BYTES // max(1, size))]
+    return [np.stack(each) for each in zip(*fitting, strict=True)]
+
+
+def ordered(inputs: Any, names: Sequence[str]) -> list[np.ndarray]:
+    """The arrays of one example's inputs in the order of the file's.
+
+    Raises:
+        UserError: there are others.
+
+    Example:
+        >>> ordered({"b": np.ones(1), "a": np.zeros(2)}, ["a", "b"])[0].shape
+        (2,)
+    """
+    if isinstance(inputs, Mapping):
+        found = _flat(inputs, "")
+        if sorted(found) != sorted(names):
+            raise UserError(f"the file takes {', '.join(names)}, the split has {', '.join(found)}")
+        return [np.asarray(found[name]) for name in names]
+    leaves = list(inputs) if isinstance(inputs, (tuple, list)) else [inputs]
+    if len(leaves) != len(names):
+        raise UserError(f"the file takes {len(names)} inputs, the split has {len(leaves)}")
+    return [np.asarray(leaf) for leaf in leaves]
+
+
+def _flat(given: Mapping[Any, Any], prefix: str) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in given.items():
+        inner = isinstance(value, Mapping)
+        found |= _flat(value, f"{prefix}{name}.") if inner else {f"{prefix}{name}": value}
+    return found
+
+
+def _write(task: Path, made: Path, names: Sequence[str]) -> None:
+    from paredown.data import reading, splits
+    from paredown.graph.doors import python_file
+
+    loaded = python_file.load_task(task)
+    name = next((each for each in SPLITS if getattr(loaded, each) is not None), None)
+    if name is None:
+        raise UserError(f"its task has no {' or '.join(SPLITS)} split")
+    data = splits.split(loaded, name)
+    picked = range(min(MOST, splits.size(data)))
+    rows = [reading.examples(data, [n], 0)[0] for n in picked]
+    arrays = [ordered(reading.pair(row, name)[0], names) for row in rows]
+    found = {str(place): column for place, column in enumerate(columns(arrays))}
+    with made.open("wb") as file:
+        np.savez(file, **found)  # type: ignore[arg-type]
+
+
+def main() -> None:
+    """Write the examples of the task and to the file that the command line names."""
+    task, made, *names = sys.argv[1:]
+    try:
+        _write(Path(task), Path(made), names)
+    except UserError as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()
