@@ -117,7 +117,7 @@ class Child:
             self._writer.write(worker.head_of(said, arrays))
             for array in arrays:
                 if array.size:
-                    self._writer.write(memoryview(array).cast("B"))
+                    self._writer.write(array.data.cast("B"))
             await self._writer.drain()
             sizes = worker.SIZES.unpack(await self._reader.readexactly(worker.SIZES.size))
             head = json.loads(await self._reader.readexactly(sizes[0]))

@@ -18,7 +18,14 @@ import numpy as np
 
 from paredown.ship.guard.observation import CANDIDATE, ORIGINAL, Observation
 from paredown.ship.guard.stages import Route
-from paredown.ship.serve.compare import Agreement, bad_numbers, distance, rows_of, wrong_shape
+from paredown.ship.serve.compare import (
+    Agreement,
+    Outputs,
+    bad_numbers,
+    distance,
+    rows_of,
+    wrong_shape,
+)
 from paredown.ship.serve.kept import Kept
 from paredown.ship.serve.refused import Refused
 from paredown.ship.serve.workers import Answer, Fault, Worker
@@ -158,7 +165,7 @@ class Pair:
         self.kept.fell_back(kind, why, arrays, outputs, answer.outputs)
         return Served(answer, ORIGINAL, kind)
 
-    def wrong(self, outputs: dict[str, np.ndarray], arrays: list[np.ndarray]) -> str:
+    def wrong(self, outputs: Outputs, arrays: list[np.ndarray]) -> str:
         """What is wrong with the shapes of a candidate's outputs, "" where nothing is."""
         assert self.original.signature is not None
         rows = row_count(arrays) if self.original.signature.batched else 0
@@ -251,8 +258,8 @@ class Pair:
 
     def fault(
         self,
-        original: dict[str, np.ndarray],
-        candidate: dict[str, np.ndarray],
+        original: Outputs,
+        candidate: Outputs,
         arrays: list[np.ndarray],
     ) -> tuple[str, str]:
         """What is wrong with a candidate's outputs beside the original's, and why."""

@@ -202,6 +202,7 @@ class Service:
                 "why": worker.why,
                 "runtime": worker.runtime,
                 "file": worker.opening.file.name,
+                "pid": worker.pid,
                 "pending": worker.pending,
                 "memory_bytes": worker.counts.memory_bytes,
                 "starts": worker.counts.starts,

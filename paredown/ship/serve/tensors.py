@@ -23,6 +23,7 @@ DTYPES = {  # datatype of the protocol -> of the array
 }
 DATATYPES = {dtype: name for name, dtype in DTYPES.items() if name != "BF16"}
 DATATYPES |= {"bfloat16": "BF16", "str": "BYTES"}
+ALLOWED: dict[str, set[type]] = {"b": {bool}, "f": {int, float}}  # by kind; else whole
 LENGTH = np.dtype("<u4")  # before each element of a BYTES tensor
 
 
@@ -79,7 +80,7 @@ def of_data(name: str, datatype: str, shape: tuple[int, ...], data: Any) -> np.n
         return _texts(name, shape, flat)
     dtype = np.dtype(DTYPES[datatype])
     kinds = set(map(type, flat))
-    allowed: set[type] = {"b": {bool}, "f": {int, float}}.get(dtype.kind, {int})
+    allowed = ALLOWED.get(dtype.kind, {int})
     if kinds - allowed:
         got = ", ".join(sorted(_kind(kind) for kind in kinds - allowed))
         raise Refused(400, f"input {name!r}: expected {datatype}, got {got} in 'data'.")
@@ -164,7 +165,8 @@ def of_bytes(name: str, datatype: str, shape: tuple[int, ...], raw: memoryview) 
 
 
 def _elements(name: str, count: int, raw: memoryview) -> list[bytes]:
-    found, place = [], 0
+    found: list[bytes] = []
+    place = 0
     while place < len(raw) and len(found) <= count:
         start = place + LENGTH.itemsize
         size = int.from_bytes(raw[place:start], "little") if start <= len(raw) else len(raw)

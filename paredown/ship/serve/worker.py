@@ -198,7 +198,8 @@ class Session:
         return found
 
     def send(self, said: dict[str, Any], arrays: Sequence[np.ndarray] = ()) -> None:
-        parts = [head_of(said, arrays), *(memoryview(a).cast("B") for a in arrays if a.size)]
+        parts: list[bytes | memoryview] = [head_of(said, arrays)]
+        parts.extend(a.data.cast("B") for a in arrays if a.size)
         if sum(map(len, parts)) < 2**16:
             self.channel.sendall(b"".join(parts))
             return
