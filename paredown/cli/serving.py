@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -86,12 +87,11 @@ def _say(text: str) -> None:
 
 def _task_of(folder: Path) -> Path | None:
     """The Python file that the run was started with, where it is still there."""
-    from paredown.run.words import file_of
-
     try:
-        return file_of(Run.load(folder), "serve")
-    except UserError:
+        words = shlex.split(Run.load(folder).command)
+    except (UserError, ValueError):
         return None
+    return next((Path(w) for w in words if w.endswith(".py") and Path(w).is_file()), None)
 
 
 @rollout.command()
