@@ -3,7 +3,6 @@
 Also what a server does at its start and end: refusals in plain words, its state, its token.
 """
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -17,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from paredown.core.measurement import Measurement
@@ -281,14 +279,5 @@ def test_a_port_in_use_is_told(tmp_path):
         assert f"127.0.0.1:{port}: is in use" in refused(folder, "--port", port)
 
 
-@contextlib.contextmanager
-def nothing():
-    yield
-
-
 def test_no_run_is_refused(tmp_path):
     assert "no such folder" in refused(tmp_path / "none")
-
-
-if __name__ == "__main__":
-    pytest.main([__file__])

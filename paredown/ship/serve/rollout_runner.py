@@ -56,7 +56,7 @@ class Runner:
             self.alone(str(error))
 
     def _use(self, found: Validation | None) -> None:
-        bound = validation.bound_of(found, self.folder) if found else UNKNOWN
+        bound = validation.bound_of(found, self.folder) if found and found.passed else UNKNOWN
         self.service.rollout = Rollout(self.policy, bound, self._journal, self.digests[1])
         if found:
             self.service.pair.agreement = found.agreement

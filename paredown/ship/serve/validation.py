@@ -153,7 +153,7 @@ def _compared(
     what = "name another class than the original" if classes else "differ"
     beside = f"at most {upper:.2%} with {CONFIDENCE:.0%} confidence"
     why = f"{disagreed} of {count} examples {what}, {beside}"
-    passed = bool(np.isfinite(bound))
+    passed = bool(np.isfinite(bound)) and 2 * disagreed < count
     return Validation(
         *digests, passed, count, disagreed, disagreed / count, upper, classes, bound, why
     )
