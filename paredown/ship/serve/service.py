@@ -216,6 +216,9 @@ class Service:
             "model": self.name,
             "alone": self.alone,
             "models": models,
+            "steps": list(self.rollout.policy.steps) if self.rollout is not None else [],
+            "bound": self.rollout.bound.upper if self.rollout is not None else None,
+            "psi": self.rollout.policy.psi if self.rollout is not None else None,
             "examples": self.pair.kept.examples(),
             "shadows_dropped": self.pair.dropped,
         }
