@@ -47,7 +47,10 @@ def features(batch: np.ndarray, output: bool = False) -> dict[str, Floats]:
     flat = values.reshape(len(values), -1)  # (examples, elements)
     good = np.isfinite(flat)
     pooled = flat[:, _spaced(flat.shape[1], MOST_ELEMENTS)].ravel()
-    found = {FINITE: (~good.all(1)).astype(np.float64), "values": pooled[np.isfinite(pooled)]}
+    found: dict[str, Floats] = {
+        FINITE: (~good.all(1)).astype(np.float64),
+        "values": pooled[np.isfinite(pooled)],
+    }
     if flat.shape[1] > 1:
         found |= _moments(flat, good)
     if whole:
@@ -59,7 +62,7 @@ def features(batch: np.ndarray, output: bool = False) -> dict[str, Floats]:
 
 def of_batches(batches: Mapping[str, np.ndarray], kind: str) -> dict[str, tuple[Floats, int]]:
     """Full name, such as "input x: mean" -> the values, and how many examples they are of."""
-    found = {}
+    found: dict[str, tuple[Floats, int]] = {}
     for name, batch in batches.items():
         seen = features(batch, kind == "output")
         if seen:

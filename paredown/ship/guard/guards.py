@@ -1,115 +1,243 @@
-"""One class a guard: what each has seen, and whether the candidate keeps to its limit."""
+"""The guards that judge by evidence; one class each. What they have seen is kept over restarts."""
 
 from __future__ import annotations
 
 import math
 from collections import deque
-from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any
 
-from paredown.ship.guard.observation import CANDIDATE, HARD, ORIGINAL
+import numpy as np
+
+from paredown.ship.guard.betting import MeanBounds, MeanTest, RateTest, RatioTest, rate_bounds
+from paredown.ship.guard.finding import Finding, State, wealth
 from paredown.ship.guard.policy import Policy
+from paredown.ship.guard.stages import Stage
+from paredown.ship.guard.tally import Tally
 
-State = Literal["pass", "fail", "no evidence"]
+P99_NEEDS = 459  # samples: with fewer, the largest may well lie below the true p99
+ENOUGH = 200  # of the original's latencies, before a threshold is drawn from them
+HELD = 2000  # of the original's latest latencies
 
 
-@dataclass(frozen=True)
-class Finding:
-    """What a guard says now. No evidence is never a pass.
+def judged(log_evidence: float, alpha: float, enough: bool, inside: bool) -> State:
+    """A guard's state: refused by the test, or shown to be inside, or neither yet."""
+    if log_evidence >= math.log(1 / alpha):
+        return "fail"
+    return "pass" if enough and inside else "no evidence"
 
-    Args:
-        name: of the guard.
-        state: "pass", "fail" or "no evidence".
-        asked: whether the rollout waits for it at this stage.
-        evidence: the number that it goes by, None where there is none yet.
-        limit: what that number is held against.
-        n: how many samples it has at this stage.
-        needed: how many it needs.
-        says: in words; of a guard that does not pass, what is missing.
-        action: what a fail does: "roll back" or "pause".
 
-    Example:
-        >>> Finding("faults", "no evidence", True, None, 5, 0, 460, "...").action
-        'roll back'
+class Errors:
+    """Error rate. Hypothesis: the candidate's faults come at most at twice the original's rate in
+    the same second, plus 0.1 %; it holds wherever the rate is at most the larger of the two."""
+
+    name = "error rate"
+
+    def __init__(self, policy: Policy):
+        self._policy = policy
+        self._test = RatioTest(policy.error_ratio, policy.error_floor)
+        self.entered()
+
+    def entered(self) -> None:
+        """A new stage: its counts start anew, the test goes on."""
+        self._answers = self._seen = self._faults = self._others = self._other_faults = 0
+
+    def update(self, tally: Tally) -> None:
+        """Take in what came since the last look."""
+        ours, theirs = tally.candidate, tally.original
+        self._test.add(ours.faulty, ours.seen, theirs.faulty, theirs.seen)
+        self._answers += ours.answers
+        self._seen += ours.seen
+        self._faults += ours.faulty
+        self._others += theirs.seen
+        self._other_faults += theirs.faulty
+
+    def finding(self, where: Stage) -> Finding:
+        """What it says at a stage."""
+        policy, shadow = self._policy, where is Stage.SHADOW
+        n, needed = (self._seen, policy.min_pairs) if shadow else (self._answers, policy.min_canary)
+        rate = self._faults / max(1, self._seen)
+        theirs = self._other_faults / max(1, self._others)
+        limit = max(policy.error_ratio * theirs, policy.error_floor)
+        upper = rate_bounds(self._faults, self._seen, policy.confidence)[1]
+        evidence = self._test.log_evidence()
+        inside = upper <= limit + policy.margin
+        state = judged(evidence, policy.alpha_error, n >= needed, inside)
+        says = (
+            f"{rate:.2%} of {self._seen:,} answers failed (at most {upper:.2%}), the original's "
+            f"{theirs:.2%}; {limit:.2%} are allowed"
+        )
+        says += _missing(n, needed, inside, f"an upper bound of {limit + policy.margin:.2%}")
+        limit_of = 1 / policy.alpha_error
+        return Finding(self.name, state, True, wealth(evidence), limit_of, n, needed, says)
+
+    def to_json(self) -> dict[str, Any]:
+        """What a restart goes on from."""
+        return self._test.wealth.to_json()
+
+    def restore(self, told: dict[str, Any]) -> None:
+        """Go on from what `to_json` gave."""
+        self._test.wealth.restore(told)
+
+
+class Disagreement:
+    """Disagreement of shadowed pairs. Hypothesis: its rate is at most the bound that validation
+    measured. A loss of accuracy cannot be larger than it, so no label is needed."""
+
+    name = "disagreement"
+
+    def __init__(self, policy: Policy, upper: float):
+        self._policy, self._upper = policy, upper
+        self._test = RateTest(upper)
+        self.entered()
+
+    def entered(self) -> None:
+        """A new stage: its counts start anew, the test goes on."""
+        self._pairs = self._apart = 0
+
+    def update(self, tally: Tally) -> None:
+        """Take in what came since the last look."""
+        if tally.pairs:
+            self._test.add(tally.disagreements, tally.pairs)
+        self._pairs += tally.pairs
+        self._apart += tally.disagreements
+
+    def finding(self, where: Stage) -> Finding:
+        """What it says at a stage."""
+        policy, n = self._policy, self._pairs
+        rate, upper = self._apart / max(1, n), rate_bounds(self._apart, n, policy.confidence)[1]
+        most = self._upper + policy.margin
+        evidence, needed = self._test.log_evidence(), policy.min_pairs
+        inside = upper <= most
+        state = judged(evidence, policy.alpha_disagreement, n >= needed > 0, inside)
+        says = (
+            f"{rate:.2%} of {n:,} pairs disagree (at most {upper:.2%}); validation allows "
+            f"{self._upper:.2%}" + _missing(n, needed, inside, f"an upper bound of {most:.2%}")
+        )
+        limit = 1 / policy.alpha_disagreement
+        return Finding(self.name, state, needed > 0, wealth(evidence), limit, n, needed, says)
+
+    def to_json(self) -> dict[str, Any]:
+        """What a restart goes on from."""
+        return self._test.wealth.to_json()
+
+    def restore(self, told: dict[str, Any]) -> None:
+        """Go on from what `to_json` gave."""
+        self._test.wealth.restore(told)
+
+
+class Latency:
+    """p99 latency beside the original's in the same seconds.
+
+    A threshold is drawn from the original's earlier answers, near their p99. Hypothesis: the
+    candidate exceeds 1.10 times that threshold no more often than the original exceeds the
+    threshold in the same second. Where the original exceeds it in 1 % of its answers, this is that
+    the ratio of the two p99 is at most 1.10; where load shifts both, the share is another one, and
+    the comparison is of another high quantile, still of the same second. Of each model one latency
+    in 50 ms counts, as neighbours share their fate, and only those without shadows beside.
+    It is asked at the canary's steps, where both answer clients.
     """
 
-    name: str
-    state: State
-    asked: bool
-    evidence: float | None
-    limit: float | None
-    n: int
-    needed: int
-    says: str
-    action: str = "roll back"
+    name = "latency"
+
+    def __init__(self, policy: Policy):
+        self._policy = policy
+        self._test = RatioTest(1.0)
+        self._recent: deque[float] = deque(maxlen=HELD)  # the original's, in ms
+        self.entered()
+
+    def entered(self) -> None:
+        """A new stage: its latencies start anew, the test goes on."""
+        self._ours: deque[float] = deque(maxlen=10 * HELD)
+        self._theirs: deque[float] = deque(maxlen=10 * HELD)
+
+    def update(self, tally: Tally) -> None:
+        """Take in what came since the last look."""
+        ours, theirs = np.array(tally.candidate.quiet), np.array(tally.original.quiet)
+        if len(self._recent) >= ENOUGH and len(ours):
+            threshold = float(np.quantile(np.array(self._recent), 0.99))
+            slow = int((ours > self._policy.latency_ratio * threshold).sum())
+            self._test.add(slow, len(ours), int((theirs > threshold).sum()), len(theirs))
+        self._recent.extend(theirs)
+        self._ours.extend(ours)
+        self._theirs.extend(theirs)
+
+    def finding(self, where: Stage) -> Finding:
+        """What it says at a stage."""
+        policy, asked = self._policy, where is Stage.CANARY
+        n, needed = min(len(self._ours), len(self._theirs)), min(policy.min_canary, P99_NEEDS)
+        evidence = self._test.log_evidence()
+        ratio = self._ratio() if n >= needed else None
+        inside = ratio is not None and ratio <= policy.latency_ratio
+        state = judged(evidence, policy.alpha_latency, n >= needed, inside)
+        if ratio is None:
+            says = f"{n:,} latencies of both" + _missing(n, needed, True, "")
+        else:
+            says = f"p99 is {ratio:.2f} x the original's; {policy.latency_ratio:.2f} x is allowed"
+        limit = 1 / policy.alpha_latency
+        return Finding(self.name, state, asked, wealth(evidence), limit, n, needed, says)
+
+    def _ratio(self) -> float:
+        """Of the p99 of this stage; 0 / 0 is 1."""
+        ours, theirs = (float(np.quantile(each, 0.99)) for each in (self._ours, self._theirs))
+        return ours / theirs if theirs else 1.0 if not ours else math.inf
+
+    def to_json(self) -> dict[str, Any]:
+        """What a restart goes on from."""
+        return self._test.wealth.to_json()
+
+    def restore(self, told: dict[str, Any]) -> None:
+        """Go on from what `to_json` gave."""
+        self._test.wealth.restore(told)
 
 
-@dataclass
-class Faults:
-    """Faults that roll back at once: several in a row, or a burst of hard ones.
+class Score:
+    """Score from labels that come late, of both models on the same examples, from 0 to 1.
+    Hypothesis: the mean falls by at most the allowed drop."""
 
-    Where the original has as many, going back to it would help nobody: the rollout pauses.
+    name = "score"
 
-    Example:
-        >>> faults = Faults(Policy())
-        >>> [faults.seen("candidate", "nan", at) for at in (0.0, 1.0, 2.0)][-1]
-        ('roll back', '3 hard faults (nan) within 10 s')
-    """
+    def __init__(self, policy: Policy):
+        self._policy = policy
+        self._test = MeanTest(policy.max_drop, low=-1.0)
+        self.entered()
 
-    policy: Policy
-    row: int = 0
-    _hard: deque[float] = field(default_factory=lambda: deque(maxlen=64))  # when, the candidate's
-    _rates: dict[str, Recent] = field(default_factory=dict)
+    def entered(self) -> None:
+        """A new stage: its labels are counted anew, the test goes on."""
+        self._bounds = MeanBounds(self._policy.confidence)
 
-    def seen(self, model: str, fault: str | None, now: float) -> tuple[str, str] | None:
-        """Count one answer; the action and its reason, where one is due.
+    def update(self, tally: Tally) -> None:
+        """Take in what came since the last look."""
+        self._test.add(tally.drops)
+        self._bounds.add([(1 + drop) / 2 for drop in tally.drops])
 
-        Args:
-            now: by the monotonic clock, in seconds.
-        """
-        self._rates.setdefault(model, Recent(self.policy.burst_s)).add(fault is not None, now)
-        if model != CANDIDATE:
-            return None
-        self.row = self.row + 1 if fault else 0
-        if fault in HARD:
-            self._hard.append(now)
-        burst = sum(abs(now - at) <= self.policy.burst_s for at in self._hard)
-        if fault and self.row >= self.policy.faults_in_row:
-            return self._action(f"{self.row} faults in a row, the last one: {fault}")
-        if fault in HARD and burst >= self.policy.faults_in_burst:
-            return self._action(f"{burst} hard faults ({fault}) within {self.policy.burst_s:g} s")
-        return None
+    def finding(self, where: Stage) -> Finding:
+        """What it says at a stage."""
+        policy, n = self._policy, self._bounds.samples
+        low, high = (2 * each - 1 for each in self._bounds.bounds())
+        most = policy.max_drop + policy.margin
+        evidence = self._test.log_evidence()
+        state = judged(evidence, policy.alpha_score, n >= max(1, policy.min_labels), high <= most)
+        says = "no label has come"
+        if n:
+            mean = 2 * self._bounds.total / n - 1
+            says = (
+                f"the score fell by {mean:+.4f} ({low:+.4f} to {high:+.4f}) over {n:,} labels; "
+                f"{policy.max_drop:.4f} is allowed"
+            )
+            says += _missing(n, policy.min_labels, high <= most, f"an upper bound of {most:.4f}")
+        limit, needed = 1 / policy.alpha_score, policy.min_labels
+        return Finding(self.name, state, needed > 0, wealth(evidence), limit, n, needed, says)
 
-    def _action(self, reason: str) -> tuple[str, str]:
-        ours, theirs = self._rates[CANDIDATE], self._rates.get(ORIGINAL)
-        both = theirs is not None and ours.share <= self.policy.error_ratio * theirs.share
-        return ("pause", f"{reason}; the original fails as well") if both else ("roll back", reason)
+    def to_json(self) -> dict[str, Any]:
+        """What a restart goes on from."""
+        return self._test.wealth.to_json()
+
+    def restore(self, told: dict[str, Any]) -> None:
+        """Go on from what `to_json` gave."""
+        self._test.wealth.restore(told)
 
 
-@dataclass
-class Recent:
-    """The share of faults among the answers of about the last ``span_s`` seconds.
-
-    Example:
-        >>> recent = Recent(span_s=10.0)
-        >>> for at in range(4):
-        ...     recent.add(at == 0, 0.0)
-        >>> recent.share
-        0.25
-    """
-
-    span_s: float
-    answers: float = 0.0
-    faults: float = 0.0
-    last: float = 0.0
-
-    def add(self, faulty: bool, now: float) -> None:
-        """Count one; older ones fade."""
-        fade = math.exp(-max(0.0, now - self.last) / self.span_s)
-        self.answers, self.faults = self.answers * fade + 1, self.faults * fade + faulty
-        self.last = now
-
-    @property
-    def share(self) -> float:
-        """Of the answers that have not faded."""
-        return self.faults / self.answers if self.answers else 0.0
+def _missing(n: int, needed: int, inside: bool, bound: str) -> str:
+    if n < needed:
+        return f"; {needed - n:,} more are needed"
+    return "" if inside else f"; going on needs {bound}"

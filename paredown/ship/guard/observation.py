@@ -29,7 +29,7 @@ class Observation:
         shadow: the answer was made beside the one that the client got.
         agreed: whether the pair gave the same answer; None where there was no pair.
         distance: relative difference of the pair's outputs, for the page.
-        score: from a label that came later, this model's score on that example.
+        score: from a label that came later, this model's score on that example, from 0 to 1.
         score_of_other: the other model's score on the same example, where known.
         inputs: name -> batch, sampled, for the drift of inputs.
         outputs: name -> batch, sampled, for the drift of outputs.
@@ -52,6 +52,12 @@ class Observation:
     inputs: Mapping[str, np.ndarray] | None = None
     outputs: Mapping[str, np.ndarray] | None = None
 
+    @property
+    def late_label(self) -> bool:
+        """Whether it is a label alone, for an answer that was observed before."""
+        answered = (self.latency_ms, self.fault, self.agreed)
+        return self.score is not None and all(each is None for each in answered)
+
     def problem(self) -> str:
         """What is wrong with it, or nothing: one that is wrong is counted, and not judged by."""
         if self.model not in MODELS:
@@ -60,8 +66,10 @@ class Observation:
             return f"fault: expected one of {', '.join(FAULTS)}, got {self.fault!r}"
         if self.latency_ms is not None and not 0 <= self.latency_ms < math.inf:
             return f"latency_ms: expected a number from 0 up, got {self.latency_ms!r}"
-        for name in ("distance", "score", "score_of_other"):
+        for name in ("score", "score_of_other"):
             value = getattr(self, name)
-            if value is not None and not math.isfinite(value):
-                return f"{name}: expected a number, got {value!r}"
+            if value is not None and not 0 <= value <= 1:
+                return f"{name}: expected a number from 0 to 1, got {value!r}"
+        if self.distance is not None and not math.isfinite(self.distance):
+            return f"distance: expected a number, got {self.distance!r}"
         return ""

@@ -153,7 +153,7 @@ class Policy:
                 raise UserError(f"{where}: has no setting {name!r}; {_near(name, known)}")
         values = {k: tuple(v) if isinstance(v, list) else v for k, v in table.items()}
         try:
-            return Policy(**values)
+            return Policy(**values)  # type: ignore[arg-type]
         except UserError as error:
             raise UserError(f"{where}: {error}") from error
 

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -169,7 +170,7 @@ def _read(told: dict[str, Any]) -> Histogram:
     edges = tuple(float(each) for each in told["edges"])
     counts = tuple(int(each) for each in told["counts"])
     examples = int(told["examples"])
-    finite = all(map(math.isfinite, edges)) and all(a < b for a, b in zip(edges, edges[1:]))
+    finite = all(map(math.isfinite, edges)) and all(a < b for a, b in pairwise(edges))
     if not (edges and finite and len(counts) == len(edges) + 1):
         raise ValueError("the edges of a histogram do not rise, or have other counts")
     if not (min(counts) >= 0 and sum(counts) > 0 and examples > 0):

@@ -2,56 +2,27 @@
 
 from __future__ import annotations
 
-import hashlib
-import itertools
+import contextlib
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 from paredown.core.errors import UserError
-from paredown.core.settings import require
 from paredown.ship.guard import moves
-from paredown.ship.guard.guards import Faults
+from paredown.ship.guard.bound import Bound
 from paredown.ship.guard.journal import Journal
-from paredown.ship.guard.observation import CANDIDATE, ORIGINAL, Observation
+from paredown.ship.guard.observation import Observation
+from paredown.ship.guard.panel import Panel
 from paredown.ship.guard.policy import Policy
-from paredown.ship.guard.profile import Profile
-from paredown.ship.guard.stages import WHOLE, Event, Position, Route, Stage
+from paredown.ship.guard.router import Router
+from paredown.ship.guard.stages import Event, Position, Route, Stage
 from paredown.ship.guard.tally import Tally
+from paredown.ship.guard.windows import Windows
 
-SALT = b"paredown"  # never another: who was routed to the candidate stays there as weights rise
 KEPT = 500  # events that are held for the page
-GOLDEN = 0.6180339887498949  # multiples of it, less their whole part, are spread evenly
-
-
-@dataclass(frozen=True)
-class Bound:
-    """What validation saw.
-
-    Args:
-        rate: of the pairs, how many disagreed.
-        upper: the upper bound of that rate; live traffic is held against it.
-        profile: of inputs and outputs, for drift; None asks for none.
-
-    Raises:
-        UserError: a rate is none, or the bound lies below it.
-
-    Example:
-        >>> Bound(rate=0.01, upper=0.02).upper
-        0.02
-    """
-
-    rate: float
-    upper: float
-    profile: Profile | None = None
-
-    def __post_init__(self) -> None:
-        require("rate", self.rate, 0 <= self.rate <= 1, "a share from 0 to 1")
-        fits = 0 < self.upper < 1 and self.rate <= self.upper
-        require("upper", self.upper, fits, "a share above 0, below 1 and at least the rate")
 
 
 class Rollout:
@@ -96,11 +67,16 @@ class Rollout:
         self._events: deque[Event] = deque(maxlen=KEPT)
         self._told: list[Event] = []  # since the last tick
         self._unsaved: list[Event] = []
-        self._tally, self._faults = Tally(), Faults(policy)
-        self._requests = itertools.count(1)
+        self._tally, self._panel = Tally(), Panel(policy, bound.upper, bound.profile)
+        self._windows = Windows(clock())
+        self._router = Router(policy, monotonic())
+        self._invalid, self._problem = 0, ""
         self._dwell_s, self._last = 0.0, monotonic()
         self._blocked = ""
-        self._move(_recovered(journal, digest))
+        position, panel = _recovered(journal, digest)
+        if panel:
+            self._panel.restore(panel)
+        self._move(position)
         if journal is not None:
             self._events.extend(journal.events()[-KEPT:])
 
@@ -120,31 +96,46 @@ class Rollout:
     # --- while serving ---
 
     def route(self, key: bytes) -> Route:
-        """Where a request goes, by a hash of its key: the same key stays with the candidate as
-        weights rise."""
-        weight, share = self._ways
-        model = CANDIDATE if weight and _bucket(key) < weight else ORIGINAL
-        return Route(model, bool(share) and next(self._requests) * GOLDEN % 1 < share)
+        """Where a request goes, by a hash of its key: who was routed to the candidate stays there
+        as weights rise. It takes no lock."""
+        self._tally.routed = True
+        return self._router.route(key, self._monotonic())
 
     def observe(self, observation: Observation) -> None:
-        """Take in one answer; hard faults roll back here, at once."""
-        now = self._monotonic()
+        """Take in one answer; hard faults roll back here, at once. What makes no sense is counted
+        as invalid, and not judged by."""
+        now, problem = self._monotonic(), observation.problem()
         with self._state:
-            self._tally.add(observation, now, quiet=True)
-            if not self._position.judged:
+            if problem:
+                self._tally.refuse(problem)
                 return
-            action = self._faults.seen(observation.model, observation.fault, now)
-            if action is not None:
-                self._act(*action)
+            self._tally.add(observation, now, self._router.quiet(now))
+            if self._position.judged and not observation.late_label:
+                seen = self._panel.faults.seen(observation.model, observation.fault, now)
+                if seen is not None:
+                    self._act(*seen)
+
+    def gauge(self, memory_bytes: float | None = None, queue: float | None = None) -> None:
+        """Tell what the candidate's worker takes, and how many requests wait for it."""
+        with self._state:
+            self._tally.gauge(memory_bytes, queue)
 
     def tick(self) -> list[Event]:
-        """Judge what came in, and go on, pause or roll back; what has happened since the last."""
+        """Judge what came in, and go on, pause or roll back; gives what happened since the last.
+
+        Raises nothing for a disk that fails: the rollout then pauses, as no weight may be raised.
+        """
         with self._turn:
             now = self._monotonic()
             with self._state:
-                self._tally = Tally()
-                self._dwell_s += min(max(0.0, now - self._last), self.policy.window_s)
+                tally, self._tally = self._tally, Tally()
+                position = self._position
+                passed = min(max(0.0, now - self._last), self.policy.window_s)
+                self._dwell_s += passed
                 self._last = now
+            self._take(tally, position, passed, now)
+            if position.judged:
+                self._decide(position)
             self._flush()
             with self._state:
                 told, self._told = self._told, []
@@ -158,7 +149,8 @@ class Rollout:
         Raises:
             UserError: a candidate is on its way, or this one was rolled back.
         """
-        require("begin", self._blocked, not self._blocked, "a readable state")
+        if self._blocked:
+            raise UserError(f"begin: the original alone serves: {self._blocked}")
         self._raise("begin", moves.began, "guard")
 
     def validated(self, passed: bool, why: str) -> None:
@@ -198,7 +190,7 @@ class Rollout:
     def abort(self, reason: str = "by hand", by: str = "hand") -> None:
         """Roll back at once, from anywhere; it needs no disk and is never refused."""
         with self._state:
-            self._act("roll back", reason, by)
+            self._act("roll back", reason or "by hand", by)
         self.flush()
 
     # --- to look at ---
@@ -211,64 +203,143 @@ class Rollout:
     @property
     def weight(self) -> int:
         """Of 10,000 requests, how many the candidate answers."""
-        return self._ways[0]
+        return self._router.weight
 
     def status(self) -> dict[str, Any]:
         """Everything for the page, as plain JSON."""
-        with self._state:
+        with self._turn:
+            findings = self._panel.findings(self._position.where)
             return {
                 "stage": str(self._position.stage),
                 "position": self._position.to_json(),
                 "weight": self.weight,
                 "digest": self.digest,
                 "blocked": self._blocked,
-                "guards": [],
-                "windows": [],
-                "drift": {},
-                "events": [asdict(each) for each in self._events],
+                "dwell_s": self._dwell_s,
+                "dwell_needed_s": self._dwell_needed(self._position),
+                "guards": [asdict(each) for each in findings],
+                "missing": self._missing(self._position),
+                "windows": list(self._windows.records),
+                "drift": self._panel.drift(),
+                "invalid": self._invalid,
+                "problem": self._problem,
+                "journal": "" if self._journal is None else self._journal.broken,
+                "events": [asdict(each) for each in list(self._events)],
             }
 
     def flush(self) -> None:
-        """Write what is not on the disk yet; says nothing where the disk fails."""
-        with self._turn:
-            self._flush()
+        """Write what is not on the disk yet; says nothing where the disk fails, and does not wait
+        for one that hangs."""
+        if self._turn.acquire(timeout=1.0):
+            try:
+                self._flush()
+            finally:
+                self._turn.release()
 
     # --- inside ---
 
+    def _take(self, tally: Tally, position: Position, passed_s: float, now: float) -> None:
+        """Give a tick's counts to the guards, and at its end a window's."""
+        self._invalid += tally.invalid
+        self._problem = tally.problem or self._problem
+        self._windows.open.add(tally)
+        self._windows.passed_s += passed_s
+        if position.judged:
+            self._panel.update(tally)
+        if self._windows.passed_s < self.policy.window_s:
+            return
+        ended = self._windows.close(str(position.stage), self.weight, self._clock())
+        self._router.window(now)
+        if position.judged:
+            self._panel.window(ended, position.where)
+            self._keep(position)
+
+    def _decide(self, position: Position) -> None:
+        """What the guards' findings lead to, if nobody has moved meanwhile."""
+        findings = self._panel.findings(position.where)
+        failed = [each for each in findings if each.state == "fail"]
+        with self._state:
+            if self._position is not position:
+                return
+            for finding in sorted(failed, key=lambda each: each.action != "roll back"):
+                cause = "no data" if finding.name == "data" else "drift"
+                self._act(finding.action, f"{finding.name}: {finding.says}", cause=cause)
+                return
+        if position.cause == "no data":
+            if not self._panel.data.silent:
+                self._go("resume", lambda at: moves.resumed(at, "data come in again"))
+        elif position.stage is not Stage.PAUSED and position.stage is not Stage.PROMOTED:
+            if not self._missing(position):
+                why = f"every guard has evidence, after {self._dwell_s:,.0f} s"
+                kind = "promote" if position.stage is Stage.SOAK else "advance"
+                self._go(kind, lambda at: moves.advanced(at, self.policy, why))
+
+    def _missing(self, position: Position) -> list[str]:
+        """What stands between this position and the next."""
+        if position.stage not in (Stage.SHADOW, Stage.CANARY, Stage.SOAK):
+            return []
+        found = [
+            f"{each.name}: {each.says}"
+            for each in self._panel.findings(position.where)
+            if each.asked and each.state != "pass"
+        ]
+        left = self._dwell_needed(position) - self._dwell_s
+        return [f"time: {left:,.0f} s to go", *found] if left > 0 else found
+
+    def _dwell_needed(self, position: Position) -> float:
+        if position.where in (Stage.SHADOW, Stage.CANARY):
+            return self.policy.dwell_s
+        return self.policy.soak_s if position.where is Stage.SOAK else 0.0
+
     def _raise(self, kind: str, move: Callable[[Position], Position], by: str) -> None:
-        """Commit, then move: of what raises a weight, or begins something."""
+        """By hand: as `_commit`, in turn with the ticks."""
         with self._turn:
             self._flush()
-            before = self._position
-            after = move(before)
-            event = self._event(kind, after, by)
-            if self._journal is not None:
-                self._journal.append(event, self._snapshot(after))
+            self._commit(kind, move, by)
+
+    def _go(self, kind: str, move: Callable[[Position], Position]) -> None:
+        """By the guard: where the disk fails it pauses, and no weight is raised."""
+        try:
+            self._commit(kind, move, "guard")
+        except UserError as error:
             with self._state:
-                if self._position is before:  # else it was rolled back meanwhile, and that wins
-                    self._move(after)
-                    self._tell(event)
+                self._act("pause", str(error), cause="journal")
+
+    def _commit(self, kind: str, move: Callable[[Position], Position], by: str) -> None:
+        """Write first, then move: of what raises a weight, or begins something."""
+        before = self._position
+        after = move(before)
+        event = self._event(kind, after, by)
+        if self._journal is not None:
+            self._journal.append(event, self._snapshot(after))
+        with self._state:
+            if self._position is before:  # else it was rolled back meanwhile, and that wins
+                self._move(after)
+                self._tell(event)
 
     def _act(self, kind: str, reason: str, by: str = "guard", cause: str = "both fail") -> None:
         """Lower, or stay, at once; the journal is written later. The state's lock is held."""
-        if self._position.stage is Stage.ROLLED_BACK:
+        stage = self._position.stage
+        if stage is Stage.ROLLED_BACK and cause != "hand":
             return
         if kind == "roll back":
             after = moves.rolled_back(reason)
-        elif by == "guard" and self._position.stage is Stage.PAUSED:
+        elif stage is Stage.PAUSED and cause != "hand":
             return
         else:
             after = moves.paused(self._position, reason, cause)
         self._move(after)
         event = self._event(kind, after, by)
         self._tell(event)
-        self._unsaved.append(event)
+        if self._journal is not None:
+            self._unsaved.append(event)
 
     def _move(self, after: Position) -> None:
         self._position = after
-        share = self.policy.shadow_share if after.judged else 0.0
-        self._ways = (moves.weight_at(after, self.policy), share)
-        self._dwell_s = 0.0
+        self._router.follow(after)
+        if after.stage is not Stage.PAUSED:
+            self._dwell_s = 0.0
+            self._panel.entered()
 
     def _event(self, kind: str, after: Position, by: str) -> Event:
         weight = moves.weight_at(after, self.policy)
@@ -279,30 +350,36 @@ class Rollout:
         self._told.append(event)
 
     def _flush(self) -> None:
+        """Write the events that lowered or paused; they wait while the disk fails."""
         while self._unsaved and self._journal is not None:
             try:
                 self._journal.append(self._unsaved[0], self._snapshot(self._position))
             except UserError:
                 return
             self._unsaved.pop(0)
-        self._unsaved.clear()
+
+    def _keep(self, position: Position) -> None:
+        """Write what the tests have seen, once a window."""
+        if self._journal is not None and not self._journal.broken:
+            with contextlib.suppress(UserError):
+                self._journal.save(self._snapshot(position))
 
     def _snapshot(self, position: Position) -> dict[str, Any]:
-        return {"digest": self.digest, "position": position.to_json()}
+        panel = self._panel.to_json()
+        return {"digest": self.digest, "position": position.to_json(), "guards": panel}
 
 
-def _bucket(key: bytes) -> int:
-    """Of 10,000, the one that a key falls into, at any time and on any machine."""
-    digest = hashlib.blake2b(key, digest_size=8, key=SALT).digest()
-    return int.from_bytes(digest, "little") % WHOLE
-
-
-def _recovered(journal: Journal | None, digest: str) -> Position:
+def _recovered(journal: Journal | None, digest: str) -> tuple[Position, dict[str, Any]]:
     """Where this candidate stood when the journal was last written; a new one begins anew."""
     if journal is None:
-        return Position()
+        return Position(), {}
     why = journal.latched(digest)
     if why is not None:
-        return moves.rolled_back(why)
+        return moves.rolled_back(why), {}
     kept = journal.snapshot()
-    return Position.from_json(kept["position"]) if kept and kept["digest"] == digest else Position()
+    if kept is None or kept.get("digest") != digest:
+        return Position(), {}
+    try:
+        return Position.from_json(kept["position"]), dict(kept["guards"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{journal.path}: its snapshot cannot be read: {error}.") from error

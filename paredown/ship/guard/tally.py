@@ -97,10 +97,9 @@ class Tally:
     def add(self, seen: Observation, now: float, quiet: bool) -> None:
         """Count one observation; of latencies one in 50 ms is sampled, and only where ``quiet``."""
         model = self.candidate if seen.model == CANDIDATE else self.original
-        told = (seen.latency_ms, seen.fault, seen.agreed)
-        if seen.score is None or any(each is not None for each in told):
+        if not seen.late_label:
             self._count(model, seen, now, quiet)
-        if seen.score is not None:  # alone it is a label come late, of an answer counted before
+        if seen.score is not None:
             self._label(seen.model, seen.score, seen.score_of_other)
         if seen.agreed is not None:
             self.pairs += 1
@@ -132,3 +131,15 @@ class Tally:
         self.scores[model][1] += score
         if model == CANDIDATE and other is not None and len(self.drops) < MOST_LABELS:
             self.drops.append(other - score)
+
+    def refuse(self, problem: str) -> None:
+        """Count an observation that cannot be used."""
+        self.invalid += 1
+        self.problem = problem
+
+    def gauge(self, memory_bytes: float | None, queue: float | None) -> None:
+        """Note what the candidate takes, and how many requests wait for it."""
+        if memory_bytes is not None:
+            self.memory_bytes = max(memory_bytes, self.memory_bytes or 0.0)
+        if queue is not None:
+            self.queue = max(queue, self.queue or 0.0)
