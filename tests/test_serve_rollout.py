@@ -95,6 +95,31 @@ def test_the_original_is_waited_for_when_it_is_killed(tmp_path):
         assert served.status()["models"]["original"]["starts"] == 2
 
 
+def test_a_good_candidate_goes_all_the_way(tmp_path):
+    with Served(run_folder(tmp_path / "run")) as served:
+        rows = iter(range(10**9))
+
+        def ask():
+            for _ in range(10):
+                good(served, inputs(1, next(rows)))
+
+        found = served.until(at("promoted"), 60, ask)
+        steps = [(each["kind"], each["weight"]) for each in found["events"]]
+        shares = [("advance", 2500), ("advance", 5000), ("advance", 10000), ("promote", 10000)]
+        assert steps == [("begin", 0), ("validated", 0), *shares]
+        assert {good(served, inputs(1, n)) for n in range(9)} == {"2"}
+
+
+def test_a_candidate_that_names_other_classes_is_rolled_back(tmp_path):
+    folder = run_folder(tmp_path / "run", lambda path: faulty(path, "class"))
+    with Served(folder) as served:
+        served.until(at("shadow"))
+        x = LARGE + np.arange(4, dtype=np.float32)
+        found = served.until(rolled_back, 60, lambda: [good(served, x) for _ in range(10)])
+        assert "disagreement" in found["events"][-1]["reason"]
+        assert found["examples"][0]["kind"] == "disagree"
+
+
 def test_a_killed_server_goes_on_where_it_was(tmp_path):
     folder = run_folder(tmp_path / "run")
     with Served(folder) as first:

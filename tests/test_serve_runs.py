@@ -40,6 +40,7 @@ margin = 0.3
 error_floor = 0.3
 latency_ratio = 20.0
 psi = 50.0
+min_drift = 20
 no_data_pause = 1000
 no_data_rollback = 2000
 """
@@ -249,7 +250,8 @@ class Served:
             if holds(found):
                 return found
             (work or (lambda: time.sleep(0.05)))()
-        raise AssertionError(f"{found}\n{self.log.read_text()}")
+        told = {name: found[name] for name in ("stage", "missing", "events") if name in found}
+        raise AssertionError(f"{told}\n{self.log.read_text()}")
 
 
 def refused(folder, *options):

@@ -91,7 +91,7 @@ class Endpoint:
         return protocol.request_of(body, header)
 
     async def metrics(self, request: Request) -> Response:
-        text = self.service.metrics()
+        text = await asyncio.to_thread(self.service.metrics)
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     # --- beside the protocol ----------------------------------------------------------------------
@@ -101,7 +101,7 @@ class Endpoint:
         return Response(PAGE.read_bytes(), media_type="text/html", headers=headers)
 
     async def status(self, request: Request) -> Response:
-        return json_response(self.service.status())
+        return json_response(await asyncio.to_thread(self.service.status))
 
     async def act(self, request: Request) -> Response:
         action = request.path_params["action"]
@@ -112,7 +112,10 @@ class Endpoint:
             raise Refused(401, "rollout: expected the header 'Authorization: Bearer TOKEN'.")
         said = await self._said(request)
         by = request.client.host if request.client else "http"
-        return json_response(self.service.act(action, said.get("reason"), by))
+        done = await asyncio.to_thread(
+            self.service.act, action, said.get("reason"), by
+        )  # a disk waits
+        return json_response(done)
 
     async def feedback(self, request: Request) -> Response:
         said = await self._said(request)

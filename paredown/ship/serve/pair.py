@@ -76,7 +76,7 @@ class Pair:
         self.dropped = 0  # shadows
         self._monotonic = monotonic
         self._shadows: set[asyncio.Task[None]] = set()
-        self._next_sample = 0.0
+        self._next_sample: dict[str, float] = {}
 
     async def infer(self, arrays: list[np.ndarray], key: bytes, name: str = "") -> Served:
         """Answer a request by the model that the rollout chooses, or by the original.
@@ -177,12 +177,18 @@ class Pair:
         if self.judge is None:
             return
         inputs = outputs = None
-        now = self._monotonic()
-        if now >= self._next_sample:
-            self._next_sample = now + 1 / SAMPLES_PER_S
+        if self._sampled(served.model):
             inputs, outputs = self.named(arrays), served.answer.outputs
         latency = served.answer.total_ms
         self.observe(Observation(served.model, latency, inputs=inputs, outputs=outputs))
+
+    def _sampled(self, model: str) -> bool:
+        """Whether this answer's values are looked at; so many a second of each model's are."""
+        now = self._monotonic()
+        if now < self._next_sample.get(model, now):
+            return False
+        self._next_sample[model] = now + 1 / SAMPLES_PER_S
+        return True
 
     def named(self, arrays: list[np.ndarray]) -> dict[str, np.ndarray]:
         """The arrays by the names of the original's inputs."""
@@ -243,6 +249,7 @@ class Pair:
         if not by_original:
             self.observe(Observation(ORIGINAL, shadow_ms, shadow=True))
         latency = shadow_ms if by_original else None
+        sample = other if by_original and self._sampled(CANDIDATE) else None
         rows = row_count(arrays)
         parts = zip(rows_of(one, rows, MOST_ROWS), rows_of(other, rows, MOST_ROWS), strict=True)
         for place, (first, second) in enumerate(parts):
@@ -251,10 +258,11 @@ class Pair:
                 row = [array[place : place + 1] for array in arrays] if rows > 1 else arrays
                 self.kept.fell_back("disagree", "", row, second, first, shadow=True)
             known = apart if np.isfinite(apart) else None
-            self.observe(
-                Observation(CANDIDATE, latency, shadow=True, agreed=agreed, distance=known)
+            seen = Observation(
+                CANDIDATE, latency, shadow=True, agreed=agreed, distance=known, outputs=sample
             )
-            latency = None
+            self.observe(seen)
+            latency = sample = None
 
     def fault(
         self,

@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from paredown.core.errors import UserError
+from paredown.ship.guard.bound import Bound
 from paredown.ship.guard.journal import Journal
 from paredown.ship.guard.policy import Policy
-from paredown.ship.guard.rollout import Bound, Rollout
+from paredown.ship.guard.rollout import Rollout
 from paredown.ship.guard.stages import Stage
 from paredown.ship.serve import examples, validation
 from paredown.ship.serve.service import Service
@@ -93,7 +94,10 @@ class Runner:
             await self._tick()
 
     async def _tick(self) -> None:
-        for event in await asyncio.to_thread(self.service.rollout.tick):
+        rollout, candidate = self.service.rollout, self.service.pair.candidate
+        if candidate is not None:
+            rollout.gauge(candidate.counts.memory_bytes, candidate.pending)
+        for event in await asyncio.to_thread(rollout.tick):
             share = f"{event.weight / 100:g} % of the requests"
             self.say(f"{event.kind}: {event.stage}, {share}: {event.reason} ({event.by})")
 

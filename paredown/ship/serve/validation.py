@@ -13,8 +13,8 @@ import numpy as np
 
 from paredown.core.errors import UserError
 from paredown.core.files import write_atomically
+from paredown.ship.guard.bound import Bound
 from paredown.ship.guard.profile import Profile
-from paredown.ship.guard.rollout import Bound
 from paredown.ship.serve.compare import Agreement, Outputs, distance, holds_classes
 from paredown.ship.serve.pair import Pair
 from paredown.ship.serve.refused import Refused
@@ -119,7 +119,7 @@ async def validate(
         why = f"{len(told)} of {len(examples)} examples failed: {told[0]}"
         return Validation(*digests, False, len(examples), 0, 1.0, 1.0, False, 0.0, why), None
     named = [pair.named(arrays) for arrays in examples]
-    return _compared(ours, others, digests), Profile.of(named, ours)
+    return _compared(ours, others, digests), Profile.of(named, others)
 
 
 async def _all(
