@@ -52,6 +52,12 @@ def serve_verb(
     even_so: Annotated[
         bool, typer.Option("--even-so", help="Serve a run whose goals were missed.")
     ] = False,
+    end_to_end: Annotated[
+        bool,
+        typer.Option(
+            "--end-to-end", help="Run the task's preprocess and postprocess in the server."
+        ),
+    ] = False,
     token_file: Annotated[
         Path | None, typer.Option(help="A token of your own; by default one is made.")
     ] = None,
@@ -75,6 +81,7 @@ def serve_verb(
         policy=Policy.from_toml(policy) if policy else Policy(),
         task=task or _task_of(run),
         even_so=even_so,
+        end_to_end=end_to_end,
         token_file=token_file,
         state=state,
     )

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 
-import paredown
 from paredown.core.processes import ended
 from paredown.ship.serve import worker
 from paredown.targets.devices import forks, local
@@ -96,7 +95,7 @@ class Child:
                 "runtime_file": str(opening.runtime_file.absolute()),
                 "threads": opening.threads,
                 "maker": opening.maker,
-                "paths": [str(Path(paredown.__file__).parent.parent)],
+                "paths": [str(Path(__file__).parents[3])],
                 **opening.beside,
             }
         )
@@ -114,10 +113,8 @@ class Child:
             Died: the process has ended.
         """
         try:
-            self._writer.write(worker.head_of(said, arrays))
-            for array in arrays:
-                if array.size:
-                    self._writer.write(array.data.cast("B"))
+            for part in worker.message(said, arrays):
+                self._writer.write(part)
             await self._writer.drain()
             sizes = worker.SIZES.unpack(await self._reader.readexactly(worker.SIZES.size))
             head = json.loads(await self._reader.readexactly(sizes[0]))

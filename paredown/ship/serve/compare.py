@@ -53,13 +53,13 @@ class Agreement:
     """How two models' outputs are to be compared.
 
     Attributes:
-        classes: whether the first output holds a score for each class in its last dimension: then
-            the models agree where they name the same class for every row. Else they agree where
-            the relative distance of all outputs is within ``bound``.
+        kind: "classes": the first output holds a score for each class in its last dimension, and
+            the models agree where they name the same class; "exact": whole numbers and texts, which
+            must be the same; "near": the relative distance of all outputs is within ``bound``.
         bound: found at validation.
     """
 
-    classes: bool
+    kind: str = "classes"
     bound: float = 0.0
 
     def agree(self, original: Outputs, candidate: Outputs) -> bool:
@@ -67,13 +67,28 @@ class Agreement:
 
         Example:
             >>> one, other = {"y": np.array([[1.0, 2.0]])}, {"y": np.array([[0.0, 9.0]])}
-            >>> Agreement(True).agree(one, other), Agreement(False, 0.1).agree(one, other)
+            >>> Agreement("classes").agree(one, other), Agreement("near", 0.1).agree(one, other)
             (True, False)
         """
-        if not self.classes:
+        if self.kind == "near":
             return distance(original, candidate) <= self.bound
+        if self.kind == "exact":
+            return distance(original, candidate) == 0
         first, second = (next(iter(each.values())) for each in (original, candidate))
         return first.shape == second.shape and bool(np.array_equal(guess(first), guess(second)))
+
+
+def kind_of(outputs: Outputs) -> str:
+    """How such outputs are compared, as an `Agreement` has it.
+
+    Example:
+        >>> kind_of({"y": np.zeros((1, 9))}), kind_of({"y": np.array([3])})
+        ('classes', 'exact')
+    """
+    if holds_classes(outputs):
+        return "classes"
+    floats = any(array.dtype.kind == "f" for array in outputs.values())
+    return "near" if floats else "exact"
 
 
 def rows_of(outputs: Outputs, rows: int, most: int) -> list[Outputs]:

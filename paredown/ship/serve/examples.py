@@ -8,6 +8,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,37 +19,60 @@ from paredown.core.errors import UserError
 SPLITS = ("validation", "test")
 MOST, MOST_BYTES = 512, 2**28
 READ_S = 600.0  # the longest that the user's file may take
-FILE = "examples.npz"
+FILE, RAW_FILE = "examples.npz", "raw_examples.npz"
 
 
-def read(folder: Path) -> list[list[np.ndarray]]:
-    """The examples kept in a folder: one array per input each, with a batch dimension of 1.
+@dataclass(frozen=True)
+class Examples:
+    """The examples of a task, kept in a folder.
 
-    Raises:
-        OSError, ValueError, KeyError: there are none.
+    Attributes:
+        task: the user's file; None where they are kept already.
+        raw: before the task's preprocessing, as a server takes them that runs end to end.
     """
-    with np.load(folder / FILE, allow_pickle=False) as kept:
-        columns = [kept[str(place)] for place in range(len(kept.files))]
-    return [[column[n : n + 1] for column in columns] for n in range(len(columns[0]))]
 
+    folder: Path
+    task: Path | None
+    raw: bool = False
 
-def make(task: Path, folder: Path, names: Sequence[str]) -> None:
-    """Read examples of the task in a child process, and keep them in the folder.
+    @property
+    def file(self) -> Path:
+        return self.folder / (RAW_FILE if self.raw else FILE)
 
-    Args:
-        names: of the file's inputs.
+    def read(self) -> list[list[np.ndarray]]:
+        """The examples that are kept: one array per input each, with a batch dimension of 1.
 
-    Raises:
-        UserError: the user's file fails, or its examples do not fit the inputs.
-    """
-    command = [sys.executable, "-m", __name__, str(task), str(folder / FILE), *names]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=READ_S, check=False)
-    except subprocess.TimeoutExpired as error:
-        raise UserError(f"{task}: reading its examples took more than {READ_S:g} s.") from error
-    if done.returncode:
-        said = (done.stderr.strip().splitlines() or ["no word"])[-1]
-        raise UserError(f"{task}: its examples cannot be read: {said}")
+        Raises:
+            OSError, ValueError, KeyError: there are none.
+        """
+        with np.load(self.file, allow_pickle=False) as kept:
+            columns = [kept[str(place)] for place in range(len(kept.files))]
+        columns = [each.astype(object) if each.dtype.kind == "S" else each for each in columns]
+        return [[column[n : n + 1] for column in columns] for n in range(len(columns[0]))]
+
+    def make(self, names: Sequence[str]) -> None:
+        """Read examples of the task in a child process, and keep them.
+
+        Args:
+            names: of the file's inputs.
+
+        Raises:
+            UserError: there is no task, the user's file fails, or its examples do not fit.
+        """
+        if self.task is None:
+            raise UserError("there are no examples to validate on; name a file with --task.")
+        kind = "raw" if self.raw else "ready"
+        command = [sys.executable, "-m", __name__, str(self.task), str(self.file), kind, *names]
+        try:
+            done = subprocess.run(
+                command, capture_output=True, text=True, timeout=READ_S, check=False
+            )
+        except subprocess.TimeoutExpired as error:
+            said = f"reading its examples took more than {READ_S:g} s"
+            raise UserError(f"{self.task}: {said}.") from error
+        if done.returncode:
+            said = (done.stderr.strip().splitlines() or ["no word"])[-1]
+            raise UserError(f"{self.task}: its examples cannot be read: {said}")
 
 
 def columns(rows: Sequence[Sequence[np.ndarray]]) -> list[np.ndarray]:
@@ -80,11 +104,15 @@ def ordered(inputs: Any, names: Sequence[str]) -> list[np.ndarray]:
         found = _flat(inputs, "")
         if sorted(found) != sorted(names):
             raise UserError(f"the file takes {', '.join(names)}, the split has {', '.join(found)}")
-        return [np.asarray(found[name]) for name in names]
+        return [_array(found[name]) for name in names]
     leaves = list(inputs) if isinstance(inputs, (tuple, list)) else [inputs]
     if len(leaves) != len(names):
         raise UserError(f"the file takes {len(names)} inputs, the split has {len(leaves)}")
-    return [np.asarray(leaf) for leaf in leaves]
+    return [_array(leaf) for leaf in leaves]
+
+
+def _array(leaf: Any) -> np.ndarray:
+    return np.asarray(leaf.encode() if isinstance(leaf, str) else leaf)
 
 
 def _flat(given: Mapping[Any, Any], prefix: str) -> dict[str, Any]:
@@ -95,7 +123,7 @@ def _flat(given: Mapping[Any, Any], prefix: str) -> dict[str, Any]:
     return found
 
 
-def _write(task: Path, made: Path, names: Sequence[str]) -> None:
+def _write(task: Path, made: Path, raw: bool, names: Sequence[str]) -> None:
     from paredown.data import reading, splits
     from paredown.graph.doors import python_file
 
@@ -103,8 +131,8 @@ def _write(task: Path, made: Path, names: Sequence[str]) -> None:
     name = next((each for each in SPLITS if getattr(loaded, each) is not None), None)
     if name is None:
         raise UserError(f"its task has no {' or '.join(SPLITS)} split")
-    data = splits.split(loaded, name)
-    picked = range(min(MOST, splits.size(data)))
+    data = getattr(loaded if raw else splits.prepared(loaded), name)
+    picked = range(min(MOST, reading.size(data)))
     rows = [reading.examples(data, [n], 0)[0] for n in picked]
     arrays = [ordered(reading.pair(row, name)[0], names) for row in rows]
     found = {str(place): column for place, column in enumerate(columns(arrays))}
@@ -114,9 +142,9 @@ def _write(task: Path, made: Path, names: Sequence[str]) -> None:
 
 def main() -> None:
     """Write the examples of the task and to the file that the command line names."""
-    task, made, *names = sys.argv[1:]
+    task, made, kind, *names = sys.argv[1:]
     try:
-        _write(Path(task), Path(made), names)
+        _write(Path(task), Path(made), kind == "raw", names)
     except UserError as error:
         sys.exit(str(error))
 

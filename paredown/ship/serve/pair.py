@@ -178,7 +178,7 @@ class Pair:
             return
         inputs = outputs = None
         if self._sampled(served.model):
-            inputs, outputs = self.named(arrays), served.answer.outputs
+            inputs, outputs = numbers(self.named(arrays)), numbers(served.answer.outputs)
         latency = served.answer.total_ms
         self.observe(Observation(served.model, latency, inputs=inputs, outputs=outputs))
 
@@ -249,7 +249,7 @@ class Pair:
         if not by_original:
             self.observe(Observation(ORIGINAL, shadow_ms, shadow=True))
         latency = shadow_ms if by_original else None
-        sample = other if by_original and self._sampled(CANDIDATE) else None
+        sample = numbers(other) if by_original and self._sampled(CANDIDATE) else None
         rows = row_count(arrays)
         parts = zip(rows_of(one, rows, MOST_ROWS), rows_of(other, rows, MOST_ROWS), strict=True)
         for place, (first, second) in enumerate(parts):
@@ -277,6 +277,11 @@ class Pair:
         if bad_numbers(candidate) and not bad_numbers(original):
             return "nan", "NaN or infinity in its outputs"
         return "", ""
+
+
+def numbers(arrays: Outputs) -> Outputs:
+    """Those that hold numbers, for drift."""
+    return {name: array for name, array in arrays.items() if array.dtype.kind in "biuf"}
 
 
 def row_count(arrays: list[np.ndarray]) -> int:

@@ -14,7 +14,8 @@ from paredown.ship.guard.journal import Journal
 from paredown.ship.guard.policy import Policy
 from paredown.ship.guard.rollout import Rollout
 from paredown.ship.guard.stages import Stage
-from paredown.ship.serve import examples, validation
+from paredown.ship.serve import validation
+from paredown.ship.serve.examples import Examples
 from paredown.ship.serve.service import Service
 from paredown.ship.serve.validation import Validation
 
@@ -29,7 +30,7 @@ class Runner:
     Args:
         folder: where its state is kept.
         digests: SHA-256 of the original and of the candidate.
-        task: the user's file with the examples to validate on; None where they are kept already.
+        examples: what the candidate is validated on.
         say: told in words what happens.
     """
 
@@ -39,11 +40,11 @@ class Runner:
         policy: Policy,
         folder: Path,
         digests: tuple[str, str],
-        task: Path | None,
+        examples: Examples,
         say: Callable[[str], None],
     ) -> None:
         self.service, self.policy, self.folder = service, policy, folder
-        self.digests, self.task, self.say = digests, task, say
+        self.digests, self.examples, self.say = digests, examples, say
         self._journal: Journal | None = None
         self._running: asyncio.Task[None] | None = None
 
@@ -133,7 +134,7 @@ class Runner:
         """Run both models on real examples, and keep what came of it."""
         pair = self.service.pair
         try:
-            rows = await asyncio.to_thread(examples.read, self.folder)
+            rows = await asyncio.to_thread(self.examples.read)
         except (OSError, ValueError, KeyError):
             rows = await asyncio.to_thread(self._made)
         found, profile = await validation.validate(pair, rows, self.digests)
@@ -145,8 +146,7 @@ class Runner:
 
     def _made(self) -> list[list[np.ndarray]]:
         signature = self.service.pair.original.signature
-        if self.task is None or signature is None:
-            raise UserError("there are no examples to validate on; name a file with --task.")
-        self.say(f"Reading examples of {self.task}")
-        examples.make(self.task, self.folder, [item["name"] for item in signature.inputs])
-        return examples.read(self.folder)
+        assert signature is not None
+        self.say(f"Reading examples of {self.examples.task or 'no task'}")
+        self.examples.make([item["name"] for item in signature.inputs])
+        return self.examples.read()

@@ -7,6 +7,7 @@ import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from paredown.core.errors import UserError
 from paredown.core.results import Artifact, Run
@@ -14,6 +15,7 @@ from paredown.core.settings import MOST_THREADS, check_above_zero, check_count, 
 from paredown.ship.guard.policy import Policy
 from paredown.ship.serve.child import Opening
 from paredown.ship.serve.compare import Agreement
+from paredown.ship.serve.examples import Examples
 from paredown.ship.serve.kept import Kept
 from paredown.ship.serve.pair import Pair
 from paredown.ship.serve.rollout_runner import Runner
@@ -36,6 +38,7 @@ class Serving:
         run: the run's folder.
         task: a Python file with the task, for validation; None where none is known.
         deadline_ms: the longest that a client waits for the candidate before the original answers.
+        end_to_end: run the task's preprocessing and postprocessing around the models.
         even_so: serve a run whose goals were missed.
         token_file, state: of the user's; None for those in the run's folder.
     """
@@ -50,6 +53,7 @@ class Serving:
     policy: Policy = field(default_factory=Policy)
     task: Path | None = None
     even_so: bool = False
+    end_to_end: bool = False
     token_file: Path | None = None
     state: Path | None = None
 
@@ -59,6 +63,8 @@ class Serving:
         check_count("threads", self.threads, most=MOST_THREADS)
         check_above_zero("deadline-ms", self.deadline_ms)
         require("max-wait-ms", self.max_wait_ms, 0 <= self.max_wait_ms <= 1e4, "0 to 10000")
+        if self.end_to_end and self.task is None:
+            raise UserError("end-to-end: expected a Python file with task(); name it with --task.")
 
     @property
     def folder(self) -> Path:
@@ -99,7 +105,7 @@ def _check_extra() -> None:
             ) from error
 
 
-def _worker(asked: Serving, name: str, artifact: Artifact) -> Worker:
+def _worker(asked: Serving, name: str, artifact: Artifact, outputs: Any) -> Worker:
     deadline_s = asked.deadline_ms / 1e3 * (PATIENCE if name == "original" else 1)
     limits = Limits(
         batch=asked.max_batch,
@@ -108,7 +114,17 @@ def _worker(asked: Serving, name: str, artifact: Artifact) -> Worker:
         hang_s=2 * deadline_s,
         patient=name == "original",
     )
-    opening = Opening(Path(artifact.path), source(artifact.runtime), asked.threads)
+    maker, beside = "", {}
+    if asked.end_to_end:
+        maker = str(Path(__file__).with_name("pipeline_worker.py"))
+        beside = {"task": str(asked.task), "outputs": outputs}
+    opening = Opening(
+        Path(artifact.path),
+        source(artifact.runtime),
+        asked.threads,
+        maker=maker,
+        beside=beside,
+    )
     return Worker(name, opening, limits)
 
 
@@ -121,7 +137,7 @@ def _candidate(asked: Serving, run: Run) -> tuple[Worker | None, str]:
         ready(run.artifact.runtime)
     except UserError as error:
         return None, str(error)
-    return _worker(asked, "candidate", run.artifact), ""
+    return _worker(asked, "candidate", run.artifact, run.details.get("outputs")), ""
 
 
 async def _serve(asked: Serving, run: Run, file: Path, say: Callable[[str], None]) -> None:
@@ -130,11 +146,12 @@ async def _serve(asked: Serving, run: Run, file: Path, say: Callable[[str], None
     assert run.original is not None
     port = listening.free_port(asked.host, asked.port)
     secret, made = token(asked.folder, asked.token_file)
-    original = _worker(asked, "original", run.original)
+    original = _worker(asked, "original", run.original, run.details.get("outputs"))
     candidate, lacking = _candidate(asked, run)
-    service = Service(run.name, Pair(original, candidate, None, Agreement(True), Kept()))
+    service = Service(run.name, Pair(original, candidate, None, Agreement(), Kept()))
     digests = (run.original.sha256, run.artifact.sha256 if run.artifact else "")
-    runner = Runner(service, asked.policy, asked.folder, digests, asked.task, say)
+    source_of = Examples(asked.folder, asked.task, asked.end_to_end)
+    runner = Runner(service, asked.policy, asked.folder, digests, source_of, say)
     runner.alone(lacking) if lacking else runner.open()
     workers = [each for each in (original, candidate) if each]
     for worker in workers:

@@ -15,8 +15,8 @@ from paredown.core.errors import UserError
 from paredown.core.files import write_atomically
 from paredown.ship.guard.bound import Bound
 from paredown.ship.guard.profile import Profile
-from paredown.ship.serve.compare import Agreement, Outputs, distance, holds_classes
-from paredown.ship.serve.pair import Pair
+from paredown.ship.serve.compare import Agreement, Outputs, distance, kind_of
+from paredown.ship.serve.pair import Pair, numbers
 from paredown.ship.serve.refused import Refused
 from paredown.ship.serve.workers import Answer, Fault, Worker
 
@@ -34,8 +34,8 @@ class Validation:
         examples: how many were run.
         disagreed: of them.
         rate, upper: the share, and its upper bound at 95 % (Clopper and Pearson, one-sided).
-        classes: whether the models agree by naming the same class.
-        bound: else the largest relative distance that was seen.
+        kind: how the models are compared, as an `Agreement` has it.
+        bound: of that; the largest relative distance that was seen.
         why: what was found, in a sentence.
     """
 
@@ -46,13 +46,13 @@ class Validation:
     disagreed: int
     rate: float
     upper: float
-    classes: bool
+    kind: str
     bound: float
     why: str
 
     @property
     def agreement(self) -> Agreement:
-        return Agreement(self.classes, self.bound)
+        return Agreement(self.kind, self.bound)
 
     def save(self, folder: Path) -> None:
         """Keep it for a restart.
@@ -117,9 +117,9 @@ async def validate(
     others = [each.outputs for each in theirs if isinstance(each, Answer)]
     if told:
         why = f"{len(told)} of {len(examples)} examples failed: {told[0]}"
-        return Validation(*digests, False, len(examples), 0, 1.0, 1.0, False, 0.0, why), None
+        return Validation(*digests, False, len(examples), 0, 1.0, 1.0, "exact", 0.0, why), None
     named = [pair.named(arrays) for arrays in examples]
-    return _compared(ours, others, digests), Profile.of(named, others)
+    return _compared(ours, others, digests), _profile(named, others)
 
 
 async def _all(
@@ -130,6 +130,14 @@ async def _all(
         asked = (worker.infer(arrays) for arrays in examples[start : start + AT_ONCE])
         found += await asyncio.gather(*asked, return_exceptions=True)
     return found
+
+
+def _profile(inputs: Sequence[Outputs], outputs: Sequence[Outputs]) -> Profile | None:
+    """Of what holds numbers; None where nothing does."""
+    try:
+        return Profile.of(map(numbers, inputs), map(numbers, outputs))
+    except UserError:
+        return None
 
 
 def _fault(
@@ -145,15 +153,15 @@ def _fault(
 def _compared(
     originals: Sequence[Outputs], candidates: Sequence[Outputs], digests: tuple[str, str]
 ) -> Validation:
-    classes, count = holds_classes(originals[0]), len(originals)
+    kind, count = kind_of(originals[0]), len(originals)
     bound = max(map(distance, originals, candidates))
-    agreement = Agreement(classes, bound)
+    agreement = Agreement(kind, bound)
     disagreed = sum(not agreement.agree(*each) for each in zip(originals, candidates, strict=True))
     upper = upper_bound(disagreed, count)
-    what = "name another class than the original" if classes else "differ"
+    what = "name another class than the original" if kind == "classes" else "differ"
     beside = f"at most {upper:.2%} with {CONFIDENCE:.0%} confidence"
     why = f"{disagreed} of {count} examples {what}, {beside}"
     passed = bool(np.isfinite(bound)) and 2 * disagreed < count
     return Validation(
-        *digests, passed, count, disagreed, disagreed / count, upper, classes, bound, why
+        *digests, passed, count, disagreed, disagreed / count, upper, kind, bound, why
     )

@@ -33,22 +33,51 @@ DIE_WITH_PARENT = 1  # prctl's PR_SET_PDEATHSIG
 OTHER = 3  # how many examples the second run of the warm-up has
 
 
-def head_of(said: dict[str, Any], arrays: Sequence[np.ndarray]) -> bytes:
-    """All of a message that stands before its arrays."""
-    told = [[array.dtype.str, array.shape] for array in arrays]
+def message(said: dict[str, Any], arrays: Sequence[np.ndarray]) -> list[bytes | memoryview]:
+    """A message in parts that follow each other.
+
+    Example:
+        >>> len(message({}, [np.zeros(2)])[1])
+        16
+    """
+    bodies = [_body(array) for array in arrays]
+    sizes = [len(body) for body in bodies]
+    told = [
+        ["texts" if array.dtype == object else array.dtype.str, array.shape, size]
+        for array, size in zip(arrays, sizes, strict=True)
+    ]
     text = json.dumps({**said, "arrays": told}).encode()
-    return SIZES.pack(len(text), sum(array.nbytes for array in arrays)) + text
+    return [SIZES.pack(len(text), sum(sizes)) + text, *(body for body in bodies if len(body))]
+
+
+def _body(array: np.ndarray) -> bytes | memoryview:
+    """An array's bytes; of texts each after its length, in four bytes."""
+    if array.dtype == object:
+        parts = ((len(each).to_bytes(4, "little"), each) for each in array.ravel())
+        return b"".join(piece for pair in parts for piece in pair)
+    return array.data.cast("B") if array.size else b""
 
 
 def arrays_of(told: Sequence[Sequence[Any]], raw: memoryview) -> list[np.ndarray]:
     """The arrays of a message, which lie in its bytes."""
     found, place = [], 0
-    for kind, shape in told:
-        dtype, count = np.dtype(kind), int(np.prod(shape, dtype=np.int64))
-        array = np.frombuffer(raw, dtype, count, place) if count else np.empty(0, dtype)
+    for kind, shape, size in told:
+        part = raw[place : place + size]
+        place += size
+        array = _texts(part) if kind == "texts" else np.frombuffer(part, np.dtype(kind))
         found.append(array.reshape(shape))
-        place += array.nbytes
     return found
+
+
+def _texts(raw: memoryview) -> np.ndarray:
+    texts, place = [], 0
+    while place < len(raw):
+        end = place + 4 + int.from_bytes(raw[place : place + 4], "little")
+        texts.append(bytes(raw[place + 4 : end]))
+        place = end
+    array = np.empty(len(texts), dtype=object)
+    array[:] = texts
+    return array
 
 
 class Model:
@@ -198,8 +227,7 @@ class Session:
         return found
 
     def send(self, said: dict[str, Any], arrays: Sequence[np.ndarray] = ()) -> None:
-        parts: list[bytes | memoryview] = [head_of(said, arrays)]
-        parts.extend(a.data.cast("B") for a in arrays if a.size)
+        parts = message(said, arrays)
         if sum(map(len, parts)) < 2**16:
             self.channel.sendall(b"".join(parts))
             return
