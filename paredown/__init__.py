@@ -30,6 +30,11 @@ if TYPE_CHECKING:
     from paredown.run.compress import compress as compress
     from paredown.run.replay import replay as replay
     from paredown.search.plan import plan as plan
+    from paredown.ship.guard.bound import Bound as Bound
+    from paredown.ship.guard.guard import Guard as Guard
+    from paredown.ship.guard.observation import Observation as Observation
+    from paredown.ship.guard.policy import Policy as Policy
+    from paredown.ship.guard.profile import Profile as Profile
     from paredown.ship.open import open as open
     from paredown.ship.pack.container import pack as pack
     from paredown.ship.pack.container import unpack as unpack
@@ -40,11 +45,16 @@ if TYPE_CHECKING:
 # Each is imported when it is first asked for: `paredown --help` needs no PyTorch.
 NAMES = {
     "Artifact": "paredown.core.results:Artifact",
+    "Bound": "paredown.ship.guard.bound:Bound",
     "Exactness": "paredown.graph.coupling.verify:Exactness",
     "Goals": "paredown.core.goals:Goals",
+    "Guard": "paredown.ship.guard.guard:Guard",
     "Limit": "paredown.core.units:Limit",
     "Measurement": "paredown.core.measurement:Measurement",
     "Model": "paredown.graph.model:Model",
+    "Observation": "paredown.ship.guard.observation:Observation",
+    "Policy": "paredown.ship.guard.policy:Policy",
+    "Profile": "paredown.ship.guard.profile:Profile",
     "Run": "paredown.core.results:Run",
     "Step": "paredown.steps.step:Step",
     "Target": "paredown.core.task:Target",

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from paredown.core.settings import require
+from paredown.core.settings import check_count, require
+from paredown.ship.guard.betting import rate_bounds
 from paredown.ship.guard.profile import Profile
 
 
@@ -28,6 +29,23 @@ class Bound:
     rate: float
     upper: float
     profile: Profile | None = None
+
+    @staticmethod
+    def of(disagreements: int, pairs: int, profile: Profile | None = None) -> Bound:
+        """The bound from a validation's pairs, with 99 % confidence.
+
+        Raises:
+            UserError: there are no pairs, or more disagreements than pairs.
+
+        Example:
+            >>> bound = Bound.of(disagreements=10, pairs=1000)
+            >>> f"{bound.rate:.2f}, {bound.upper:.3f}"
+            '0.01, 0.029'
+        """
+        check_count("pairs", pairs)
+        check_count("disagreements", disagreements, least=0, most=pairs)
+        upper = rate_bounds(disagreements, pairs, 0.99)[1]
+        return Bound(disagreements / pairs, upper, profile)
 
     def __post_init__(self) -> None:
         require("rate", self.rate, 0 <= self.rate <= 1, "a share from 0 to 1")

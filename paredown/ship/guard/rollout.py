@@ -22,6 +22,7 @@ from paredown.ship.guard.stages import Event, Position, Route, Stage
 from paredown.ship.guard.tally import Tally
 from paredown.ship.guard.windows import Windows
 
+ROUNDING_S = 1e-6  # seconds that ticks lose when they are added up
 KEPT = 500  # events that are held for the page
 
 
@@ -73,10 +74,7 @@ class Rollout:
         self._invalid, self._problem = 0, ""
         self._dwell_s, self._last = 0.0, monotonic()
         self._blocked = ""
-        position, panel = _recovered(journal, digest)
-        if panel:
-            self._panel.restore(panel)
-        self._move(position)
+        self._move(_recovered(journal, digest, self._panel))
         if journal is not None:
             self._events.extend(journal.events()[-KEPT:])
 
@@ -201,6 +199,11 @@ class Rollout:
         return self._position.stage
 
     @property
+    def position(self) -> Position:
+        """Where it stands, with the reason of the last move, and what a pause returns to."""
+        return self._position
+
+    @property
     def weight(self) -> int:
         """Of 10,000 requests, how many the candidate answers."""
         return self._router.weight
@@ -246,7 +249,7 @@ class Rollout:
         self._windows.passed_s += passed_s
         if position.judged:
             self._panel.update(tally)
-        if self._windows.passed_s < self.policy.window_s:
+        if self._windows.passed_s < self.policy.window_s - ROUNDING_S:
             return
         ended = self._windows.close(str(position.stage), self.weight, self._clock())
         self._router.window(now)
@@ -284,7 +287,7 @@ class Rollout:
             if each.asked and each.state != "pass"
         ]
         left = self._dwell_needed(position) - self._dwell_s
-        return [f"time: {left:,.0f} s to go", *found] if left > 0 else found
+        return [f"time: {left:,.0f} s to go", *found] if left > ROUNDING_S else found
 
     def _dwell_needed(self, position: Position) -> float:
         if position.where in (Stage.SHADOW, Stage.CANARY):
@@ -369,17 +372,24 @@ class Rollout:
         return {"digest": self.digest, "position": position.to_json(), "guards": panel}
 
 
-def _recovered(journal: Journal | None, digest: str) -> tuple[Position, dict[str, Any]]:
-    """Where this candidate stood when the journal was last written; a new one begins anew."""
+def _recovered(journal: Journal | None, digest: str, panel: Panel) -> Position:
+    """Where this candidate stood when the journal was last written; a new one begins anew.
+
+    What the tests had seen by then goes back into the panel.
+    """
     if journal is None:
-        return Position(), {}
+        return Position()
     why = journal.latched(digest)
     if why is not None:
-        return moves.rolled_back(why), {}
+        return moves.rolled_back(why)
     kept = journal.snapshot()
     if kept is None or kept.get("digest") != digest:
-        return Position(), {}
+        return Position()
     try:
-        return Position.from_json(kept["position"]), dict(kept["guards"])
+        panel.restore(kept["guards"])
+        return Position.from_json(kept["position"])
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{journal.path}: its snapshot cannot be read: {error}.") from error
+        raise UserError(
+            f"{journal.path}: its snapshot cannot be read ({error!r}), so the original alone "
+            "serves. Restore the file, or remove it to begin anew."
+        ) from error

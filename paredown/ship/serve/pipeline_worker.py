@@ -67,6 +67,15 @@ class Model:
         one = [np.stack([value]) for value in map(_array, self._example.values())]
         several = [np.concatenate([each] * COPIES) for each in one]
         first, other = self._made(one)[0], self._made(several)[0]
+        rows = [(len(a), len(b)) if a.ndim and b.ndim else (0, 0) for a, b in _pairs(first, other)]
+        self.signature["batched"] = all(each == (1, COPIES) for each in rows)
+        self.signature["outputs"] = [
+            {"name": name, "dtype": _dtype(array), "shape": _sizes(array, other[name])}
+            for name, array in first.items()
+        ]
+
+    def _made(self, arrays: Sequence[np.ndarray]) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+        began = time.perf_counter()
         examples = ([array[n] for array in arrays] for n in range(len(arrays[0])))
         rows = [(self._preprocessed(each),) for each in examples]
         [inputs] = reading.collated(rows, "inputs", range(len(rows)))
