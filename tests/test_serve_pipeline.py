@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import paredown
-from paredown.ship.serve import examples, pipeline_worker
+from paredown.ship.serve import examples, pipeline_worker, scoring
 from paredown.ship.serve.child import Opening
+from paredown.ship.serve.refused import Refused
 from paredown.ship.serve.workers import Fault, Limits, Worker
 from paredown.targets.runtimes import runtime, source
 from tests.test_serve_runs import Served, inputs, model, run_folder, weights
@@ -113,6 +114,26 @@ def test_a_server_runs_end_to_end(tmp_path, task_file):
         metrics = served.get("/metrics").decode()
         assert "paredown_preprocess_duration_us" in metrics
         assert "Traceback" not in served.log.read_text()
+
+
+def test_late_labels_are_scored_by_the_task(tmp_path):
+    text = "import torch, paredown\ndef model(): pass\ndef task():\n    return paredown.Task("
+    text += "(torch.zeros(1, 4),), score=lambda out, y: -(out['y'][:, 0] - y).abs())\n"
+    (tmp_path / "late.py").write_text(text)
+
+    async def scored():
+        score = scoring.ByTask(tmp_path / "late.py", ["y"], None)
+        outputs = {"y": np.float32([[1.5, 0], [3.5, 0]])}
+        try:
+            with pytest.raises(Refused, match="does not score it"):
+                await score(outputs, [1, 2, 3])
+            with pytest.raises(Refused, match="expected numbers"):
+                await score(outputs, "a")
+            return await score(outputs, [1.0, 3.0])
+        finally:
+            await score.end()
+
+    assert asyncio.run(scored()) == -0.5
 
 
 async def asked(file, runtime, *requests):

@@ -47,7 +47,8 @@ def serve_verb(
     ] = 1000.0,
     policy: Annotated[Path | None, typer.Option(help="Numbers of the rollout, as TOML.")] = None,
     task: Annotated[
-        Path | None, typer.Option(help="Python file with task(), where it is not the run's.")
+        Path | None,
+        typer.Option(help="Python file with task(), which then also scores late labels."),
     ] = None,
     even_so: Annotated[
         bool, typer.Option("--even-so", help="Serve a run whose goals were missed.")
@@ -80,6 +81,7 @@ def serve_verb(
         deadline_ms=deadline_ms,
         policy=Policy.from_toml(policy) if policy else Policy(),
         task=task or _task_of(run),
+        score_task=task,
         even_so=even_so,
         end_to_end=end_to_end,
         token_file=token_file,

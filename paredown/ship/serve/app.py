@@ -119,7 +119,7 @@ class Endpoint:
 
     async def feedback(self, request: Request) -> Response:
         said = await self._said(request)
-        return json_response(self.service.feedback(request.path_params["model"], said))
+        return json_response(await self.service.feedback(request.path_params["model"], said))
 
     async def _said(self, request: Request) -> dict[str, object]:
         body, taken = await body_of(request, self._room, MOST_CONTROL)

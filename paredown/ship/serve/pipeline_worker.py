@@ -20,6 +20,7 @@ from paredown.data import evaluate, reading, splits
 from paredown.graph import structure
 from paredown.graph.doors import python_file
 from paredown.ship.open import open as open_artifact
+from paredown.ship.serve.nesting import of_names
 
 SPLITS = ("validation", "test", "calibration", "train")
 ALONE = "input"  # the name of an input, and "output" of an output, that has none of its own
@@ -38,7 +39,7 @@ class Model:
     ) -> None:
         self.predictor = open_artifact(file, threads)
         self.task = python_file.load_task(Path(task))
-        self._nesting = outputs or _nesting(self.predictor.output_names)
+        self._nesting = outputs or of_names(self.predictor.output_names)
         name = next((each for each in SPLITS if getattr(self.task, each) is not None), None)
         if name is None:
             raise UserError(f"{task}: its task has no split that shows what comes in.")
@@ -116,14 +117,6 @@ def named(value: Any, alone: str) -> dict[str, Any]:
     if isinstance(value, tuple):
         return {str(place): each for place, each in enumerate(value)}
     return {alone: value}
-
-
-def _nesting(names: Sequence[str]) -> structure.Structure:
-    if list(names) == ["output"]:
-        return "*"
-    if list(names) == [str(place) for place in range(len(names))]:
-        return {"tuple": ["*"] * len(names)}
-    return {"dict": dict.fromkeys(names, "*")}
 
 
 def _leaf(value: Any) -> Any:

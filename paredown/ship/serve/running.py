@@ -19,6 +19,7 @@ from paredown.ship.serve.examples import Examples
 from paredown.ship.serve.kept import Kept
 from paredown.ship.serve.pair import Pair
 from paredown.ship.serve.rollout_runner import Runner
+from paredown.ship.serve.scoring import ByTask
 from paredown.ship.serve.service import Service
 from paredown.ship.serve.token import token
 from paredown.ship.serve.workers import Limits, Worker
@@ -37,6 +38,7 @@ class Serving:
     Attributes:
         run: the run's folder.
         task: a Python file with the task, for validation; None where none is known.
+        score_task: a Python file whose task scores late labels; None scores by the named class.
         deadline_ms: the longest that a client waits for the candidate before the original answers.
         end_to_end: run the task's preprocessing and postprocessing around the models.
         even_so: serve a run whose goals were missed.
@@ -52,6 +54,7 @@ class Serving:
     deadline_ms: float = 1000.0
     policy: Policy = field(default_factory=Policy)
     task: Path | None = None
+    score_task: Path | None = None
     even_so: bool = False
     end_to_end: bool = False
     token_file: Path | None = None
@@ -159,6 +162,9 @@ async def _serve(asked: Serving, run: Run, file: Path, say: Callable[[str], None
     try:
         if not await original.first_start():
             raise UserError(f"{file}: the original {original.why}.")
+        if asked.score_task and not asked.end_to_end and original.signature:
+            names = [item["name"] for item in original.signature.outputs]
+            service.score = ByTask(asked.score_task, names, run.details.get("outputs"))
         runner.start()
         endpoint = app.made(app.Endpoint(service, secret))
 
@@ -175,4 +181,6 @@ async def _serve(asked: Serving, run: Run, file: Path, say: Callable[[str], None
         await listening.listen(endpoint, asked.host, port, started, drain)
     finally:
         await runner.stop()
+        if isinstance(service.score, ByTask):
+            await service.score.end()
         await asyncio.gather(*(worker.stop() for worker in workers))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,48 +12,16 @@ from paredown.core.errors import UserError
 from paredown.ship.guard.observation import CANDIDATE, ORIGINAL, Observation
 from paredown.ship.guard.stages import Stage
 from paredown.ship.serve import metrics
-from paredown.ship.serve.compare import Outputs, guess
 from paredown.ship.serve.pair import Pair, Served, refusal, row_count
 from paredown.ship.serve.protocol import Request
 from paredown.ship.serve.refused import Refused
+from paredown.ship.serve.scoring import Scorer, by_class
 from paredown.ship.serve.workers import Answer, Fault, Worker
 
 VERSIONS = {"1": ORIGINAL, "2": CANDIDATE}
 NUMBERS = {model: version for version, model in VERSIONS.items()}
 ROUTED_BY = "routing_key"  # the parameter that keeps a user's requests with one model
 ACTIONS = ("promote", "pause", "resume", "abort")
-Scorer = Callable[[Outputs, Any], float]
-
-
-def exact(outputs: Outputs, target: Any) -> float:
-    """1 where the class of the largest score is the target, for every row; else 0.
-
-    Raises:
-        Refused: there are no classes, or the target is none for these rows.
-
-    Example:
-        >>> exact({"y": np.array([[0.1, 0.9]])}, 1), exact({"y": np.array([[0.1, 0.9]])}, [0])
-        (1.0, 0.0)
-    """
-    first = next(iter(outputs.values()))
-    if first.ndim == 0 or first.dtype.kind != "f" or first.shape[-1] < 2:
-        raise Refused(501, "feedback: these outputs name no class; start with --task FILE.py.")
-    found = guess(first)
-    wanted = _targets(target)
-    if wanted.size != found.size:
-        expected = f"{found.size} whole number{'s' * (found.size != 1)}"
-        raise Refused(400, f"target: expected {expected}, one for each row, got {wanted.size}.")
-    return float(np.mean(found.ravel() == wanted.ravel()))
-
-
-def _targets(target: Any) -> np.ndarray:
-    try:
-        wanted = np.asarray(target)
-    except ValueError:
-        wanted = np.empty(0)
-    if wanted.dtype.kind not in "iu":
-        raise Refused(400, "target: expected a whole number, or a list of them.")
-    return wanted
 
 
 @dataclass
@@ -70,7 +37,7 @@ class Service:
     pair: Pair
     rollout: Any = None
     alone: str = ""
-    score: Scorer = exact
+    score: Scorer = by_class
     counters: metrics.Counters = field(default_factory=metrics.Counters)
     draining: bool = False
     _keys: itertools.count[int] = field(default_factory=itertools.count)
@@ -239,7 +206,7 @@ class Service:
             raise Refused(409, str(error)) from error
         return self.status()
 
-    def feedback(self, name: str, said: dict[str, Any]) -> dict[str, Any]:
+    async def feedback(self, name: str, said: dict[str, Any]) -> dict[str, Any]:
         """Score both models' answers to a request by a label that came later.
 
         Raises:
@@ -251,7 +218,8 @@ class Service:
         found = self.pair.kept.outputs(said["id"])
         if not found:
             raise Refused(404, f"feedback: no answer to request {said['id'][:100]!r} is kept here.")
-        scores = {model: self.score(outputs, said["target"]) for model, outputs in found.items()}
+        target = said["target"]
+        scores = {model: await self.score(outputs, target) for model, outputs in found.items()}
         self._observe_scores(scores)
         return {"id": said["id"], "scores": scores}
 
