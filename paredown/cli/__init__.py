@@ -11,12 +11,12 @@ from typing import NoReturn
 from rich.console import Console
 from rich.markup import escape
 
-from paredown.cli import models, monitoring, runs, shipping
+from paredown.cli import models, monitoring, runs, serving, shipping
 from paredown.cli.command import FAILED, INTERRUPTED, app
 from paredown.core import threads
 from paredown.core.errors import UserError
 
-VERBS = (models, monitoring, runs, shipping)  # each has registered its verbs with the app
+VERBS = (models, monitoring, runs, shipping, serving)  # each has registered its verbs with the app
 
 
 def main() -> None:

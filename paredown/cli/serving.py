@@ -1,0 +1,185 @@
+"""Verbs for models in production: serve, rollout."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from paredown.cli.command import Json, app
+from paredown.core.console import output, print_json
+from paredown.core.errors import UserError
+from paredown.core.results import Run
+
+if TYPE_CHECKING:
+    from http.client import HTTPResponse
+
+ASKED_S = 30.0  # the longest that a server may take to answer
+
+rollout = typer.Typer(no_args_is_help=True, help="Look at a server's rollout, or move it by hand.")
+app.add_typer(rollout, name="rollout")
+
+Url = Annotated[str, typer.Argument(help="Of the server: http://127.0.0.1:8080.")]
+Reason = Annotated[str, typer.Option(help="Why; it is kept.")]
+TokenFile = Annotated[
+    Path, typer.Option("--token-file", help="The file with the server's token; RUN/serve/token.")
+]
+
+
+@app.command("serve")
+def serve_verb(
+    run: Annotated[Path, typer.Argument(help="Run folder.")],
+    host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen at; 0 takes a free one.")] = 8080,
+    max_batch: Annotated[int, typer.Option(help="Most examples that are run together.")] = 32,
+    max_wait_ms: Annotated[
+        float, typer.Option(help="How long a request waits for others while a model is free.")
+    ] = 0.0,
+    threads: Annotated[int, typer.Option(help="Threads of one inference.")] = 1,
+    deadline_ms: Annotated[
+        float, typer.Option(help="After so long the original answers in the candidate's place.")
+    ] = 1000.0,
+    policy: Annotated[Path | None, typer.Option(help="Numbers of the rollout, as TOML.")] = None,
+    task: Annotated[
+        Path | None,
+        typer.Option(help="Python file with task(), which then also scores late labels."),
+    ] = None,
+    even_so: Annotated[
+        bool, typer.Option("--even-so", help="Serve a run whose goals were missed.")
+    ] = False,
+    end_to_end: Annotated[
+        bool,
+        typer.Option(
+            "--end-to-end", help="Run the task's preprocess and postprocess in the server."
+        ),
+    ] = False,
+    token_file: Annotated[
+        Path | None, typer.Option(help="A token of your own; by default one is made.")
+    ] = None,
+    state: Annotated[Path | None, typer.Option(help="Folder of the state; RUN/serve.")] = None,
+) -> None:
+    """Serve original and artifact behind one endpoint; the artifact takes over as it proves itself.
+
+    Open Inference Protocol v2 over HTTP, a live page at /, metrics at /metrics.
+    """
+    from paredown.ship.guard.policy import Policy
+    from paredown.ship.serve.running import Serving, serve
+
+    asked = Serving(
+        run=run,
+        host=host,
+        port=port,
+        max_batch=max_batch,
+        max_wait_ms=max_wait_ms,
+        threads=threads,
+        deadline_ms=deadline_ms,
+        policy=Policy.from_toml(policy) if policy else Policy(),
+        task=task or _task_of(run),
+        score_task=task,
+        even_so=even_so,
+        end_to_end=end_to_end,
+        token_file=token_file,
+        state=state,
+    )
+    serve(asked, _say)
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+def _task_of(folder: Path) -> Path | None:
+    """The Python file that the run was started with, where it is still there."""
+    try:
+        words = shlex.split(Run.load(folder).command)
+    except (UserError, ValueError):
+        return None
+    return next((Path(w) for w in words if w.endswith(".py") and Path(w).is_file()), None)
+
+
+@rollout.command()
+def status(url: Url, as_json: Json = False) -> None:
+    """Say where the rollout stands, and what is missing to go on."""
+    found = _asked(url)
+    if as_json:
+        print_json(found)
+        return
+    console = output(False)
+    weight = f"{found['weight'] / 100:g} % of the requests"
+    console.print(f"{escape(found['model'])}: {found['stage']}, {weight}", highlight=False)
+    if found.get("alone"):
+        console.print(f"The original serves alone: {escape(found['alone'])}", highlight=False)
+    for guard in found.get("guards", []):
+        said = f"{guard['name']}: {guard['state']}: {guard['says']}"
+        console.print(escape(said), highlight=False)
+
+
+@rollout.command()
+def promote(url: Url, reason: Reason, token_file: TokenFile) -> None:
+    """Send all requests to the candidate now."""
+    _move(url, "promote", reason, token_file)
+
+
+@rollout.command()
+def pause(url: Url, reason: Reason, token_file: TokenFile) -> None:
+    """Keep the weight where it is."""
+    _move(url, "pause", reason, token_file)
+
+
+@rollout.command()
+def resume(url: Url, reason: Reason, token_file: TokenFile) -> None:
+    """Go on after a pause."""
+    _move(url, "resume", reason, token_file)
+
+
+@rollout.command()
+def abort(url: Url, reason: Reason, token_file: TokenFile) -> None:
+    """Send all requests to the original, at once and for good."""
+    _move(url, "abort", reason, token_file)
+
+
+def _move(url: str, action: str, reason: str, token_file: Path) -> None:
+    from paredown.ship.serve.token import read
+
+    found = _asked(url, action, {"reason": reason}, read(token_file))
+    output(False).print(f"{found['stage']}, {found['weight'] / 100:g} % of the requests")
+
+
+def _asked(
+    url: str, action: str = "", said: dict[str, str] | None = None, token: str = ""
+) -> dict[str, Any]:
+    """The server's answer.
+
+    Raises:
+        UserError: it is none, refuses, or cannot be reached.
+    """
+    if not url.startswith(("http://", "https://")):
+        url = f"http://{url}"
+    address = f"{url.rstrip('/')}/v2/rollout" + (f"/{action}" if action else "")
+    body = None if said is None else json.dumps(said).encode()
+    request = urllib.request.Request(address, data=body)
+    if token:
+        request.add_header("Authorization", f"Bearer {token}")
+    try:
+        response: HTTPResponse
+        with urllib.request.urlopen(request, timeout=ASKED_S) as response:
+            found: dict[str, Any] = json.load(response)
+        return found
+    except urllib.error.HTTPError as error:
+        raise UserError(f"{address}: {_refusal(error)}") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "reason", error)
+        raise UserError(f"{address}: no answer of a paredown server: {reason}.") from error
+
+
+def _refusal(error: urllib.error.HTTPError) -> str:
+    try:
+        return str(json.load(error)["error"])
+    except (ValueError, KeyError, TypeError):
+        return f"answered with status {error.code}."

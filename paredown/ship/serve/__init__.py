@@ -1,0 +1,1 @@
+"""Two models behind one endpoint, the compressed one under guard."""

@@ -1,0 +1,205 @@
+"""A candidate with planted faults: no client sees them, and it is rolled back."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from tests.test_serve_runs import ROOT, Served, faulty, inputs, model, run_folder, weights
+
+LARGE = np.full((1, 4), 200, np.float32)
+
+
+def good(served, x):
+    """Ask for an answer, which must be right to what the original gives."""
+    status, said = served.infer(x)
+    assert status == 200, said
+    found = np.reshape(said["outputs"][0]["data"], said["outputs"][0]["shape"])
+    assert np.allclose(found, x @ weights(), rtol=0.01, atol=0.02), said
+    return said["model_version"]
+
+
+def rolled_back(status):
+    return status["stage"] == "rolled back"
+
+
+def at(stage):
+    return lambda status: status["stage"] == stage
+
+
+KINDS = ["infinite", "shape", "error", "slow"]
+MORE = [pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
+
+
+@pytest.mark.parametrize("kind", ["nan", *MORE])
+def test_a_fault_of_the_promoted_candidate_is_not_seen_by_clients(tmp_path, kind):
+    folder = run_folder(tmp_path / "run", lambda path: faulty(path, kind))
+    with Served(folder, "--deadline-ms", 400) as served:
+        served.until(at("shadow"))
+        assert served.act("promote")[0] == 200
+        assert {good(served, inputs(1, seed)) for seed in range(5)} == {"2"}
+        for _ in range(5):
+            assert good(served, LARGE) == "1"
+        found = served.until(rolled_back)
+        assert good(served, inputs(1)) == "1" and found["weight"] == 0
+        seen = {"infinite": "nan", "slow": "deadline"}.get(kind, kind)
+        assert (seen, False) in {(each["kind"], each["shadow"]) for each in found["examples"]}
+        assert f'fault="{seen}"' in served.get("/metrics").decode()
+
+
+@pytest.mark.slow
+def test_faults_beside_the_answers_roll_back_before_any_client_is_routed(tmp_path):
+    folder = run_folder(tmp_path / "run", lambda path: faulty(path, "nan"))
+    with Served(folder) as served:
+        served.until(at("shadow"))
+        served.until(rolled_back, work=lambda: good(served, LARGE))
+        status, said = served.act("promote")
+        assert status == 409 and "rolled" in said["error"]
+
+
+@pytest.mark.slow
+def test_what_neither_model_gives_is_no_fault_of_the_candidate(tmp_path):
+    def both(path):
+        faulty(path.with_name("original.onnx"), "error")
+        return faulty(path, "error")
+
+    with Served(run_folder(tmp_path / "run", both)) as served:
+        served.until(at("shadow"))
+        served.act("promote")
+        for _ in range(6):
+            status, said = served.infer(LARGE)
+            assert status == 400 and "does not take these inputs" in said["error"]
+        assert served.status()["stage"] == "promoted"
+
+
+def test_a_candidate_that_is_killed_again_and_again_is_rolled_back(tmp_path):
+    with Served(run_folder(tmp_path / "run")) as served:
+        served.until(at("shadow"))
+        served.act("promote")
+        assert good(served, inputs(1)) == "2"
+        os.kill(served.status()["models"]["candidate"]["pid"], signal.SIGKILL)
+        served.until(rolled_back, work=lambda: good(served, inputs(1)))
+
+
+@pytest.mark.slow
+def test_the_original_is_waited_for_when_it_is_killed(tmp_path):
+    with Served(run_folder(tmp_path / "run")) as served:
+        served.until(at("shadow"))
+        os.kill(served.status()["models"]["original"]["pid"], signal.SIGKILL)
+        for seed in range(5):
+            good(served, inputs(1, seed))
+        assert served.status()["models"]["original"]["starts"] == 2
+
+
+def test_a_good_candidate_goes_all_the_way(tmp_path):
+    with Served(run_folder(tmp_path / "run")) as served:
+        rows = iter(range(10**9))
+
+        def ask():
+            for _ in range(10):
+                good(served, inputs(1, next(rows)))
+
+        found = served.until(at("promoted"), 60, ask)
+        steps = [(each["kind"], each["weight"]) for each in found["events"]]
+        shares = [("advance", 2500), ("advance", 5000), ("advance", 10000), ("promote", 10000)]
+        assert steps == [("begin", 0), ("validated", 0), *shares]
+        assert {good(served, inputs(1, n)) for n in range(9)} == {"2"}
+
+
+def test_a_candidate_that_names_other_classes_is_rolled_back(tmp_path):
+    folder = run_folder(tmp_path / "run", lambda path: faulty(path, "class"))
+    with Served(folder) as served:
+        served.until(at("shadow"))
+        x = LARGE + np.arange(4, dtype=np.float32)
+        found = served.until(rolled_back, 60, lambda: [good(served, x) for _ in range(10)])
+        assert "disagreement" in found["events"][-1]["reason"]
+        assert found["examples"][0]["kind"] == "disagree"
+
+
+def test_a_killed_server_goes_on_where_it_was(tmp_path):
+    folder = run_folder(tmp_path / "run")
+    with Served(folder) as first:
+        first.until(at("shadow"))
+        first.act("promote", "by the test")
+        first.process.kill()
+        first.process.wait()
+    first.log.unlink()
+    with Served(folder) as again:
+        found = again.until(at("promoted"))
+        assert found["events"][-1]["reason"] == "by the test"
+        again.until(lambda _: good(again, inputs(1)) == "2")
+        assert again.token == first.token
+        children = [each["pid"] for each in again.status()["models"].values()]
+    time.sleep(0.2)
+    assert not any(os.path.exists(f"/proc/{pid}") for pid in children)
+
+
+@pytest.mark.slow
+def test_a_candidate_that_was_rolled_back_is_not_tried_again(tmp_path):
+    folder = run_folder(tmp_path / "run")
+    for _ in range(2):
+        with Served(folder) as served:
+            if not _:
+                served.until(at("shadow"))
+                served.act("abort", "enough")
+            assert served.until(rolled_back)["events"][-1]["reason"] == "enough"
+            assert good(served, inputs(1)) == "1"
+        served.log.unlink()
+
+
+@pytest.mark.parametrize("broken", ["state", pytest.param("candidate", marks=pytest.mark.slow)])
+def test_the_original_serves_alone_where_something_is_broken(tmp_path, broken):
+    folder = run_folder(tmp_path / "run")
+    if broken == "state":
+        (folder / "serve" / "rollout.db").write_bytes(b"no database" * 1000)
+    else:
+        (folder / "artifact.onnx").write_bytes(b"damaged")
+    with Served(folder) as served:
+        assert good(served, inputs(1)) == "1"
+        found = served.status()
+        assert found["alone"] and found["weight"] == 0
+        assert "The original serves alone" in served.log.read_text()
+        assert served.act("promote")[0] == 409
+
+
+@pytest.mark.slow
+def test_a_candidate_that_fails_on_real_examples_is_not_shadowed(tmp_path):
+    def wrong(path):
+        from onnx import helper
+
+        nodes = [helper.make_node("Concat", ["y0", "y0"], ["y1"], axis=1)]
+        return model(path, nodes, "y1")
+
+    with Served(run_folder(tmp_path / "run", wrong)) as served:
+        found = served.until(rolled_back)
+        assert "validation failed" in found["events"][-1]["reason"]
+        assert good(served, inputs(1)) == "1"
+
+
+def test_the_command_line_moves_a_rollout(tmp_path):
+    folder = run_folder(tmp_path / "run")
+
+    def rollout(*words):
+        command = [sys.executable, "-m", "paredown", "rollout", *words]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        return subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+        )
+
+    with Served(folder) as served:
+        served.until(at("shadow"))
+        mine = ("--token-file", str(folder / "serve" / "token"), "--reason", "because")
+        done = rollout("pause", served.url, *mine)
+        assert done.returncode == 0 and "paused" in done.stdout, done.stderr
+        assert "paused" in rollout("status", served.url).stdout
+        again = rollout("pause", served.url, *mine)
+        assert again.returncode == 1 and "paused" in again.stderr
+        (folder / "other").write_text("x" * 20)
+        wrong = rollout("abort", served.url, "--token-file", str(folder / "other"), "--reason", "x")
+        assert wrong.returncode == 1 and "Bearer TOKEN" in wrong.stderr
+    gone = rollout("status", served.url)
+    assert gone.returncode == 1 and "no answer" in gone.stderr and "Traceback" not in gone.stderr
