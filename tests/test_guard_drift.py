@@ -1,4 +1,4 @@
-"""Drift: of floats, tokens, pictures and outputs; what chance gives; NaN apart; profiles on disk."""
+"""Drift: of floats, tokens, pictures and outputs; what chance gives; NaN; profiles on disk."""
 
 import json
 import time
