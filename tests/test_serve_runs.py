@@ -283,3 +283,17 @@ def test_a_port_in_use_is_told(tmp_path):
 
 def test_no_run_is_refused(tmp_path):
     assert "no such folder" in refused(tmp_path / "none")
+
+
+def test_every_option_is_in_the_docs():
+    import typer
+
+    from paredown.cli import app
+
+    group = typer.main.get_command(app)
+    text = (ROOT / "docs" / "serving.md").read_text()
+    options = {name for param in group.commands["serve"].params for name in param.opts}
+    told = {name for name in options if name.startswith("--")}
+    assert told and not [name for name in told if f"`{name}`" not in text]
+    for verb in group.commands["rollout"].commands:
+        assert f"`{verb}`" in text or f"rollout {verb}" in text
