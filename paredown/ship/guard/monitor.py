@@ -16,7 +16,6 @@ from paredown.ship.guard.policy import Policy
 from paredown.ship.guard.stages import Event
 from paredown.ship.guard.webhook import Webhook
 
-
 LOOKED_BACK_S = 3600.0  # of a longer gap between two lines, what is gone through by the second
 
 
