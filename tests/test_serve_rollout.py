@@ -76,6 +76,7 @@ def test_what_neither_model_gives_is_no_fault_of_the_candidate(tmp_path):
         assert served.status()["stage"] == "promoted"
 
 
+@pytest.mark.slow
 def test_a_candidate_that_is_killed_again_and_again_is_rolled_back(tmp_path):
     with Served(run_folder(tmp_path / "run")) as served:
         served.until(at("shadow"))

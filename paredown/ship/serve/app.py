@@ -72,6 +72,7 @@ class Endpoint:
         name, version = _named(request)
         try:
             self.service.worker(name, version)
+            self.service.check_room(version)
             body, taken = await body_of(request, self._room)
             try:
                 asked = await self._parsed(body, request.headers.get(protocol.HEADER))

@@ -66,6 +66,20 @@ class Service:
             raise Refused(404, f"no version {version[:100]!r} of {self.name!r}; there are {names}.")
         return self.workers[version or "1"]
 
+    def check_room(self, version: str) -> None:
+        """Refuse a request, before its body is read, where all that may answer it are full.
+
+        Raises:
+            Refused: they are (503).
+        """
+        routed = self.rollout is not None and self.rollout.weight > 0
+        both = list(self.workers.values()) if routed else [self.pair.original]
+        answering = [self.workers[version]] if version else both
+        if all(worker.full for worker in answering):
+            for worker in answering:
+                worker.counts.shed += 1
+            raise Refused(503, f"{self.name}: too many requests wait already; try again later.")
+
     def metadata(self, name: str, version: str) -> dict[str, Any]:
         """What a model takes and gives, in the protocol's form.
 
