@@ -1,14 +1,19 @@
 """A candidate with planted faults: no client sees them, and it is rolled back."""
 
+import asyncio
 import os
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 import pytest
 
+from paredown.ship.serve.rollout_runner import Runner
 from tests.test_serve_runs import ROOT, Served, faulty, inputs, model, run_folder, weights
 
 LARGE = np.full((1, 4), 200, np.float32)
@@ -179,6 +184,41 @@ def test_a_candidate_that_fails_on_real_examples_is_not_shadowed(tmp_path):
         found = served.until(rolled_back)
         assert "validation failed" in found["events"][-1]["reason"]
         assert good(served, inputs(1)) == "1"
+
+
+@pytest.mark.slow
+def test_what_has_come_is_answered_before_the_end(tmp_path):
+    def both(path):
+        faulty(path.with_name("original.onnx"), "slow")
+        return model(path)
+
+    with Served(run_folder(tmp_path / "run", both)) as served:
+        with ThreadPoolExecutor() as pool:
+            slow = pool.submit(served.infer, LARGE)
+            time.sleep(0.3)
+            served.process.send_signal(signal.SIGTERM)
+            assert slow.result()[0] == 200
+        assert served.process.wait(20) == 0
+
+
+def test_a_guard_that_fails_pauses_and_rolls_back():
+    class Broken:
+        done: ClassVar[list[str]] = []
+
+        def pause(self, why, by):
+            self.done.append(f"pause: {why}")
+
+        def abort(self, why, by):
+            self.done.append("abort")
+
+    async def run():
+        service = SimpleNamespace(rollout=Broken())
+        runner = Runner(service, None, None, ("", ""), None, lambda text: None)
+        for _ in range(12):
+            await runner.unjudged(ValueError("x"))
+
+    asyncio.run(run())
+    assert Broken.done == ["pause: the guard failed 3 times: ValueError: x", "abort"]
 
 
 def test_the_command_line_moves_a_rollout(tmp_path):

@@ -92,7 +92,7 @@ class Endpoint:
         return protocol.request_of(body, header)
 
     async def metrics(self, request: Request) -> Response:
-        text = await asyncio.to_thread(self.service.metrics)
+        text = self.service.metrics(await asyncio.to_thread(self.service.look))
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     # --- beside the protocol ----------------------------------------------------------------------
@@ -102,7 +102,8 @@ class Endpoint:
         return Response(PAGE.read_bytes(), media_type="text/html", headers=headers)
 
     async def status(self, request: Request) -> Response:
-        return json_response(await asyncio.to_thread(self.service.status))
+        told = await asyncio.to_thread(self.service.look)
+        return json_response(self.service.status(told))
 
     async def act(self, request: Request) -> Response:
         action = request.path_params["action"]
@@ -113,10 +114,8 @@ class Endpoint:
             raise Refused(401, "rollout: expected the header 'Authorization: Bearer TOKEN'.")
         said = await self._said(request)
         by = request.client.host if request.client else "http"
-        done = await asyncio.to_thread(
-            self.service.act, action, said.get("reason"), by
-        )  # a disk waits
-        return json_response(done)
+        told = await asyncio.to_thread(self.service.act, action, said.get("reason"), by)
+        return json_response(self.service.status(told))
 
     async def feedback(self, request: Request) -> Response:
         said = await self._said(request)
