@@ -91,6 +91,17 @@ def test_triton_reads_the_server(client):
     assert not client.is_model_ready("other")
 
 
+def test_triton_asks_for_more(client):
+    client.infer("tiny", tensors(inputs(3)), "2")
+    config = client.get_model_config("tiny")
+    assert config["max_batch_size"] == 32 and config["output"][0]["dims"] == [3]
+    one, other = client.get_inference_statistics("tiny")["model_stats"]
+    assert other["version"] == "2" and other["inference_count"] >= 3
+    assert other["inference_stats"]["success"]["ns"] > 0
+    assert client.get_inference_statistics()["model_stats"][0]["name"] == "tiny"
+    assert [each["state"] for each in client.get_model_repository_index()] == ["READY"] * 2
+
+
 @pytest.mark.parametrize("rows", [1, 5, 40])
 @pytest.mark.parametrize("sent", [True, False], ids=["binary", "json"])
 @pytest.mark.parametrize("wanted", [None, True, False], ids=["all", "binary", "json"])
@@ -247,7 +258,7 @@ PATHS += ["/v2/models/tiny/versions//infer", "/v2/models/%00/infer", "/v2/models
 PATHS += ["/v2/models/tiny/infer/", "/v1/models/tiny:predict", "/v2/rollout/fly", "/x", "//", "/v3"]
 PATHS += [
     "/v2/models/tiny/generate",
-    "/v2/repository/index",
+    "/v2/repository/indices",
     "/v2/models/%ff/infer",
     "/" + "a" * 9000,
 ]

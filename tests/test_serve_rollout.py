@@ -145,6 +145,20 @@ def test_a_killed_server_goes_on_where_it_was(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_bound_that_is_lost_is_found_again(tmp_path):
+    folder = run_folder(tmp_path / "run")
+    with Served(folder) as served:
+        served.until(at("shadow"))
+        served.act("promote")
+    served.log.unlink()
+    (folder / "serve" / "validation.json").unlink()
+    with Served(folder) as served:
+        served.until(lambda _: good(served, inputs(1)) == "2")
+        assert served.status()["stage"] == "promoted" and served.status()["bound"] < 0.1
+        assert "Validated" in served.log.read_text()
+
+
+@pytest.mark.slow
 def test_a_candidate_that_was_rolled_back_is_not_tried_again(tmp_path):
     folder = run_folder(tmp_path / "run")
     for _ in range(2):

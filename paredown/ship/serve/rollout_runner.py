@@ -132,7 +132,26 @@ class Runner:
             await asyncio.to_thread(rollout.begin)
         if rollout.stage is Stage.VALIDATE:
             await self._validate(opened)
+        elif self._unknown():
+            await self._validate_again(opened)
         self.service.pair.judge = self.service.rollout
+
+    def _unknown(self) -> bool:
+        """Whether what validation saw is lost, or was of another original."""
+        going = self.service.rollout.stage is not Stage.ROLLED_BACK
+        return going and Validation.kept(self.folder, *self.digests) is None
+
+    async def _validate_again(self, opened: bool) -> None:
+        """Find the bound again, and go on where the rollout was, where the candidate still passes.
+
+        One that cannot be opened now is left to the guards, which see its crashes.
+        """
+        if not opened:
+            return
+        found = await self._validated()
+        self._use(found)
+        if not found.passed:
+            await asyncio.to_thread(self.service.rollout.abort, found.why, "guard")
 
     async def _validate(self, opened: bool) -> None:
         pair = self.service.pair
