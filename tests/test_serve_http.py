@@ -91,6 +91,17 @@ def test_triton_reads_the_server(client):
     assert not client.is_model_ready("other")
 
 
+def test_triton_asks_for_more(client):
+    client.infer("tiny", tensors(inputs(3)), "2")
+    config = client.get_model_config("tiny")
+    assert config["max_batch_size"] == 32 and config["output"][0]["dims"] == [3]
+    one, other = client.get_inference_statistics("tiny")["model_stats"]
+    assert other["version"] == "2" and other["inference_count"] >= 3
+    assert other["inference_stats"]["success"]["ns"] > 0
+    assert client.get_inference_statistics()["model_stats"][0]["name"] == "tiny"
+    assert [each["state"] for each in client.get_model_repository_index()] == ["READY"] * 2
+
+
 @pytest.mark.parametrize("rows", [1, 5, 40])
 @pytest.mark.parametrize("sent", [True, False], ids=["binary", "json"])
 @pytest.mark.parametrize("wanted", [None, True, False], ids=["all", "binary", "json"])
@@ -161,14 +172,29 @@ def test_triton_is_told_what_is_wrong(client):
 
 @pytest.mark.parametrize("nested", [True, False])
 def test_kserve_sends_plain_json(server, nested):
-    """Its REST client posts names, shapes and flat or nested data, an id and parameters."""
+    """Its REST client posts names, shapes and flat or nested data, an id and parameters; what
+    copies its objects as they are writes null for what is not there."""
     x = inputs(2)
     tensor = {"name": "x", "shape": [2, 4], "datatype": "FP32", "parameters": {}}
     tensor["data"] = x.tolist() if nested else x.ravel().tolist()
-    said = {"id": "7d1", "inputs": [tensor], "outputs": [], "parameters": {"routing": "a"}}
+    tensor["parameters"] = None if nested else {}
+    said = {"id": "7d1", "model_name": "tiny", "inputs": [tensor], "parameters": {"routing": "a"}}
+    said["outputs"] = None if nested else []
     status, found = server.post(INFER, said, **{"content-type": "application/json"})
     assert status == 200 and found["id"] == "7d1"
     assert close(np.reshape(found["outputs"][0]["data"], found["outputs"][0]["shape"]), x)
+
+
+def test_kserve_sends_raw_bytes_behind_its_json(server):
+    x = inputs(2)
+    tensor = {"name": "x", "shape": [2, 4], "datatype": "FP32"}
+    tensor["parameters"] = {"binary_data_size": x.nbytes}
+    said = {"id": "7d2", "model_name": "tiny", "inputs": [tensor]}
+    text = json.dumps(said | {"outputs": [{"name": "y", "parameters": {"binary_data": False}}]})
+    headers = {LENGTH: str(len(text)), "content-type": "application/octet-stream"}
+    status, found = server.post(INFER, text.encode() + x.tobytes(), **headers)
+    assert status == 200 and found["id"] == "7d2"
+    assert close(np.reshape(found["outputs"][0]["data"], (2, 3)), x)
 
 
 def test_metrics_are_read_by_prometheus(server, client):
@@ -232,7 +258,7 @@ PATHS += ["/v2/models/tiny/versions//infer", "/v2/models/%00/infer", "/v2/models
 PATHS += ["/v2/models/tiny/infer/", "/v1/models/tiny:predict", "/v2/rollout/fly", "/x", "//", "/v3"]
 PATHS += [
     "/v2/models/tiny/generate",
-    "/v2/repository/index",
+    "/v2/repository/indices",
     "/v2/models/%ff/infer",
     "/" + "a" * 9000,
 ]

@@ -73,6 +73,7 @@ def test_a_pipeline_takes_texts_and_gives_what_the_task_makes(tmp_path, task_fil
     assert all(value >= 0 for value in spent.values())
 
 
+@pytest.mark.slow
 def test_raw_examples_are_read_of_the_task(tmp_path, task_file):
     kept = examples.Examples(tmp_path, task_file, raw=True)
     kept.make(["input"])

@@ -1,14 +1,19 @@
 """A candidate with planted faults: no client sees them, and it is rolled back."""
 
+import asyncio
 import os
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 import pytest
 
+from paredown.ship.serve.rollout_runner import Runner
 from tests.test_serve_runs import ROOT, Served, faulty, inputs, model, run_folder, weights
 
 LARGE = np.full((1, 4), 200, np.float32)
@@ -76,6 +81,7 @@ def test_what_neither_model_gives_is_no_fault_of_the_candidate(tmp_path):
         assert served.status()["stage"] == "promoted"
 
 
+@pytest.mark.slow
 def test_a_candidate_that_is_killed_again_and_again_is_rolled_back(tmp_path):
     with Served(run_folder(tmp_path / "run")) as served:
         served.until(at("shadow"))
@@ -139,6 +145,20 @@ def test_a_killed_server_goes_on_where_it_was(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_bound_that_is_lost_is_found_again(tmp_path):
+    folder = run_folder(tmp_path / "run")
+    with Served(folder) as served:
+        served.until(at("shadow"))
+        served.act("promote")
+    served.log.unlink()
+    (folder / "serve" / "validation.json").unlink()
+    with Served(folder) as served:
+        served.until(lambda _: good(served, inputs(1)) == "2")
+        assert served.status()["stage"] == "promoted" and served.status()["bound"] < 0.1
+        assert "Validated" in served.log.read_text()
+
+
+@pytest.mark.slow
 def test_a_candidate_that_was_rolled_back_is_not_tried_again(tmp_path):
     folder = run_folder(tmp_path / "run")
     for _ in range(2):
@@ -178,6 +198,41 @@ def test_a_candidate_that_fails_on_real_examples_is_not_shadowed(tmp_path):
         found = served.until(rolled_back)
         assert "validation failed" in found["events"][-1]["reason"]
         assert good(served, inputs(1)) == "1"
+
+
+@pytest.mark.slow
+def test_what_has_come_is_answered_before_the_end(tmp_path):
+    def both(path):
+        faulty(path.with_name("original.onnx"), "slow")
+        return model(path)
+
+    with Served(run_folder(tmp_path / "run", both)) as served:
+        with ThreadPoolExecutor() as pool:
+            slow = pool.submit(served.infer, LARGE)
+            time.sleep(0.3)
+            served.process.send_signal(signal.SIGTERM)
+            assert slow.result()[0] == 200
+        assert served.process.wait(20) == 0
+
+
+def test_a_guard_that_fails_pauses_and_rolls_back():
+    class Broken:
+        done: ClassVar[list[str]] = []
+
+        def pause(self, why, by):
+            self.done.append(f"pause: {why}")
+
+        def abort(self, why, by):
+            self.done.append("abort")
+
+    async def run():
+        service = SimpleNamespace(rollout=Broken())
+        runner = Runner(service, None, None, ("", ""), None, lambda text: None)
+        for _ in range(12):
+            await runner.unjudged(ValueError("x"))
+
+    asyncio.run(run())
+    assert Broken.done == ["pause: the guard failed 3 times: ValueError: x", "abort"]
 
 
 def test_the_command_line_moves_a_rollout(tmp_path):

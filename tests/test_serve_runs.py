@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from paredown.core.measurement import Measurement
@@ -283,3 +284,35 @@ def test_a_port_in_use_is_told(tmp_path):
 
 def test_no_run_is_refused(tmp_path):
     assert "no such folder" in refused(tmp_path / "none")
+
+
+SLOW = [pytest.param(each, marks=pytest.mark.slow) for each in ("granian", "starlette")]
+
+
+@pytest.mark.parametrize("name", ["orjson", *SLOW])
+def test_a_missing_package_is_told(tmp_path, name):
+    folder = run_folder(tmp_path / "run")
+    code = f"import sys; sys.modules[{name!r}] = None; from paredown.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "serve", str(folder)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1 and "pip install 'paredown[serve]'" in done.stderr, done.stderr
+
+
+def test_every_option_is_in_the_docs():
+    import typer
+
+    from paredown.cli import app
+
+    group = typer.main.get_command(app)
+    text = (ROOT / "docs" / "serving.md").read_text()
+    options = {name for param in group.commands["serve"].params for name in param.opts}
+    told = {name for name in options if name.startswith("--")}
+    assert told and not [name for name in told if f"`{name}`" not in text]
+    for verb in group.commands["rollout"].commands:
+        assert f"`{verb}`" in text or f"rollout {verb}" in text

@@ -69,6 +69,9 @@ def serve_verb(
     Open Inference Protocol v2 over HTTP, a live page at /, metrics at /metrics.
     """
     from paredown.ship.guard.policy import Policy
+    from paredown.ship.serve.extra import check_extra
+
+    check_extra()
     from paredown.ship.serve.running import Serving, serve
 
     asked = Serving(

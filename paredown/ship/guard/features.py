@@ -47,8 +47,9 @@ def features(batch: np.ndarray, output: bool = False) -> dict[str, Floats]:
     flat = values.reshape(len(values), -1)  # (examples, elements)
     good = np.isfinite(flat)
     pooled = flat[:, _spaced(flat.shape[1], MOST_ELEMENTS)].ravel()
+    whole_rows = np.asarray(good.all(1))
     found: dict[str, Floats] = {
-        FINITE: (~good.all(1)).astype(np.float64),
+        FINITE: np.where(whole_rows, 0.0, 1.0),
         "values": pooled[np.isfinite(pooled)],
     }
     if flat.shape[1] > 1:
@@ -56,7 +57,7 @@ def features(batch: np.ndarray, output: bool = False) -> dict[str, Floats]:
     if whole:
         found[COMMON] = found["values"]
     if output and not whole and array.ndim == 2 and 1 < array.shape[1] <= MOST_CLASSES:
-        found[CLASS] = flat[good.all(1)].argmax(1).astype(np.float64)
+        found[CLASS] = flat[whole_rows].argmax(1).astype(np.float64)
     return found | _channels(values)
 
 

@@ -32,21 +32,27 @@ class Policy:
         quiet_share: of each window, the last part without shadows, in which latency is compared.
         confidence: of the upper bounds that must lie inside the limits for the rollout to go on.
         margin: how far above its limit such an upper bound of a rate may lie.
-        alpha_error, alpha_disagreement, alpha_latency, alpha_score: the chance, over the whole
-            rollout, that the guard rolls a candidate back that keeps to its limit.
-        error_ratio, error_floor: the candidate's faults may be so many times the original's, or
-            this share of its answers.
+        alpha_error: the chance, over the whole rollout, that the test of errors rolls back a
+            candidate that keeps to its limit.
+        alpha_disagreement: the same of the test of disagreement.
+        alpha_latency: the same of the test of latency.
+        alpha_score: the same of the test of scores.
+        error_ratio: the candidate's faults may be so many times the original's,
+        error_floor: plus this share of its answers.
         latency_ratio: the candidate's p99 may be so many times the original's.
-        max_drop: of the mean score, where labels come.
+        max_drop: so much may the mean score fall, where labels come.
         min_labels: the least paired labels at each stage; 0 asks for none, and judges what comes.
-        memory_bytes, queue: what the candidate may take, and how many requests may wait; 0: any.
+        memory_bytes: what the candidate may take; 0 is any.
+        queue: how many requests may wait for it; 0 is any.
         over_budget: windows over budget in a row that roll back.
         psi: the population stability index above which a window has drifted.
-        drifted: windows that have drifted in a row that pause.
-        min_drift: the least examples of a window's index.
-        no_data_pause, no_data_rollback: windows without data in a row that do.
-        faults_in_row: of the candidate, that roll back at once.
-        faults_in_burst, burst_s: so many hard faults within the time roll back at once.
+        drifted: windows in a row that have drifted, and pause.
+        min_drift: the least examples that an index is of.
+        no_data_pause: windows in a row without data that pause.
+        no_data_rollback: windows in a row without data that roll back.
+        faults_in_row: faults of the candidate in a row that roll back at once.
+        faults_in_burst: hard faults (all but errors) within `burst_s` that roll back at once.
+        burst_s: the time of a burst; the original's share of faults is of about the same.
 
     Raises:
         UserError: a number is out of its range, or settings contradict each other.

@@ -15,12 +15,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from paredown.ship.serve import protocol
+from paredown.ship.serve import protocol, triton
 from paredown.ship.serve.reading import Room, body_of
 from paredown.ship.serve.refused import Refused
 from paredown.ship.serve.service import ACTIONS, Service
 
-EXTENSIONS = ["binary_tensor_data", "rollout", "feedback"]
+EXTENSIONS = ["binary_tensor_data", "model_configuration", "statistics", "rollout", "feedback"]
 PAGE = Path(__file__).with_name("page.html")
 LARGE = 2**20  # bytes from which a body is parsed beside the event loop
 MOST_CONTROL = 2**16  # bytes of a request that is no inference
@@ -45,7 +45,7 @@ class Endpoint:
 
     def __init__(self, service: Service, token: str) -> None:
         self.service, self._token = service, token.encode()
-        self._room = Room()
+        self._room, self._one_large = Room(), asyncio.Lock()
 
     # --- the protocol -----------------------------------------------------------------------------
 
@@ -72,6 +72,7 @@ class Endpoint:
         name, version = _named(request)
         try:
             self.service.worker(name, version)
+            self.service.check_room(version)
             body, taken = await body_of(request, self._room)
             try:
                 asked = await self._parsed(body, request.headers.get(protocol.HEADER))
@@ -87,12 +88,32 @@ class Endpoint:
 
     async def _parsed(self, body: bytes, header: str | None) -> protocol.Request:
         if len(body) > LARGE:
-            return await asyncio.to_thread(protocol.request_of, body, header)
+            async with self._one_large:  # its numbers take many times its room while it is parsed
+                return await asyncio.to_thread(protocol.request_of, body, header)
         return protocol.request_of(body, header)
 
     async def metrics(self, request: Request) -> Response:
-        text = await asyncio.to_thread(self.service.metrics)
+        text = self.service.metrics(await asyncio.to_thread(self.service.look))
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    # --- what Triton's clients ask besides --------------------------------------------------------
+
+    async def config(self, request: Request) -> Response:
+        worker = self.service.worker(*_named(request))
+        if worker.signature is None:
+            raise Refused(503, f"{worker.name} {worker.why}")
+        runtime, most = worker.runtime.split(" ")[0], worker.limits.batch
+        return json_response(triton.config(self.service.name, runtime, worker.signature, most))
+
+    async def statistics(self, request: Request) -> Response:
+        if "model" in request.path_params:
+            self.service.worker(*_named(request))
+        done = {version: each.counts.executions for version, each in self.service.workers.items()}
+        return json_response(triton.statistics(self.service.name, done, self.service.counters))
+
+    async def index(self, request: Request) -> Response:
+        why = {version: worker.why for version, worker in self.service.workers.items()}
+        return json_response(triton.index(self.service.name, why))
 
     # --- beside the protocol ----------------------------------------------------------------------
 
@@ -101,7 +122,8 @@ class Endpoint:
         return Response(PAGE.read_bytes(), media_type="text/html", headers=headers)
 
     async def status(self, request: Request) -> Response:
-        return json_response(await asyncio.to_thread(self.service.status))
+        told = await asyncio.to_thread(self.service.look)
+        return json_response(self.service.status(told))
 
     async def act(self, request: Request) -> Response:
         action = request.path_params["action"]
@@ -112,10 +134,8 @@ class Endpoint:
             raise Refused(401, "rollout: expected the header 'Authorization: Bearer TOKEN'.")
         said = await self._said(request)
         by = request.client.host if request.client else "http"
-        done = await asyncio.to_thread(
-            self.service.act, action, said.get("reason"), by
-        )  # a disk waits
-        return json_response(done)
+        told = await asyncio.to_thread(self.service.act, action, said.get("reason"), by)
+        return json_response(self.service.status(told))
 
     async def feedback(self, request: Request) -> Response:
         said = await self._said(request)
@@ -136,6 +156,7 @@ def made(endpoint: Endpoint) -> Starlette:
     """The application."""
     models = "/v2/models/{model}"
     get: list[tuple[str, Handler]] = [
+        ("/v2/models/stats", endpoint.statistics),
         ("/", endpoint.page),
         ("/metrics", endpoint.metrics),
         ("/v2", endpoint.server),
@@ -146,7 +167,9 @@ def made(endpoint: Endpoint) -> Starlette:
     post: list[tuple[str, Handler]] = []
     for path in (models, models + "/versions/{version}"):
         get += [(path, endpoint.model), (path + "/ready", endpoint.model_ready)]
+        get += [(path + "/config", endpoint.config), (path + "/stats", endpoint.statistics)]
         post.append((path + "/infer", endpoint.infer))
+    post.append(("/v2/repository/index", endpoint.index))
     post += [("/v2/rollout/{action}", endpoint.act), (models + "/feedback", endpoint.feedback)]
     routes = [Route(path, handler, methods=["POST"]) for path, handler in post]
     routes += [Route(path, handler, methods=["GET"]) for path, handler in get]

@@ -56,7 +56,7 @@ class Kept:
         if entry is None or model in entry.outputs:  # a name that is used again is a new request
             self._forget(name)
             entry = self._answers[name] = _Entry(now)
-        entry.outputs[model] = outputs
+        entry.outputs[model] = {key: array.copy() for key, array in outputs.items()}  # of a batch
         size = sum(array.nbytes for array in outputs.values()) + len(name)
         entry.nbytes += size
         self._nbytes += size

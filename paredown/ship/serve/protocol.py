@@ -67,7 +67,7 @@ def request_of(body: bytes, header: str | None = None) -> Request:
     """
     text, raw = _parts(body, header)
     asked = json_of(text)
-    parameters = _object(asked.get("parameters", {}), "parameters")
+    parameters = _parameters(asked, "parameters")
     binary = _flag(parameters, "binary_data_output", False)
     given = asked.get("inputs")
     if not isinstance(given, list) or not given:
@@ -110,6 +110,12 @@ def _object(value: Any, name: str) -> dict[str, Any]:
     return value
 
 
+def _parameters(item: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The parameters of a request or tensor; some clients write null for none."""
+    given = item.get("parameters")
+    return {} if given is None else _object(given, name)
+
+
 def _id(value: Any) -> str:
     if value is None:
         return ""
@@ -148,7 +154,7 @@ def _array(
     item: dict[str, Any], name: str, datatype: str, shape: tuple[int, ...], raw: memoryview
 ) -> tuple[np.ndarray, memoryview]:
     """The tensor, and what of the raw bytes is left behind it."""
-    parameters = _object(item.get("parameters", {}), f"input {name!r}: parameters")
+    parameters = _parameters(item, f"input {name!r}: parameters")
     size = parameters.get("binary_data_size")
     if any(key.startswith("shared_memory") for key in parameters):
         raise Refused(501, f"input {name!r}: shared memory is not supported; send the tensor.")
@@ -179,7 +185,7 @@ def _wanted(given: Any, binary: bool) -> tuple[Wanted, ...]:
     found: dict[str, Wanted] = {}
     for place, item in enumerate(given):
         name = _name(_object(item, f"outputs[{place}]"), f"outputs[{place}]")
-        parameters = _object(item.get("parameters", {}), f"output {name!r}: parameters")
+        parameters = _parameters(item, f"output {name!r}: parameters")
         if name in found:
             raise Refused(400, f"output {name!r} is asked for twice.")
         for key in parameters:

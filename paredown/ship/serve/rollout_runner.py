@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from paredown.ship.serve.service import Service
 from paredown.ship.serve.validation import Validation
 
 TICK_S = 1.0
+PAUSED_BY, ROLLED_BACK_BY = 3, 10  # looks in a row in which the guard itself failed
 JOURNAL = "rollout.db"
 UNKNOWN = Bound(0.0, 0.5)  # until validation has said more; no decision is made before
 
@@ -46,6 +48,7 @@ class Runner:
         self.service, self.policy, self.folder = service, policy, folder
         self.digests, self.examples, self.say = digests, examples, say
         self._journal: Journal | None = None
+        self._failed = 0
         self._running: asyncio.Task[None] | None = None
 
     def open(self) -> None:
@@ -92,7 +95,21 @@ class Runner:
                 self.alone(str(error))
         while True:
             await asyncio.sleep(TICK_S)
-            await self._tick()
+            try:
+                await self._tick()
+                self._failed = 0
+            except Exception as error:  # else nobody would judge any more, and nobody would know
+                await self.unjudged(error)
+
+    async def unjudged(self, error: Exception) -> None:
+        """The guard failed: that is never a pass, so it pauses, and at last rolls back."""
+        self._failed += 1
+        why = f"the guard failed {self._failed} times: {type(error).__name__}: {error}"
+        moves = {PAUSED_BY: self.service.rollout.pause, ROLLED_BACK_BY: self.service.rollout.abort}
+        if self._failed in moves:
+            self.say(why)
+            with contextlib.suppress(UserError):  # paused already
+                await asyncio.to_thread(moves[self._failed], why, "guard")
 
     async def _tick(self) -> None:
         rollout, candidate = self.service.rollout, self.service.pair.candidate
@@ -115,7 +132,26 @@ class Runner:
             await asyncio.to_thread(rollout.begin)
         if rollout.stage is Stage.VALIDATE:
             await self._validate(opened)
+        elif self._unknown():
+            await self._validate_again(opened)
         self.service.pair.judge = self.service.rollout
+
+    def _unknown(self) -> bool:
+        """Whether what validation saw is lost, or was of another original."""
+        going = self.service.rollout.stage is not Stage.ROLLED_BACK
+        return going and Validation.kept(self.folder, *self.digests) is None
+
+    async def _validate_again(self, opened: bool) -> None:
+        """Find the bound again, and go on where the rollout was, where the candidate still passes.
+
+        One that cannot be opened now is left to the guards, which see its crashes.
+        """
+        if not opened:
+            return
+        found = await self._validated()
+        self._use(found)
+        if not found.passed:
+            await asyncio.to_thread(self.service.rollout.abort, found.why, "guard")
 
     async def _validate(self, opened: bool) -> None:
         pair = self.service.pair

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +25,6 @@ from paredown.ship.serve.workers import Limits, Worker
 from paredown.targets.artifact import check_kept
 from paredown.targets.runtimes import ready, source
 
-EXTRA = ("granian", "starlette", "orjson")
 DRAIN_S = 10.0  # the longest that requests which have come may take at the end
 PATIENCE = 10  # the original may take so many times the candidate's deadline: nobody stands in
 
@@ -78,10 +76,9 @@ def serve(asked: Serving, say: Callable[[str], None] = print) -> None:
     """Serve until the process is told to end.
 
     Raises:
-        UserError: the run is not finished or missed its goals, its original cannot be opened, the
-            port is in use, or a package is missing.
+        UserError: the run is not finished or missed its goals, its original cannot be opened, or
+            the port is in use.
     """
-    _check_extra()
     run = Run.load(asked.run)
     if not run.met and not asked.even_so:
         raise UserError(
@@ -96,16 +93,6 @@ def serve(asked: Serving, say: Callable[[str], None] = print) -> None:
     except OSError as error:
         raise UserError(f"{asked.folder}: cannot be made: {error.strerror or error}.") from error
     asyncio.run(_serve(asked, run, original, say))
-
-
-def _check_extra() -> None:
-    for name in EXTRA:
-        try:
-            importlib.import_module(name)
-        except ModuleNotFoundError as error:
-            raise UserError(
-                f"serve: {name} is not installed here; run pip install 'paredown[serve]'."
-            ) from error
 
 
 def _worker(asked: Serving, name: str, artifact: Artifact, outputs: Any) -> Worker:

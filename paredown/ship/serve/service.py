@@ -66,6 +66,20 @@ class Service:
             raise Refused(404, f"no version {version[:100]!r} of {self.name!r}; there are {names}.")
         return self.workers[version or "1"]
 
+    def check_room(self, version: str) -> None:
+        """Refuse a request, before its body is read, where all that may answer it are full.
+
+        Raises:
+            Refused: they are (503).
+        """
+        routed = self.rollout is not None and self.rollout.weight > 0
+        both = list(self.workers.values()) if routed else [self.pair.original]
+        answering = [self.workers[version]] if version else both
+        if all(worker.full for worker in answering):
+            for worker in answering:
+                worker.counts.shed += 1
+            raise Refused(503, f"{self.name}: too many requests wait already; try again later.")
+
     def metadata(self, name: str, version: str) -> dict[str, Any]:
         """What a model takes and gives, in the protocol's form.
 
@@ -93,11 +107,7 @@ class Service:
         if worker.signature is None:
             raise Refused(503, f"{worker.name} {worker.why}")
         arrays = worker.signature.ordered(request)
-        try:
-            served = await self._served(worker, version, request, arrays)
-        except Refused:
-            self.count("nv_inference_request_failure", version or "1")
-            raise
+        served = await self._served(worker, version, request, arrays)
         self._counted(served, row_count(arrays))
         return NUMBERS[served.model], served.answer
 
@@ -141,8 +151,8 @@ class Service:
     def count(self, metric: str, version: str, value: float = 1) -> None:
         self.counters.add(metric, self.labels(version), value)
 
-    def metrics(self) -> str:
-        """All counters and gauges as text."""
+    def metrics(self, told: dict[str, Any]) -> str:
+        """All counters and gauges as text; ``told`` is what `look` gave."""
         now = metrics.Counters(dict(self.counters.values))
         for version, worker in self.workers.items():
             named = self.labels(version)
@@ -155,14 +165,20 @@ class Service:
         named = metrics.labels(model=self.name)
         now.add("paredown_shadow_dropped", named, self.pair.dropped)
         if self.rollout is not None:
-            told = metrics.of_rollout(self.rollout.status(), [str(s) for s in Stage], named)
-            now.values |= told.values
+            now.values |= metrics.of_rollout(told, [str(each) for each in Stage], named).values
         return metrics.text(now.values.items())
 
     # --- the rollout ------------------------------------------------------------------------------
 
-    def status(self) -> dict[str, Any]:
-        """The rollout as JSON, with both workers and recent examples."""
+    def look(self) -> dict[str, Any]:
+        """The rollout's own status. It may wait for the disk, and is asked from another thread."""
+        if self.rollout is None:
+            return {"stage": "idle", "weight": 0}
+        found: dict[str, Any] = self.rollout.status()
+        return found
+
+    def status(self, told: dict[str, Any]) -> dict[str, Any]:
+        """What `look` gave, with both workers and recent examples."""
         models = {
             VERSIONS[version]: {
                 "ready": worker.ready,
@@ -178,8 +194,7 @@ class Service:
             }
             for version, worker in self.workers.items()
         }
-        said = self.rollout.status() if self.rollout is not None else {"stage": "idle", "weight": 0}
-        return said | {
+        return told | {
             "model": self.name,
             "alone": self.alone,
             "models": models,
@@ -191,7 +206,7 @@ class Service:
         }
 
     def act(self, action: str, reason: Any, by: str) -> dict[str, Any]:
-        """Promote, pause, resume or abort by hand.
+        """Promote, pause, resume or abort by hand; then as `look`, also from another thread.
 
         Raises:
             Refused: no reason (400), or it cannot be done now (409).
@@ -204,7 +219,7 @@ class Service:
             getattr(self.rollout, action)(reason.strip(), by)
         except UserError as error:
             raise Refused(409, str(error)) from error
-        return self.status()
+        return self.look()
 
     async def feedback(self, name: str, said: dict[str, Any]) -> dict[str, Any]:
         """Score both models' answers to a request by a label that came later.

@@ -120,6 +120,11 @@ class Worker:
     def pending(self) -> int:
         return len(self._waiting)
 
+    @property
+    def full(self) -> bool:
+        """Whether another request would be refused."""
+        return len(self._waiting) >= self.limits.pending
+
     def start(self) -> None:
         self._task = asyncio.create_task(self._supervise())
 
