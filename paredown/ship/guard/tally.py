@@ -12,6 +12,7 @@ from paredown.ship.guard.observation import CANDIDATE, MODELS, Observation
 SLOT_S = 0.05  # of each model, one latency is sampled in each: one stall is not many slow answers
 MOST_SAMPLES = 64  # of inputs, and of outputs
 MOST_LABELS = 10_000
+MOST_LATENCIES = 10_000
 # Latencies are counted in bins, each 2.5 % above the one before, from 10 microseconds on.
 FIRST_MS, GROWTH, BINS = 0.01, 1.025, 760
 Batch = Mapping[str, np.ndarray]
@@ -122,7 +123,8 @@ class Tally:
         elif seen.latency_ms is not None:
             model.latency[bin_of(seen.latency_ms)] += 1
             slot = int(now / SLOT_S)
-            if quiet and not seen.shadow and slot != model.slot:
+            room = len(model.quiet) < MOST_LATENCIES
+            if quiet and room and not seen.shadow and slot != model.slot:
                 model.slot = slot
                 model.quiet.append(seen.latency_ms)
 
