@@ -7,7 +7,13 @@ import numpy as np
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+)
 
 from benchmarks.guard_faults import FAULTS, ends, hears_nothing_wrong
 from benchmarks.guard_simulation import BOUND, Clock, Model, Simulation
@@ -330,6 +336,13 @@ class Machine(RuleBasedStateMachine):
             return False
         return True
 
+    @initialize(far=st.sampled_from([0, 1, 2, 2, 2, 2]))
+    def is_on_its_way(self, far):
+        if far > 0:
+            self.rollout.begin()
+        if far > 1:
+            self.rollout.validated(True, "checked")
+
     @rule()
     def begins(self):
         self.tried(self.rollout.begin)
@@ -338,7 +351,7 @@ class Machine(RuleBasedStateMachine):
     def is_validated(self, passed):
         self.tried(self.rollout.validated, passed, "checked")
 
-    @rule(seconds=st.integers(1, 40), fault=st.sampled_from([None] * 6 + ["nan", "error"]))
+    @rule(seconds=st.integers(1, 40), fault=st.sampled_from([None] * 12 + ["nan", "error"]))
     def traffic(self, seconds, fault):
         for _ in range(seconds):
             for _ in range(20):
@@ -368,8 +381,10 @@ class Machine(RuleBasedStateMachine):
         assert done or self.rollout.weight == weight
         self.check()
 
-    @rule()
-    def aborts(self):
+    @rule(sure=st.integers(0, 4))
+    def aborts(self, sure):
+        if sure:
+            return
         self.rollout.abort("enough", "me")
         assert self.rollout.stage is Stage.ROLLED_BACK and self.rollout.weight == 0
 
