@@ -225,6 +225,20 @@ def test_status_is_json_and_says_what_is_missing():
     assert len(told["windows"]) == 1 and told["windows"][0]["candidate"]["p99_ms"] > 0
 
 
+def test_labels_that_come_late_are_told_with_their_interval_and_judged():
+    made = Simulation(Model(right=0.9), labels=0.5, policy=TINY).begin()
+    made.run(45)
+    status = made.rollout.status()
+    score = next(each for each in status["guards"] if each["name"] == "score")
+    assert score["state"] == "pass" and not score["asked"] and "0.0100 is allowed" in score["says"]
+    told = status["windows"][-1]
+    assert told["original"]["score"] == told["candidate"]["score"] == pytest.approx(0.9, abs=0.1)
+    waits = dataclasses.replace(TINY, min_labels=10**6)
+    made = Simulation(labels=0.5, policy=waits).begin()
+    assert made.run(100) is Stage.SHADOW
+    assert any(each.startswith("score: ") for each in made.rollout.status()["missing"])
+
+
 def test_what_was_judged_survives_a_restart(tmp_path):
     with Journal.open(tmp_path / "state.db") as journal:
         made = small(journal)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from paredown.ship.guard.observation import CANDIDATE, MODELS, Observation
+from paredown.ship.guard.observation import CANDIDATE, Observation
 
 SLOT_S = 0.05  # of each model, one latency is sampled in each: one stall is not many slow answers
 MOST_SAMPLES = 64  # of inputs, and of outputs
@@ -56,6 +56,8 @@ class ModelTally:
     latency: np.ndarray = field(default_factory=lambda: np.zeros(BINS, np.int64))
     quiet: list[float] = field(default_factory=list)  # sampled without shadows beside, in ms
     slot: int = -1  # of the last sample
+    labels: int = 0
+    score: float = 0.0  # sum over the labels
 
     @property
     def seen(self) -> int:
@@ -86,7 +88,6 @@ class Tally:
     distance: float = 0.0  # sum over the pairs that told one
     distances: int = 0
     drops: list[float] = field(default_factory=list)  # original's score less the candidate's
-    scores: dict[str, list[float]] = field(default_factory=lambda: {m: [0, 0.0] for m in MODELS})
     inputs: list[Batch] = field(default_factory=list)
     outputs: list[Batch] = field(default_factory=list)  # the candidate's
     invalid: int = 0  # observations that could not be used
@@ -129,10 +130,17 @@ class Tally:
                 model.quiet.append(seen.latency_ms)
 
     def _label(self, model: str, score: float, other: float | None) -> None:
-        self.scores[model][0] += 1
-        self.scores[model][1] += score
-        if model == CANDIDATE and other is not None and len(self.drops) < MOST_LABELS:
-            self.drops.append(other - score)
+        """Both scores stand on the candidate's observation; one alone is for the charts."""
+        ours = model == CANDIDATE
+        self._scored(self.candidate if ours else self.original, score)
+        if ours and other is not None:
+            self._scored(self.original, other)
+            if len(self.drops) < MOST_LABELS:
+                self.drops.append(other - score)
+
+    def _scored(self, model: ModelTally, score: float) -> None:
+        model.labels += 1
+        model.score += score
 
     def refuse(self, problem: str) -> None:
         """Count an observation that cannot be used."""
