@@ -183,6 +183,17 @@ def test_what_begins_late_is_found():
     assert np.median(found) <= 3000 and np.isfinite(found).all()
 
 
+def test_bets_go_on_when_so_much_was_seen_that_nothing_more_is_placed():
+    test = RateTest(0.02)
+    test.add(0, 10**17)
+    before = test.log_evidence()
+    test.add(0, 0)
+    assert test.log_evidence() == before
+    for _ in range(3):
+        test.add(10**17, 10**17)
+    assert test.log_evidence() > 100 and math.isfinite(test.log_evidence())
+
+
 def test_wealth_goes_round_through_json():
     test = RateTest(0.02)
     for told in (test.wealth.to_json(), None):
