@@ -106,6 +106,7 @@ def test_where_the_original_fails_as_well_it_pauses():
 
 def test_no_evidence_is_never_a_pass_and_silence_pauses_then_rolls_back():
     made = Simulation(Model(answers=False)).begin()
+    assert {guard["state"] for guard in made.rollout.status()["guards"]} == {"no evidence"}
     stages = [made.run(10) for _ in range(11)]
     assert stages == 2 * [Stage.SHADOW] + 7 * [Stage.PAUSED] + 2 * [Stage.ROLLED_BACK]
     nothing = [guard for guard in made.rollout.status()["guards"] if guard["state"] == "pass"]
