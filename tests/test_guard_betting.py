@@ -155,7 +155,7 @@ def test_under_no_change_almost_no_run_is_refused():
     batches = ((made.binomial(10, 0.02, 200), 10) for _ in range(2000))
     assert np.isfinite(found_after(RateTest(0.02, (200,)), 0.01, batches)).sum() <= 4
     both = (
-        (made.binomial(10, 0.041 * at, 200), 10, made.binomial(90, 0.02 * at, 200), 90)
+        (made.binomial(10, 0.04 * at + 0.001, 200), 10, made.binomial(90, 0.02 * at, 200), 90)
         for at in 0.2 + made.random(2000)  # the rates move, together
     )
     assert np.isfinite(found_after(RatioTest(2.0, 0.001, (200,)), 0.01, both)).sum() <= 4
