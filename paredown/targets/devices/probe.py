@@ -173,8 +173,8 @@ def reset_peak() -> None:
 
 def peak_bytes() -> int | None:
     """Peak resident memory of this process in bytes; None where the system does not tell."""
-    status = text_of(Path("/proc/self/status"))
-    found = [line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:")]
+    lines = text_of(Path("/proc/self/status")).splitlines()
+    found = [line.split()[1] for line in lines if line.startswith("VmHWM:")]
     return int(found[0]) * 1024 if found else None
 
 
@@ -236,14 +236,13 @@ def instruction_sets() -> str:
 
 def momentary() -> dict[str, str]:
     """What the machine has and does, as far as the system tells."""
-    numbers = [number_of(path) for path in sorted(THERMAL.glob("thermal_zone*/temp"))]
-    hottest = max((each for each in numbers if each), default=None)
+    hottest = max((number_of(each) or 0 for each in THERMAL.glob("thermal_zone*/temp")), default=0)
     found = {
         "instruction sets": instruction_sets(),
         "governor": text_of(CPUS / "cpu0/cpufreq/scaling_governor").strip(),
         "memory": f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 1e9:.1f} GB",
         "load": f"{os.getloadavg()[0]:.2f}",
-        "temperature": "" if hottest is None else f"{hottest / 1000:.0f} degrees C",
+        "temperature": f"{hottest / 1000:.0f} degrees C" if hottest else "",
     }
     return {name: value for name, value in found.items() if value}
 
