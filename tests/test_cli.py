@@ -274,7 +274,7 @@ def test_goals_that_cannot_be_read(user, paredown_cli, option, value):
     ("option", "value", "said"),
     [
         ("--runtime", "tensorfloe", "'tensorfloe' is not one of onnxruntime, openvino"),
-        ("--device", "ssh://pi", "'ssh://pi' is not one of local"),
+        ("--device", "telnet://pi", "'telnet://pi' is not one of local"),
         ("--threads", "0", "threads: expected a whole number from 1 to 1024, got 0"),
         ("--rounds", "0", "rounds: expected a whole number from 2 up, got 0"),
         ("--recipe", "nowhere.toml", r"nowhere\.toml: cannot be read: No such file"),

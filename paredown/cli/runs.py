@@ -176,7 +176,6 @@ def validate_verb(
     out: Annotated[
         Path | None, typer.Option(help="Folder of the pages, by default its own.")
     ] = None,
-    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Validate an artifact where it is to run: outputs, score, speed, memory, against its goals.
@@ -188,7 +187,7 @@ def validate_verb(
     from paredown.run.validate import PASSED, validate
     from paredown.run.validate_words import print_validations, targets_of, task_file_of, write
 
-    with working(as_json, quiet):
+    with working(as_json):
         targets = targets_of(what, device, runtime, threads, rounds)
         found_file = task or task_file_of(what)
         loaded = python_file.load_task(found_file) if found_file and what.is_dir() else None

@@ -95,33 +95,25 @@ def measure(
     where = {"batch": str(batch), "inputs": inputs}
     memory = {name: _memory(file, target, batches[0], timeout_s) for name, file in files.items()}
     timings = timing.interleaved(
-        files,
-        target,
-        batches,
-        target.rounds,
-        timeout_s=timeout_s,
-        questions=questions,
+        files, target, batches, target.rounds, timeout_s=timeout_s, questions=questions
     )
     kept = next(iter(timings.values())).disturbances
-    where |= {"conditions": disturbed.told(kept, len(kept))}
+    where = place | where | {"conditions": disturbed.told(kept, len(kept))}
     in_points = _in_points(scorings.values())
-    return {
-        name: _measured(
-            Measurement(
-                size_bytes(file),
-                score_in_points=in_points,
-                split=split,
-                where=place | where,
-                preprocess_ms=surrounded[name][0],
-                postprocess_ms=surrounded[name][1],
-                **memory[name],
-            ),
-            timings[name],
-            scorings[name],
-            batch,
+    found = {}
+    for name, file in files.items():
+        before, behind = surrounded[name]
+        start = Measurement(
+            size_bytes(file),
+            score_in_points=in_points,
+            split=split,
+            where=where,
+            preprocess_ms=before,
+            postprocess_ms=behind,
+            **memory[name],
         )
-        for name, file in files.items()
-    }
+        found[name] = _measured(start, timings[name], scorings[name], batch)
+    return found
 
 
 def _in_points(scorings: Iterable[Scoring]) -> bool:

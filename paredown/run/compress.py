@@ -98,7 +98,8 @@ def compress(
                 run = Run.from_json(text)  # as a later call finds it
                 ledger.finish(key, {"stage": ledger.put(text.encode(), RUN), "suffix": RUN})
             shutil.rmtree(folder / "scratch", ignore_errors=True)
-            return write(run, folder, *_files(ledger, run), _golden(ledger, run))
+            shipped, before = _files(ledger, run)
+            return write(run, folder, shipped, before, _golden(ledger, run))
 
 
 def _finished(ledger: Ledger, key: str) -> Run | None:

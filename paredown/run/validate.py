@@ -217,8 +217,12 @@ def _metered(measured: dict[str, Measured], record: Power, notes: list[str]) -> 
                 "(its clock must be this machine's, its readings at most 2 s apart): energy is "
                 "unavailable."
             )
-        source = {"energy_mj": energy, "energy_source": "measured" if energy else "unavailable"}
-        found[name] = replace(each, measurement=replace(each.measurement, **source))
+        told = replace(
+            each.measurement,
+            energy_mj=energy,
+            energy_source="unavailable" if energy is None else "measured",
+        )
+        found[name] = replace(each, measurement=told)
     return found
 
 

@@ -173,11 +173,8 @@ def reset_peak() -> None:
 
 def peak_bytes() -> int | None:
     """Peak resident memory of this process in bytes; None where the system does not tell."""
-    try:
-        status = Path("/proc/self/status").read_text()
-    except OSError:
-        return None
-    found = [line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:")]
+    lines = text_of(Path("/proc/self/status")).splitlines()
+    found = [line.split()[1] for line in lines if line.startswith("VmHWM:")]
     return int(found[0]) * 1024 if found else None
 
 
@@ -210,20 +207,22 @@ def energy_between(
 
 def cpu_model() -> str:
     """The processor's name as the system gives it."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() in ("model name", "Model") and value.strip():
-                return value.strip()
-    except OSError:
-        pass
+    for line in text_of(Path("/proc/cpuinfo")).splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() in ("model name", "Model") and value.strip():
+            return value.strip()
     return platform.processor() or platform.machine()
 
 
-def usable_cores() -> int:
+def affinity() -> set[int]:
+    """The numbers of the cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        return os.sched_getaffinity(0)
+    return set(range(os.cpu_count() or 1))
+
+
+def usable_cores() -> int:
+    return len(affinity())
 
 
 def instruction_sets() -> str:
@@ -237,30 +236,36 @@ def instruction_sets() -> str:
 
 def momentary() -> dict[str, str]:
     """What the machine has and does, as far as the system tells."""
-    numbers = [number_of(path) for path in sorted(THERMAL.glob("thermal_zone*/temp"))]
-    hottest = max((each for each in numbers if each), default=None)
+    hottest = max((number_of(each) or 0 for each in THERMAL.glob("thermal_zone*/temp")), default=0)
     found = {
         "instruction sets": instruction_sets(),
         "governor": text_of(CPUS / "cpu0/cpufreq/scaling_governor").strip(),
         "memory": f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 1e9:.1f} GB",
         "load": f"{os.getloadavg()[0]:.2f}",
-        "temperature": "" if hottest is None else f"{hottest / 1000:.0f} degrees C",
+        "temperature": f"{hottest / 1000:.0f} degrees C" if hottest else "",
     }
     return {name: value for name, value in found.items() if value}
 
 
 def moment() -> dict[str, Any]:
     """Clocks and counters, for `conditions` to compare two of them."""
-    ticks = text_of(Path("/proc/stat")).partition("\n")[0].split()[1:9]
     counts = [number_of(path) for path in CPUS.glob("cpu*/thermal_throttle/core_throttle_count")]
     speeds = [number_of(path) for path in CPUS.glob("cpu*/cpufreq/scaling_cur_freq")]
     return {
         "ns": perf_counter_ns(),
         "own_s": process_time(),
-        "ticks": sum(map(int, ticks[:3] + ticks[5:])) if len(ticks) == 8 else None,  # not idle
+        "ticks": busy_ticks(),
         "throttles": sum(each or 0 for each in counts),
         "khz": sum(each or 0 for each in speeds) / len(speeds) if speeds else None,
     }
+
+
+def busy_ticks() -> int | None:
+    """Ticks in which the cores that this process may use did something; None where untold."""
+    own = {f"cpu{number}" for number in affinity()}
+    rows = [line.split() for line in text_of(Path("/proc/stat")).splitlines()]
+    fields = [list(map(int, row[1:9])) for row in rows if row and row[0] in own]
+    return sum(sum(each) - each[3] - each[4] for each in fields) if fields else None
 
 
 def conditions(before: dict[str, Any], after: dict[str, Any]) -> dict[str, float]:

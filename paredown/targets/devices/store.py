@@ -16,7 +16,7 @@ from paredown.core.files import read_parts, sha256
 from paredown.targets.devices import keeper
 from paredown.targets.devices.shell import Ran, Shell
 
-ASK_S = 60.0  # the longest that a command may take that moves no file
+REMOVE_S = 60.0  # the longest that removing a file may take
 UNKNOWN = (126, 127)  # what a shell ends with where it cannot start a program
 INPUTS_KEPT = 4  # files of inputs that lie there at a time
 
@@ -25,7 +25,7 @@ class Store:
     """The folder of a device in which files are kept, and one in it for this run.
 
     Args:
-        timeout_s: the longest that sending or fetching a file may take, in seconds.
+        timeout_s: the longest that sending, fetching or checking a file may take, in seconds.
     """
 
     def __init__(self, shell: Shell, timeout_s: float) -> None:
@@ -54,18 +54,26 @@ class Store:
                 is full, or what came is not what was sent.
             Lost: the connection failed.
         """
-        places = [(file, f"{_folder(group)}/{file.name}") for group in groups for file in group]
-        files = {place: sha256(read_parts(file)) for file, place in places}
+        digests = {file: sha256(read_parts(file)) for group in groups for file in group}
+        folders = [_folder({file.name: digests[file] for file in group}) for group in groups]
+        places = {
+            f"{folder}/{file.name}": file
+            for folder, group in zip(folders, groups, strict=True)
+            for file in group
+        }
+        files = {place: digests[file] for place, file in places.items()}
         modules = ["numpy", *_imports(runtime_file)]
         found = self._ask("begin", run=self._run, modules=modules, files=files)
         self._check(found["python"], found["missing"])
         self._home, self._free, self._inputs = found["home"], found["free_bytes"], {}
-        for file, place in places:
-            if place in found["lacking"]:
-                self._send(file, f"{self._home}/files/{place}{keeper.PART}")
+        for place in found["lacking"]:
+            self._send(places[place], f"{self._home}/files/{place}{keeper.PART}")
         if found["lacking"]:
             self._arrived({place: files[place] for place in found["lacking"]})
-        return [f"{self._home}/files/{_folder(group)}/{group[0].name}" for group in groups]
+        return [
+            f"{self._home}/files/{folder}/{group[0].name}"
+            for folder, group in zip(folders, groups, strict=True)
+        ]
 
     def _check(self, version: Sequence[int], missing: Sequence[str]) -> None:
         said = ".".join(map(str, version))
@@ -97,7 +105,7 @@ class Store:
         if digest not in self._inputs:
             while len(self._inputs) >= INPUTS_KEPT:
                 oldest = self._inputs.pop(next(iter(self._inputs)))
-                self.shell.run(f"rm -f {shlex.quote(oldest)}", ASK_S)
+                self.shell.run(f"rm -f {shlex.quote(oldest)}", REMOVE_S)
             there = f"{self.folder}/{digest}.npz"
             self._send(file, there)
             self._inputs[digest] = there
@@ -136,7 +144,7 @@ class Store:
 
     def _ask(self, command: str, **values: Any) -> dict[str, Any]:
         line = shlex.join([self._python, "-", command, json.dumps(values)])
-        ran = self.shell.run(line, ASK_S, given=Path(keeper.__file__).read_bytes())
+        ran = self.shell.run(line, self._timeout_s, given=Path(keeper.__file__).read_bytes())
         if ran.code in UNKNOWN:
             raise self._refused(
                 f"no {self._python} there ({_last(ran.said)}); install Python, or name the one to "
@@ -162,9 +170,8 @@ class Store:
         return UserError(f"device: {self.shell.address.text!r}: {why}.")
 
 
-def _folder(files: Sequence[Path]) -> str:
-    """The name of the folder of these files: the SHA-256 of what they hold and are called."""
-    digests = {file.name: sha256(read_parts(file)) for file in files}
+def _folder(digests: dict[str, str]) -> str:
+    """The name of the folder of these files: the SHA-256 of what they are called and hold."""
     return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
 
 
