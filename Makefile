@@ -6,7 +6,7 @@ STAMP := .venv/.installed
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
 INSTALL := $(BIN)/python -m pip install -q -c constraints.txt
 
-.PHONY: test test-slow test-all demo lint format bench clean
+.PHONY: test test-slow test-all soak demo demo-serve lint format bench clean
 .DELETE_ON_ERROR:
 
 test: lint
@@ -19,6 +19,9 @@ test-all: test test-slow
 
 demo: $(STAMP)
 	$(BIN)/paredown run examples/digits.py --max-drop 2% --size 0.1x --latency 0.35x --out runs/digits
+
+demo-serve: demo
+	$(BIN)/python examples/serve_digits.py runs/digits
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check --quiet

@@ -1,6 +1,8 @@
 """A candidate with planted faults: no client sees them, and it is rolled back."""
 
 import asyncio
+import dataclasses
+import json
 import os
 import signal
 import subprocess
@@ -13,6 +15,7 @@ from typing import ClassVar
 import numpy as np
 import pytest
 
+from paredown.core.measurement import Measurement
 from paredown.ship.serve.rollout_runner import Runner
 from tests.test_serve_runs import ROOT, Served, faulty, inputs, model, run_folder, weights
 
@@ -197,6 +200,18 @@ def test_a_candidate_that_fails_on_real_examples_is_not_shadowed(tmp_path):
     with Served(run_folder(tmp_path / "run", wrong)) as served:
         found = served.until(rolled_back)
         assert "validation failed" in found["events"][-1]["reason"]
+        assert good(served, inputs(1)) == "1"
+
+
+def test_a_candidate_that_differs_more_than_its_run_saw_is_not_shadowed(tmp_path):
+    folder = run_folder(tmp_path / "run", lambda path: model(path, noise=0.3))
+    told = json.loads((folder / "run.json").read_text())
+    told["on_device"] = {"compressed": dataclasses.asdict(Measurement(1, score=0.99))}
+    told["details"]["flip_counts"] = {"now_wrong": 2, "now_right": 1, "examples": 400}
+    (folder / "run.json").write_text(json.dumps(told))
+    with Served(folder) as served:
+        found = served.until(rolled_back)
+        assert "and the run saw at most 5 of 400" in found["events"][-1]["reason"]
         assert good(served, inputs(1)) == "1"
 
 

@@ -18,7 +18,7 @@ from paredown.ship.guard.stages import Stage
 from paredown.ship.serve import validation
 from paredown.ship.serve.examples import Examples
 from paredown.ship.serve.service import Service
-from paredown.ship.serve.validation import Validation
+from paredown.ship.serve.validation import Known, Validation
 
 TICK_S = 1.0
 PAUSED_BY, ROLLED_BACK_BY = 3, 10  # looks in a row in which the guard itself failed
@@ -33,6 +33,7 @@ class Runner:
         folder: where its state is kept.
         digests: SHA-256 of the original and of the candidate.
         examples: what the candidate is validated on.
+        known: what the run saw of the two files.
         say: told in words what happens.
     """
 
@@ -44,9 +45,10 @@ class Runner:
         digests: tuple[str, str],
         examples: Examples,
         say: Callable[[str], None],
+        known: Known | None = None,
     ) -> None:
         self.service, self.policy, self.folder = service, policy, folder
-        self.digests, self.examples, self.say = digests, examples, say
+        self.digests, self.examples, self.say, self.known = digests, examples, say, known
         self._journal: Journal | None = None
         self._failed = 0
         self._running: asyncio.Task[None] | None = None
@@ -173,7 +175,7 @@ class Runner:
             rows = await asyncio.to_thread(self.examples.read)
         except (OSError, ValueError, KeyError):
             rows = await asyncio.to_thread(self._made)
-        found, profile = await validation.validate(pair, rows, self.digests)
+        found, profile = await validation.validate(pair, rows, self.digests, self.known)
         if profile is not None:
             profile.save(self.folder / validation.PROFILE)
         found.save(self.folder)

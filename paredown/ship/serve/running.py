@@ -21,6 +21,7 @@ from paredown.ship.serve.rollout_runner import Runner
 from paredown.ship.serve.scoring import ByTask
 from paredown.ship.serve.service import Service
 from paredown.ship.serve.token import token
+from paredown.ship.serve.validation import Known
 from paredown.ship.serve.workers import Limits, Worker
 from paredown.targets.artifact import check_kept
 from paredown.targets.runtimes import ready, source
@@ -141,7 +142,7 @@ async def _serve(asked: Serving, run: Run, file: Path, say: Callable[[str], None
     service = Service(run.name, Pair(original, candidate, None, Agreement(), Kept()))
     digests = (run.original.sha256, run.artifact.sha256 if run.artifact else "")
     source_of = Examples(asked.folder, asked.task, asked.end_to_end)
-    runner = Runner(service, asked.policy, asked.folder, digests, source_of, say)
+    runner = Runner(service, asked.policy, asked.folder, digests, source_of, say, Known.of(run))
     runner.alone(lacking) if lacking else runner.open()
     workers = [each for each in (original, candidate) if each]
     for worker in workers:

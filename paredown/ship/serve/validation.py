@@ -6,13 +6,14 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from paredown.core.errors import UserError
 from paredown.core.files import write_atomically
+from paredown.core.results import Run
 from paredown.ship.guard.bound import Bound
 from paredown.ship.guard.profile import Profile
 from paredown.ship.serve.compare import Agreement, Outputs, distance, kind_of
@@ -21,6 +22,7 @@ from paredown.ship.serve.refused import Refused
 from paredown.ship.serve.workers import Answer, Fault, Worker
 
 CONFIDENCE = 0.95
+SURE = 0.999  # that more differ than the run saw
 AT_ONCE = 8  # examples that are run at the same time
 FILE, PROFILE = "validation.json", "profile.json"
 
@@ -86,6 +88,34 @@ def upper_bound(events: int, n: int, confidence: float = CONFIDENCE) -> float:
     return float(betaincinv(events + 1, n - events, confidence))
 
 
+@dataclass(frozen=True)
+class Known:
+    """What the run saw of the two files on its test split: at most so many of the examples are
+    named another class.
+
+    Example:
+        >>> Known(3, 400).beyond(40, 400), Known(3, 400).beyond(6, 400)
+        (True, False)
+    """
+
+    differing: int
+    examples: int
+
+    @staticmethod
+    def of(run: Run) -> Known | None:
+        """None of a run that names no classes."""
+        counts, after = run.details.get("flip_counts"), run.on_device.get("compressed")
+        if not counts or after is None or after.score is None or not after.score_in_points:
+            return None
+        wrong = round(counts["examples"] * (1 - after.score))  # both may be, each in its own way
+        return Known(counts["now_right"] + max(counts["now_wrong"], wrong), counts["examples"])
+
+    def beyond(self, disagreed: int, count: int) -> bool:
+        """Whether that many of other examples are more than chance makes of it."""
+        least = 1 - upper_bound(count - disagreed, count, SURE)
+        return least > upper_bound(self.differing, self.examples, SURE)
+
+
 def bound_of(found: Validation, folder: Path) -> Bound:
     """The bound for a rollout, with the profile where one is kept."""
     try:
@@ -96,9 +126,14 @@ def bound_of(found: Validation, folder: Path) -> Bound:
 
 
 async def validate(
-    pair: Pair, examples: Sequence[list[np.ndarray]], digests: tuple[str, str]
+    pair: Pair,
+    examples: Sequence[list[np.ndarray]],
+    digests: tuple[str, str],
+    known: Known | None = None,
 ) -> tuple[Validation, Profile | None]:
     """Run both models on the examples.
+
+    A candidate that differs from the original more often than the run saw does not pass.
 
     Raises:
         UserError: there are no examples, or the original does not answer them.
@@ -119,7 +154,11 @@ async def validate(
         why = f"{len(told)} of {len(examples)} examples failed: {told[0]}"
         return Validation(*digests, False, len(examples), 0, 1.0, 1.0, "exact", 0.0, why), None
     named = [pair.named(arrays) for arrays in examples]
-    return _compared(ours, others, digests), _profile(named, others)
+    found = _compared(ours, others, digests)
+    if known and found.kind == "classes" and known.beyond(found.disagreed, found.examples):
+        seen = f"and the run saw at most {known.differing} of {known.examples}"
+        found = replace(found, passed=False, why=f"{found.why}, {seen}")
+    return found, _profile(named, others)
 
 
 async def _all(
