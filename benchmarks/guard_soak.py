@@ -48,7 +48,7 @@ def no_change(runs: int, samples: int) -> None:
     say(f"disagreement below its limit, 1.5 %: {np.isfinite(found).sum()} of {runs}")
     n = BATCH // 2
     both = (
-        (draws.binomial(n, 0.041 * level, runs), n, draws.binomial(n, 0.02 * level, runs), n)
+        (draws.binomial(n, 0.04 * level + 0.001, runs), n, draws.binomial(n, 0.02 * level, runs), n)
         for level in (1 + np.sin(at / 300) * 0.9 for at in range(looks))
     )
     found = refused(RatioTest(2.0, 0.001, (runs,)), both)

@@ -155,7 +155,7 @@ def test_under_no_change_almost_no_run_is_refused():
     batches = ((made.binomial(10, 0.02, 200), 10) for _ in range(2000))
     assert np.isfinite(found_after(RateTest(0.02, (200,)), 0.01, batches)).sum() <= 4
     both = (
-        (made.binomial(10, 0.041 * at, 200), 10, made.binomial(90, 0.02 * at, 200), 90)
+        (made.binomial(10, 0.04 * at + 0.001, 200), 10, made.binomial(90, 0.02 * at, 200), 90)
         for at in 0.2 + made.random(2000)  # the rates move, together
     )
     assert np.isfinite(found_after(RatioTest(2.0, 0.001, (200,)), 0.01, both)).sum() <= 4
@@ -181,6 +181,17 @@ def test_what_begins_late_is_found():
     assert (test.log_evidence() < 0).all()
     found = 10 * found_after(test, 0.01, ((made.binomial(10, 0.04, 20), 10) for _ in range(800)))
     assert np.median(found) <= 3000 and np.isfinite(found).all()
+
+
+def test_bets_go_on_when_so_much_was_seen_that_nothing_more_is_placed():
+    test = RateTest(0.02)
+    test.add(0, 10**17)
+    before = test.log_evidence()
+    test.add(0, 0)
+    assert test.log_evidence() == before
+    for _ in range(3):
+        test.add(10**17, 10**17)
+    assert test.log_evidence() > 100 and math.isfinite(test.log_evidence())
 
 
 def test_wealth_goes_round_through_json():

@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import paredown
 from paredown.ship.guard.lines import FIELDS, GAUGES, TIME
 from paredown.ship.guard.policy import Policy
 
@@ -121,3 +123,8 @@ def test_the_options_of_the_command_are_there():
     verb = typer.main.get_command(app).commands["monitor"]
     known = {name for option in verb.params for name in option.opts}
     assert options == known
+
+
+def test_the_package_can_be_sent_to_a_cluster_by_name():
+    """As Ray does with whatever a deployment's functions use."""
+    assert pickle.loads(pickle.dumps(paredown)) is paredown

@@ -298,3 +298,14 @@ def test_threads_may_route_and_observe_while_it_looks():
         + sum(each["original"]["answers"] for each in guard.rollout._windows.records)
         == 2000
     )
+
+
+def test_the_guard_needs_nothing_but_numpy():
+    heavy = ("torch", "scipy", "onnx", "starlette", "granian", "orjson", "prometheus_client")
+    code = (
+        "import sys, paredown; paredown.Guard; import paredown.ship.guard.monitor\n"
+        f"print([name for name in {heavy} if name in sys.modules])"
+    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr

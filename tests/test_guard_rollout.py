@@ -7,7 +7,13 @@ import numpy as np
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+)
 
 from benchmarks.guard_faults import FAULTS, ends, hears_nothing_wrong
 from benchmarks.guard_simulation import BOUND, Clock, Model, Simulation
@@ -100,6 +106,7 @@ def test_where_the_original_fails_as_well_it_pauses():
 
 def test_no_evidence_is_never_a_pass_and_silence_pauses_then_rolls_back():
     made = Simulation(Model(answers=False)).begin()
+    assert {guard["state"] for guard in made.rollout.status()["guards"]} == {"no evidence"}
     stages = [made.run(10) for _ in range(11)]
     assert stages == 2 * [Stage.SHADOW] + 7 * [Stage.PAUSED] + 2 * [Stage.ROLLED_BACK]
     nothing = [guard for guard in made.rollout.status()["guards"] if guard["state"] == "pass"]
@@ -219,6 +226,20 @@ def test_status_is_json_and_says_what_is_missing():
     assert len(told["windows"]) == 1 and told["windows"][0]["candidate"]["p99_ms"] > 0
 
 
+def test_labels_that_come_late_are_told_with_their_interval_and_judged():
+    made = Simulation(Model(right=0.9), labels=0.5, policy=TINY).begin()
+    made.run(45)
+    status = made.rollout.status()
+    score = next(each for each in status["guards"] if each["name"] == "score")
+    assert score["state"] == "pass" and not score["asked"] and "0.0100 is allowed" in score["says"]
+    told = status["windows"][-1]
+    assert told["original"]["score"] == told["candidate"]["score"] == pytest.approx(0.9, abs=0.1)
+    waits = dataclasses.replace(TINY, min_labels=10**6)
+    made = Simulation(labels=0.5, policy=waits).begin()
+    assert made.run(100) is Stage.SHADOW
+    assert any(each.startswith("score: ") for each in made.rollout.status()["missing"])
+
+
 def test_what_was_judged_survives_a_restart(tmp_path):
     with Journal.open(tmp_path / "state.db") as journal:
         made = small(journal)
@@ -330,6 +351,13 @@ class Machine(RuleBasedStateMachine):
             return False
         return True
 
+    @initialize(far=st.sampled_from([0, 1, 2, 2, 2, 2]))
+    def is_on_its_way(self, far):
+        if far > 0:
+            self.rollout.begin()
+        if far > 1:
+            self.rollout.validated(True, "checked")
+
     @rule()
     def begins(self):
         self.tried(self.rollout.begin)
@@ -338,7 +366,7 @@ class Machine(RuleBasedStateMachine):
     def is_validated(self, passed):
         self.tried(self.rollout.validated, passed, "checked")
 
-    @rule(seconds=st.integers(1, 40), fault=st.sampled_from([None] * 6 + ["nan", "error"]))
+    @rule(seconds=st.integers(1, 40), fault=st.sampled_from([None] * 12 + ["nan", "error"]))
     def traffic(self, seconds, fault):
         for _ in range(seconds):
             for _ in range(20):
@@ -368,8 +396,10 @@ class Machine(RuleBasedStateMachine):
         assert done or self.rollout.weight == weight
         self.check()
 
-    @rule()
-    def aborts(self):
+    @rule(sure=st.integers(0, 4))
+    def aborts(self, sure):
+        if sure:
+            return
         self.rollout.abort("enough", "me")
         assert self.rollout.stage is Stage.ROLLED_BACK and self.rollout.weight == 0
 

@@ -59,9 +59,9 @@ class Wealth:
             samples: how many it had; not to depend on what they were.
         """
         placed = _held_back(self.samples) - _held_back(self.samples + samples)
-        if placed > 0:
-            self._log = np.logaddexp(self._log, math.log(placed) + self._shares) + gains
-            self.samples += samples
+        stake = math.log(placed) if placed > 0 else -math.inf
+        self._log = np.logaddexp(self._log, stake + self._shares) + gains
+        self.samples += samples
 
     def log_value(self) -> Any:
         """Logarithm of the wealth: (...), or a number where there is one run."""

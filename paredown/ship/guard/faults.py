@@ -24,8 +24,11 @@ class Faults:
 
     policy: Policy
     row: int = 0
-    _hard: deque[float] = field(default_factory=lambda: deque(maxlen=64))  # when, the candidate's
+    _hard: deque[float] = field(default_factory=deque)  # when the candidate's last ones came
     _rates: dict[str, Recent] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._hard = deque(maxlen=self.policy.faults_in_burst)
 
     def seen(self, model: str, fault: str | None, now: float) -> tuple[str, str] | None:
         """Count one answer; the action and its reason, where one is due.
@@ -37,10 +40,12 @@ class Faults:
         if model != CANDIDATE:
             return None
         self.row = self.row + 1 if fault else 0
+        if fault is None:
+            return None
         if fault in HARD:
             self._hard.append(now)
         burst = sum(abs(now - at) <= self.policy.burst_s for at in self._hard)
-        if fault and self.row >= self.policy.faults_in_row:
+        if self.row >= self.policy.faults_in_row:
             return self._action(f"{self.row} faults in a row, the last one: {fault}")
         if fault in HARD and burst >= self.policy.faults_in_burst:
             return self._action(f"{burst} hard faults ({fault}) within {self.policy.burst_s:g} s")

@@ -34,7 +34,7 @@ class Panel:
 
     def entered(self) -> None:
         """A new stage begins: what it asks for is counted anew."""
-        for guard in (*self.tests, self.memory, self.queue, *self.drifts):
+        for guard in (*self.tests, self.memory, self.queue, *self.drifts, self.data):
             guard.entered()
 
     def update(self, tally: Tally) -> None:

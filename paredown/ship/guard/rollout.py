@@ -340,7 +340,7 @@ class Rollout:
     def _move(self, after: Position) -> None:
         self._position = after
         self._router.follow(after)
-        if after.stage is not Stage.PAUSED:
+        if after.stage not in (Stage.PAUSED, Stage.ROLLED_BACK):  # these move in turn with ticks
             self._dwell_s = 0.0
             self._panel.entered()
 

@@ -96,7 +96,6 @@ class Event:
         reason: in words.
         by: "guard", or who did it by hand.
         digest: of the candidate.
-        saved: whether it is on the disk, or there is no disk to be on.
 
     Example:
         >>> Event(0.0, "begin", Stage.VALIDATE, 0, "a new candidate", "guard", "ab").kind
@@ -110,7 +109,6 @@ class Event:
     reason: str
     by: str
     digest: str
-    saved: bool = True
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from paredown.ship.guard.observation import CANDIDATE, MODELS, Observation
+from paredown.ship.guard.observation import CANDIDATE, Observation
 
 SLOT_S = 0.05  # of each model, one latency is sampled in each: one stall is not many slow answers
 MOST_SAMPLES = 64  # of inputs, and of outputs
 MOST_LABELS = 10_000
+MOST_LATENCIES = 10_000
 # Latencies are counted in bins, each 2.5 % above the one before, from 10 microseconds on.
 FIRST_MS, GROWTH, BINS = 0.01, 1.025, 760
 Batch = Mapping[str, np.ndarray]
@@ -55,6 +56,8 @@ class ModelTally:
     latency: np.ndarray = field(default_factory=lambda: np.zeros(BINS, np.int64))
     quiet: list[float] = field(default_factory=list)  # sampled without shadows beside, in ms
     slot: int = -1  # of the last sample
+    labels: int = 0
+    score: float = 0.0  # sum over the labels
 
     @property
     def seen(self) -> int:
@@ -85,7 +88,6 @@ class Tally:
     distance: float = 0.0  # sum over the pairs that told one
     distances: int = 0
     drops: list[float] = field(default_factory=list)  # original's score less the candidate's
-    scores: dict[str, list[float]] = field(default_factory=lambda: {m: [0, 0.0] for m in MODELS})
     inputs: list[Batch] = field(default_factory=list)
     outputs: list[Batch] = field(default_factory=list)  # the candidate's
     invalid: int = 0  # observations that could not be used
@@ -122,15 +124,23 @@ class Tally:
         elif seen.latency_ms is not None:
             model.latency[bin_of(seen.latency_ms)] += 1
             slot = int(now / SLOT_S)
-            if quiet and not seen.shadow and slot != model.slot:
+            room = len(model.quiet) < MOST_LATENCIES
+            if quiet and room and not seen.shadow and slot != model.slot:
                 model.slot = slot
                 model.quiet.append(seen.latency_ms)
 
     def _label(self, model: str, score: float, other: float | None) -> None:
-        self.scores[model][0] += 1
-        self.scores[model][1] += score
-        if model == CANDIDATE and other is not None and len(self.drops) < MOST_LABELS:
-            self.drops.append(other - score)
+        """Both scores stand on the candidate's observation; one alone is for the charts."""
+        ours = model == CANDIDATE
+        self._scored(self.candidate if ours else self.original, score)
+        if ours and other is not None:
+            self._scored(self.original, other)
+            if len(self.drops) < MOST_LABELS:
+                self.drops.append(other - score)
+
+    def _scored(self, model: ModelTally, score: float) -> None:
+        model.labels += 1
+        model.score += score
 
     def refuse(self, problem: str) -> None:
         """Count an observation that cannot be used."""

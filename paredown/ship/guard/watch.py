@@ -29,6 +29,11 @@ class Data:
         self._policy = policy
         self.silent = 0  # windows in a row
         self._lacking = ""
+        self.entered()
+
+    def entered(self) -> None:
+        """A new stage: windows with data are counted anew, and those without go on."""
+        self._good = 0
 
     def window(self, window: Window, where: Stage) -> None:
         """Look at a window that has ended."""
@@ -36,6 +41,7 @@ class Data:
             return
         self._lacking = self._lacks(window, where)
         self.silent = self.silent + 1 if self._lacking else 0
+        self._good += not self._lacking
 
     def _lacks(self, window: Window, where: Stage) -> str:
         if not window.candidate.seen:
@@ -50,14 +56,14 @@ class Data:
     def finding(self, where: Stage) -> Finding:
         """What it says; a fail pauses first and rolls back later."""
         pause, back = self._policy.no_data_pause, self._policy.no_data_rollback
-        state: State = "no evidence" if self.silent else "pass"
+        state: State = "pass" if self._good and not self.silent else "no evidence"
         if self.silent >= pause:
             state = "fail"
         action = "roll back" if self.silent >= back else "pause"
-        says = "data come in"
+        says = f"data in {self._good:,} windows" if self._good else "the first window is open"
         if self.silent:
             says = f"no {self._lacking} for {self.silent} windows; {pause} pause, {back} roll back"
-        return Finding(self.name, state, True, self.silent, pause, self.silent, 0, says, action)
+        return Finding(self.name, state, True, self.silent, pause, self._good, 1, says, action)
 
 
 class Budget:

@@ -40,6 +40,8 @@ class Window:
             ours.answers += new.answers
             ours.shadows += new.shadows
             ours.latency += new.latency
+            ours.labels += new.labels
+            ours.score += new.score
             for kind, count in new.faults.items():
                 ours.faults[kind] = ours.faults.get(kind, 0) + count
         self.pairs += tally.pairs
@@ -93,4 +95,5 @@ def _told(model: ModelTally) -> dict[str, Any]:
         "faults": dict(model.faults),
         "p50_ms": quantile_ms(model.latency, 0.50),
         "p99_ms": quantile_ms(model.latency, 0.99),
+        "score": model.score / model.labels if model.labels else None,
     }
