@@ -19,10 +19,13 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from paredown.core.errors import UserError
 from paredown.core.measurement import Measurement
 from paredown.core.results import Artifact, Run
 from paredown.core.task import Target
 from paredown.ship.serve import examples
+from paredown.ship.serve.running import Serving
+from paredown.ship.serve.token import read
 from paredown.targets.artifact import digest
 
 ROOT = Path(__file__).parent.parent
@@ -280,6 +283,30 @@ def test_a_port_in_use_is_told(tmp_path):
         taken.listen()
         port = taken.getsockname()[1]
         assert f"127.0.0.1:{port}: is in use" in refused(folder, "--port", port)
+
+
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        ({"port": 70000}, "port: expected a whole number from 0 to 65535"),
+        ({"max_batch": 0}, "max-batch"),
+        ({"threads": 0}, "threads"),
+        ({"deadline_ms": 0}, "deadline-ms"),
+        ({"max_wait_ms": -1}, "max-wait-ms"),
+        ({"task": Path("none.py")}, "no such file"),
+        ({"end_to_end": True}, "name it with --task"),
+    ],
+)
+def test_wrong_options_are_told(given, said):
+    with pytest.raises(UserError, match=said):
+        Serving(Path("run"), **given)
+
+
+@pytest.mark.parametrize("token", ["", "short", "two words of a token", "ünïcödeünïcöde"])
+def test_a_token_of_ones_own_is_checked(tmp_path, token):
+    (tmp_path / "mine").write_text(token)
+    with pytest.raises(UserError, match="token"):
+        read(tmp_path / "mine")
 
 
 def test_no_run_is_refused(tmp_path):

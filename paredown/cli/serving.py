@@ -32,37 +32,44 @@ TokenFile = Annotated[
 ]
 
 
+Host = Annotated[str, typer.Option(help="Address to listen at.")]
+Port = Annotated[int, typer.Option(help="Port to listen at; 0 takes a free one.")]
+MaxBatch = Annotated[int, typer.Option(help="Most examples that are run together.")]
+MaxWait = Annotated[
+    float, typer.Option(help="How long a request waits for others while a model is free.")
+]
+Threads = Annotated[int, typer.Option(help="Threads of one inference.")]
+Deadline = Annotated[
+    float, typer.Option(help="After so long the original answers in the candidate's place.")
+]
+PolicyFile = Annotated[Path | None, typer.Option(help="Numbers of the rollout, as TOML.")]
+TaskFile = Annotated[
+    Path | None, typer.Option(help="Python file with task(), which then also scores late labels.")
+]
+EvenSo = Annotated[bool, typer.Option("--even-so", help="Serve a run whose goals were missed.")]
+EndToEnd = Annotated[
+    bool,
+    typer.Option("--end-to-end", help="Run the task's preprocess and postprocess in the server."),
+]
+OwnToken = Annotated[Path | None, typer.Option(help="A token of your own; by default one is made.")]
+State = Annotated[Path | None, typer.Option(help="Folder of the state; RUN/serve.")]
+
+
 @app.command("serve")
 def serve_verb(
     run: Annotated[Path, typer.Argument(help="Run folder.")],
-    host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen at; 0 takes a free one.")] = 8080,
-    max_batch: Annotated[int, typer.Option(help="Most examples that are run together.")] = 32,
-    max_wait_ms: Annotated[
-        float, typer.Option(help="How long a request waits for others while a model is free.")
-    ] = 0.0,
-    threads: Annotated[int, typer.Option(help="Threads of one inference.")] = 1,
-    deadline_ms: Annotated[
-        float, typer.Option(help="After so long the original answers in the candidate's place.")
-    ] = 1000.0,
-    policy: Annotated[Path | None, typer.Option(help="Numbers of the rollout, as TOML.")] = None,
-    task: Annotated[
-        Path | None,
-        typer.Option(help="Python file with task(), which then also scores late labels."),
-    ] = None,
-    even_so: Annotated[
-        bool, typer.Option("--even-so", help="Serve a run whose goals were missed.")
-    ] = False,
-    end_to_end: Annotated[
-        bool,
-        typer.Option(
-            "--end-to-end", help="Run the task's preprocess and postprocess in the server."
-        ),
-    ] = False,
-    token_file: Annotated[
-        Path | None, typer.Option(help="A token of your own; by default one is made.")
-    ] = None,
-    state: Annotated[Path | None, typer.Option(help="Folder of the state; RUN/serve.")] = None,
+    host: Host = "127.0.0.1",
+    port: Port = 8080,
+    max_batch: MaxBatch = 32,
+    max_wait_ms: MaxWait = 0.0,
+    threads: Threads = 1,
+    deadline_ms: Deadline = 1000.0,
+    policy: PolicyFile = None,
+    task: TaskFile = None,
+    even_so: EvenSo = False,
+    end_to_end: EndToEnd = False,
+    token_file: OwnToken = None,
+    state: State = None,
 ) -> None:
     """Serve original and artifact behind one endpoint; the artifact takes over as it proves itself.
 

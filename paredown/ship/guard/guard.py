@@ -57,9 +57,8 @@ class Guard:
     """Guards a candidate beside the original, in a server that you have.
 
     Ask `route` where each request goes, or set your own balancer by the decision's weight; show
-    every answer to `observe`. Statistics may be looked at all the time. Within ``with guard:`` a
-    thread of its own looks once a second, so that silence is noticed too; without it, `observe`
-    looks. Where the state file cannot be read, the original alone serves, and `problem` says why.
+    every answer to `observe`. From `start` on, or within ``with guard:``, a thread of its own looks
+    once a second, so that silence is noticed too; without it, `observe` looks. Where the state file cannot be read, the original alone serves, and `problem` says why.
 
     Args:
         bound: what validation measured: see `Bound.of`. The candidate counts as validated.
@@ -189,10 +188,14 @@ class Guard:
         """Roll back at once, from anywhere."""
         self.rollout.abort(reason, by)
 
+    def start(self) -> None:
+        """Look once a second from now on, from a thread of its own, until `close`."""
+        if self._thread is None and not self._closed:
+            self._thread = threading.Thread(target=self._run, name="guard", daemon=True)
+            self._thread.start()
+
     def __enter__(self) -> Guard:
-        self._ends.clear()
-        self._thread = threading.Thread(target=self._run, name="guard", daemon=True)
-        self._thread.start()
+        self.start()
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -65,6 +65,8 @@ class Serving:
         check_count("threads", self.threads, most=MOST_THREADS)
         check_above_zero("deadline-ms", self.deadline_ms)
         require("max-wait-ms", self.max_wait_ms, 0 <= self.max_wait_ms <= 1e4, "0 to 10000")
+        if self.task is not None and not self.task.is_file():
+            raise UserError(f"task: {self.task}: no such file.")
         if self.end_to_end and self.task is None:
             raise UserError("end-to-end: expected a Python file with task(); name it with --task.")
 
