@@ -58,7 +58,8 @@ class Guard:
 
     Ask `route` where each request goes, or set your own balancer by the decision's weight; show
     every answer to `observe`. From `start` on, or within ``with guard:``, a thread of its own looks
-    once a second, so that silence is noticed too; without it, `observe` looks. Where the state file cannot be read, the original alone serves, and `problem` says why.
+    once a second, so that silence is noticed too; without it, `observe` looks. Where the state file
+    cannot be read, the original alone serves, and `problem` says why.
 
     Args:
         bound: what validation measured: see `Bound.of`. The candidate counts as validated.
