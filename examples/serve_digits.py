@@ -73,6 +73,7 @@ async def day(address: str, images: np.ndarray, labels: np.ndarray, end: str) ->
     seen, weight, traffic, began = "", 0, Traffic(), time.monotonic()
     rng = np.random.default_rng(0)
     model = rollout(address)["model"]
+    print(f"  the page is at {address}/")
     asked: set[asyncio.Task[None]] = set()
     async with client.InferenceServerClient(address.removeprefix("http://")) as triton:
         described = await triton.get_model_metadata(model)
