@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from paredown.core.units import human
 from paredown.ship.guard.drift import Distance, distance
 from paredown.ship.guard.features import MOST_NUMBERS, of_batches
 from paredown.ship.guard.finding import Finding, State
@@ -90,14 +91,17 @@ class Budget:
         state: State = "pass" if self._windows and not self._over else "no evidence"
         if self._over >= self._over_limit:
             state = "fail"
-        says = f"{self._last:,.0f} at the most in the last window"
+        says = f"{self._told(self._last)} at the most in the last window"
         if not self._windows:
             says = "nothing was told"
         if self._over:
-            says += f", over {self._most:,} for {self._over} windows"
+            says += f", over {self._told(self._most)} for {self._over} windows"
         asked, evidence = self._most > 0, self._last if self._windows else None
         limit = self._most if asked else None
         return Finding(self.name, state, asked, evidence, limit, self._windows, 1, says)
+
+    def _told(self, value: float) -> str:
+        return human("memory", value) if self.name == "memory" else f"{value:,.0f}"
 
 
 class Drift:
