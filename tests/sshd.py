@@ -88,7 +88,9 @@ class Machine:
         """Kill what serves the connections there are, and how many that were."""
         found = self.connections()
         for pid in found:
-            below = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+            below = []
+            with contextlib.suppress(OSError):  # it may have ended by itself
+                below = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
             for each in (pid, *map(int, below)):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(each, signal.SIGKILL)

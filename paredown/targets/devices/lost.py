@@ -83,10 +83,11 @@ def cause(said: str, address: Address, answered: bool) -> Lost:
         (False, 'the host cannot be reached: is it on, and on this network?')
     """
     lines = [line.strip() for line in said.splitlines() if line.strip()]
-    last = lines[-1][:200] if lines else "ssh said nothing"
+    last = lines[-1][:200] if lines else ""
     host = f"'[{address.host}]:{address.port}'" if address.port else address.host
     for each in _CAUSES:
         if any(words in said for words in each.says):
             told = each.told.format(login=address.login, known=host, said=last)
             return Lost(told, each.final)
-    return Lost(f"the connection {'was lost' if answered else 'failed'}: {last}")
+    what = "the connection was lost" if answered else "the connection failed"
+    return Lost(f"{what}: {last}" if last else what)

@@ -114,8 +114,8 @@ class Remote:
         """Latencies in ms (count,), cycling through the batches, and mJ per inference or None."""
 
         def work() -> dict[str, Any]:
-            self._started()
-            return self._work("time", inputs, {"warmup": warmup, "count": count})
+            more = count if self._started() else 0  # a new process is cold
+            return self._work("time", inputs, {"warmup": warmup + more, "count": count})
 
         answer = self._shell.again(work)
         self.conditions = answer["conditions"]
@@ -229,9 +229,12 @@ class Remote:
 
     def _end(self) -> None:
         self._kill()
-        with contextlib.suppress(UserError, Lost):  # a later run removes what is left
-            self._store.end()
         self._said.close()
+        for _ in range(2):  # else a later run removes what is left
+            with contextlib.suppress(Lost):
+                with contextlib.suppress(UserError):
+                    self._store.end()
+                return
 
 
 def _shell(address: Address) -> Shell:
