@@ -367,6 +367,12 @@ def put(tensor, place, value):
 @pytest.mark.parametrize(
     ("where", "place", "value", "said"),
     [
+        (
+            "ids",
+            (5, 2),
+            12,
+            "with its least and largest inputs (0 in example 0, 12 in example 5): the m",
+        ),
         ("ids", (70, 2), 12, "with its least and largest inputs (0 in example 0, 12 in example 70"),
         ("ids", (80, 1), -1, "least and largest inputs (-1 in example 80, 9 in example 9): the mo"),
         ("labels", 90, 7, "least and largest labels (0 in example 0, 7 in example 90): task.loss"),

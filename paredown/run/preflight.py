@@ -158,10 +158,14 @@ def _ask(
     if model is None:
         return
     fits = [name for name in surveys if found.tried(name, partial(_fits, model, task, name))]
-    if "validation" in fits and task.score is not None:
+    known = len(found.problems)
+    for name in fits if not known else ():
+        found.tried(name, partial(_ends, model, task, name, surveys[name], labels=False))
+    runs = len(found.problems) == known
+    if "validation" in fits and task.score is not None and runs:
         if found.tried("task.score", lambda: _score(model, task)) is not None:
             found.facts.append(f"{_around(task)}scored one batch of validation")
-    if "train" in fits and task.loss is not None:
+    if "train" in fits and task.loss is not None and runs:
         if found.tried("task.loss", lambda: _differentiate(model, task)) is not None:
             found.facts.append("loss and gradients of one training batch are finite")
     if found.problems == []:
@@ -234,9 +238,13 @@ def _differentiate(model: Model, task: Task) -> torch.Tensor | None:
     return loss.detach()
 
 
-def _ends(model: Model, task: Task, name: str, survey: Survey) -> None:
+def _ends(model: Model, task: Task, name: str, survey: Survey, labels: bool = True) -> None:
     """Run the examples with the least and the largest numbers, where a table or the classes may
-    have ended before."""
+    have ended before.
+
+    Args:
+        labels: whether score and loss are run too.
+    """
     data = splits.split(task, name)
     held = list(dict.fromkeys(example for _, example in survey.ends.values()))
     size = feed.size(model, task.batch_size)
@@ -247,6 +255,8 @@ def _ends(model: Model, task: Task, name: str, survey: Survey) -> None:
             doing = "input"
             try:
                 output = batches.call(model, batch.inputs)
+                if not labels:
+                    continue
                 doing, target = "label", batches.padded(batch.target, batch.size)
                 if name in ("validation", "test"):
                     evaluate.scored(task, output, target, batch.size)
