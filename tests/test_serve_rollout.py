@@ -211,7 +211,7 @@ def test_what_has_come_is_answered_before_the_end(tmp_path):
             slow = pool.submit(served.infer, LARGE)
             time.sleep(0.3)
             served.process.send_signal(signal.SIGTERM)
-            assert slow.result()[0] == 200
+            assert slow.result()[0] == 200, slow.result()
         assert served.process.wait(20) == 0
 
 
