@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import threading
 
 import numpy as np
 import pytest
@@ -293,6 +294,30 @@ def test_a_fault_during_the_commit_wins_over_the_raise(tmp_path, monkeypatch):
         assert made.run(60, Stage.CANARY) is Stage.ROLLED_BACK and made.rollout.weight == 0
     with Journal.open(tmp_path / "state.db") as journal:
         assert "crash" in journal.latched("ab12")
+
+
+def test_a_disk_that_hangs_holds_neither_routes_nor_status_nor_an_abort(tmp_path, monkeypatch):
+    hangs, goes_on, whole = threading.Event(), threading.Event(), Journal.append
+
+    def append(self, event, snapshot):
+        if event.kind == "advance":
+            hangs.set()
+            assert goes_on.wait(60)
+        whole(self, event, snapshot)
+
+    monkeypatch.setattr(Journal, "append", append)
+    with Journal.open(tmp_path / "state.db") as journal:
+        made = small(journal)
+        runs = threading.Thread(target=made.run, args=(60, Stage.CANARY))
+        runs.start()
+        assert hangs.wait(60)
+        assert made.rollout.route(b"x").model == ORIGINAL
+        assert made.rollout.status()["guards"]
+        made.rollout.abort("enough", "me")
+        assert made.rollout.stage is Stage.ROLLED_BACK
+        goes_on.set()
+        runs.join(60)
+        assert made.rollout.stage is Stage.ROLLED_BACK and journal.latched("ab12") == "enough"
 
 
 def test_an_unreadable_state_leaves_the_original_alone():

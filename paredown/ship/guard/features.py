@@ -11,6 +11,7 @@ Floats = NDArray[np.float64]
 
 MOST_ELEMENTS = 64  # of one example that are pooled
 MOST_EXAMPLES = 256  # of one batch that are looked at
+MOST_NUMBERS = 2**21  # of one batch that are looked at, in whole examples, and of one tick
 MOST_CHANNELS = 4
 MOST_CLASSES = 1000
 FINITE = "not finite"  # the feature that is 1 where an example holds NaN or infinity
@@ -41,7 +42,8 @@ def features(batch: np.ndarray, output: bool = False) -> dict[str, Floats]:
     if array.dtype.kind not in "fiub" or array.size == 0:
         return {}
     array = array.reshape(1) if array.ndim == 0 else array
-    array = array[_spaced(len(array), MOST_EXAMPLES)]
+    room = max(1, MOST_NUMBERS * len(array) // array.size)  # examples
+    array = array[_spaced(len(array), min(MOST_EXAMPLES, room))]
     whole = array.dtype.kind in "iub"
     values = array.astype(np.float64)
     flat = values.reshape(len(values), -1)  # (examples, elements)

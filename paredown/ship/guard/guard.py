@@ -58,7 +58,8 @@ class Guard:
 
     Ask `route` where each request goes, or set your own balancer by the decision's weight; show
     every answer to `observe`. From `start` on, or within ``with guard:``, a thread of its own looks
-    once a second, so that silence is noticed too; without it, `observe` looks. Where the state file cannot be read, the original alone serves, and `problem` says why.
+    once a second, so that silence is noticed too; without it, `observe` looks. Where the state file
+    cannot be read, the original alone serves, and `problem` says why.
 
     Args:
         bound: what validation measured: see `Bound.of`. The candidate counts as validated.
@@ -113,7 +114,7 @@ class Guard:
             if self._journal is not None:
                 self._journal.close()
             self.rollout = Rollout.alone(self.problem, policy, digest)
-        self._last = monotonic()
+        self._last, self._stage = monotonic(), self.rollout.stage
         self._looks = threading.Lock()
         self._thread: threading.Thread | None = None
         self._ends = threading.Event()
@@ -133,14 +134,15 @@ class Guard:
         """Take in one answer. Hard faults roll back here, at once."""
         self.rollout.observe(observation)
         due = self._thread is None and abs(self._monotonic() - self._last) >= TICK_S
-        rolled_back = self.rollout.stage is Stage.ROLLED_BACK
-        return self.look() if due or rolled_back else self._decision(())
+        moved = self.rollout.stage is not self._stage  # at once, by hard faults
+        return self.look() if due or moved else self._decision(())
 
     def look(self) -> Decision:
         """Judge what came in. To be called about once a second where no `with` block does it."""
         with self._looks:
             self._last = self._monotonic()
             events = tuple(self.rollout.tick())
+            self._stage = self.rollout.stage
         for event in events:
             if self._alert is not None:
                 with contextlib.suppress(Exception):  # of the user's code; decisions go on

@@ -23,6 +23,7 @@ from paredown.ship.guard.tally import Tally
 from paredown.ship.guard.windows import Windows
 
 ROUNDING_S = 1e-6  # seconds that ticks lose when they are added up
+PATIENCE_S = 0.1  # with a tick that writes, before the status is told as it was
 KEPT = 500  # events that are held for the page
 
 
@@ -74,9 +75,11 @@ class Rollout:
         self._invalid, self._problem = 0, ""
         self._dwell_s, self._last = 0.0, monotonic()
         self._blocked = ""
+        self._seen: dict[str, Any] = {"guards": [], "missing": [], "drift": {}}
         self._move(_recovered(journal, digest, self._panel))
         if journal is not None:
             self._events.extend(journal.events()[-KEPT:])
+        self._look()
 
     @staticmethod
     def alone(why: str, policy: Policy, digest: str) -> Rollout:
@@ -209,26 +212,39 @@ class Rollout:
         return self._router.weight
 
     def status(self) -> dict[str, Any]:
-        """Everything for the page, as plain JSON."""
-        with self._turn:
-            findings = self._panel.findings(self._position.where)
-            return {
-                "stage": str(self._position.stage),
-                "position": self._position.to_json(),
-                "weight": self.weight,
-                "digest": self.digest,
-                "blocked": self._blocked,
-                "dwell_s": self._dwell_s,
-                "dwell_needed_s": self._dwell_needed(self._position),
-                "guards": [asdict(each) for each in findings],
-                "missing": self._missing(self._position),
-                "windows": list(self._windows.records),
-                "drift": self._panel.drift(),
-                "invalid": self._invalid,
-                "problem": self._problem,
-                "journal": "" if self._journal is None else self._journal.broken,
-                "events": [asdict(each) for each in list(self._events)],
-            }
+        """Everything for the page, as plain JSON; where a tick waits for the disk, what the guards
+        said before it."""
+        self._look()
+        return {
+            "stage": str(self._position.stage),
+            "position": self._position.to_json(),
+            "weight": self.weight,
+            "digest": self.digest,
+            "blocked": self._blocked,
+            "dwell_s": self._dwell_s,
+            "dwell_needed_s": self._dwell_needed(self._position),
+            "guards": self._seen["guards"],
+            "missing": self._seen["missing"],
+            "windows": list(self._windows.records),
+            "drift": self._seen["drift"],
+            "invalid": self._invalid,
+            "problem": self._problem,
+            "journal": "" if self._journal is None else self._journal.broken,
+            "events": [asdict(each) for each in list(self._events)],
+        }
+
+    def _look(self) -> None:
+        """Ask the guards, if no tick is at them for longer than a moment."""
+        if self._turn.acquire(timeout=PATIENCE_S):
+            try:
+                position = self._position
+                self._seen = {
+                    "guards": [asdict(each) for each in self._panel.findings(position.where)],
+                    "missing": self._missing(position),
+                    "drift": self._panel.drift(),
+                }
+            finally:
+                self._turn.release()
 
     def flush(self) -> None:
         """Write what is not on the disk yet; says nothing where the disk fails, and does not wait

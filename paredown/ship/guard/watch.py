@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from paredown.ship.guard.drift import Distance, distance
-from paredown.ship.guard.features import of_batches
+from paredown.ship.guard.features import MOST_NUMBERS, of_batches
 from paredown.ship.guard.finding import Finding, State
 from paredown.ship.guard.policy import Policy
 from paredown.ship.guard.profile import Profile
@@ -126,10 +126,14 @@ class Drift:
         self._examples.clear()
 
     def update(self, batches: Sequence[Batch]) -> None:
-        """Count the sampled batches of a tick."""
+        """Count the sampled batches of a tick, as many as take no longer than a tick may."""
         if not self._reference:
             return
+        numbers = 0
         for batch in batches:
+            if numbers > MOST_NUMBERS:
+                return
+            numbers += sum(np.size(each) for each in batch.values())
             for key, (values, examples) in of_batches(batch, self._kind).items():
                 reference = self._reference.get(key)
                 if reference is None:
