@@ -112,7 +112,7 @@ def faulty(path, kind):
         extra.append(constant("rows", np.array([7, 7], np.int64)))
         branch = [helper.make_node("Reshape", ["y0", "rows"], ["other"])]
     else:  # slow: a product that takes seconds
-        extra += [constant("count", np.int64(400)), constant("on", np.bool_(True))]
+        extra += [constant("count", np.int64(120)), constant("on", np.bool_(True))]
         extra.append(constant("square", np.eye(700, dtype=np.float32)))
         unknown = helper.make_tensor_value_info
         body = helper.make_graph(

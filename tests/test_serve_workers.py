@@ -96,6 +96,22 @@ def test_too_many_requests_are_refused_at_once(tmp_path):
     assert with_worker(faulty(tmp_path / "m.onnx", "slow"), limits, work) == (15, 21)
 
 
+@pytest.mark.slow
+def test_requests_that_would_come_too_late_are_refused_at_once(tmp_path):
+    async def work(worker):
+        began = time.monotonic()
+        await worker.infer([LARGE])
+        each = time.monotonic() - began
+        worker.limits = Limits(batch=1, deadline_s=5 * each, hang_s=60)
+        waiting = [asyncio.create_task(worker.infer([LARGE])) for _ in range(20)]
+        found = await asyncio.gather(*waiting, return_exceptions=True)
+        assert {type(each) for each in found if isinstance(each, Exception)} == {Refused}
+        return sum(not isinstance(each, Exception) for each in found)
+
+    limits = Limits(batch=1, deadline_s=60, hang_s=60)
+    assert 2 <= with_worker(faulty(tmp_path / "m.onnx", "slow"), limits, work) <= 4
+
+
 def test_a_model_that_hangs_is_killed_and_comes_back(tmp_path):
     async def work(worker):
         pid = worker.pid

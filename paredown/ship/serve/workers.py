@@ -41,7 +41,8 @@ class Limits:
     Attributes:
         batch: the most examples that are run together.
         wait_s: how long the first of a batch waits for others while the model is free.
-        pending: the most requests that wait; more are refused at once.
+        pending: the most requests that wait; more are refused at once, and so are those that would
+            wait for half of the deadline.
         background: the same of those that nobody waits for; more are dropped.
         deadline_s: the longest that a request may take with its wait.
         hang_s: the longest that a batch may take, after which the process is killed.
@@ -110,6 +111,7 @@ class Worker:
         self._wake = asyncio.Event()
         self._changed = asyncio.Event()  # set when it becomes ready, or fails to
         self._busy = False
+        self._each_s = 0.0  # of a batch's time, what a request of it takes; the newest count most
         self._task: asyncio.Task[None] | None = None
 
     @property
@@ -122,8 +124,10 @@ class Worker:
 
     @property
     def full(self) -> bool:
-        """Whether another request would be refused."""
-        return len(self._waiting) >= self.limits.pending
+        """Whether another request would be refused: too many wait, or so many that the last would
+        miss its deadline, which is then no fault of the model."""
+        expected_s = len(self._waiting) * self._each_s
+        return len(self._waiting) >= self.limits.pending or expected_s > self.limits.deadline_s / 2
 
     def start(self) -> None:
         self._task = asyncio.create_task(self._supervise())
@@ -155,10 +159,8 @@ class Worker:
         """
         if not self.ready and not (self.limits.patient and self.signature):
             raise Fault("crash", f"{self.name} {self.why}")
-        queue, most = self._waiting, self.limits.pending
-        if background:
-            queue, most = self._behind, self.limits.background
-        if len(queue) >= most:
+        queue = self._behind if background else self._waiting
+        if len(queue) >= self.limits.background if background else self.full:
             self.counts.shed += 1
             raise Refused(503, f"{self.name}: {len(queue)} requests wait already; try again later.")
         job = self._job(arrays)
@@ -287,6 +289,8 @@ class Worker:
         except Died as error:
             self._again(jobs, Fault("crash", f"{self.name}: its process {error}"))
             raise
+        spent = (time.perf_counter() - began) / len(jobs)
+        self._each_s = spent if not self._each_s else 0.8 * self._each_s + 0.2 * spent
         self.counts.executions += 1
         self.counts.examples += sum(job.rows for job in jobs)
         if "error" in head:
