@@ -1,4 +1,4 @@
-"""Kills a guarded rollout at random moments, as `make soak` does, and looks at what is left.
+"""Kills a guarded rollout at random moments, and looks at what is left.
 
     python -m benchmarks.guard_kills [--kills 2000]
 

@@ -1,4 +1,4 @@
-"""The guard's full counts, as `make soak` runs them; prints what docs/guarding.md gives.
+"""The guard's full counts; prints the figures that docs/guarding.md gives.
 
     python -m benchmarks.guard_soak [--rollouts 1000] [--runs 200] [--samples 1000000] [--seeds 50]
 
