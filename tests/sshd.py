@@ -129,8 +129,9 @@ def machine(folder: Path, python: str):
         found.start()
         yield found
     finally:
-        found.stop()
-        _ip("netns", "del", name)
+        with contextlib.ExitStack() as stack:
+            stack.callback(_ip, "netns", "del", name)
+            found.stop()
 
 
 def _write(folder: Path, there: str) -> None:

@@ -157,12 +157,12 @@ def validate_verb(
         Path | None,
         typer.Option(help="The Python file with model() and task(), where the run names none."),
     ] = None,
-    device: Annotated[
-        list[str] | None, typer.Option(help=f"{DEVICE_HELP} May be given several times.")
+    devices: Annotated[
+        list[str] | None, typer.Option("--device", help=f"{DEVICE_HELP} May be repeated.")
     ] = None,
-    runtime: Annotated[
+    runtimes: Annotated[
         list[str] | None,
-        typer.Option(help="Runtime, by default the run's. May be given several times."),
+        typer.Option("--runtime", help="Runtime, by default the run's. May be repeated."),
     ] = None,
     isa: Annotated[
         list[str] | None,
@@ -188,7 +188,7 @@ def validate_verb(
     from paredown.run.validate_words import print_validations, targets_of, task_file_of, write
 
     with working(as_json):
-        targets = targets_of(what, device, runtime, threads, rounds)
+        targets = targets_of(what, devices, runtimes, threads, rounds)
         found_file = task or task_file_of(what)
         loaded = python_file.load_task(found_file) if found_file and what.is_dir() else None
         subject, found = validate(what, loaded, targets, isa, power_csv, task)
