@@ -19,6 +19,7 @@ from paredown.core.task import Target
 from paredown.core.units import GOALS, human
 
 FILES = ("artifact", "original")  # of a run
+GOLDEN = "golden.npz"  # in its folder: frozen inputs and outputs of the artifact
 
 
 @dataclass(frozen=True)

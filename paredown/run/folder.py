@@ -8,11 +8,10 @@ from pathlib import Path
 
 from paredown.core import progress
 from paredown.core.files import read_parts, write_atomically, write_together
-from paredown.core.results import Artifact, Run
+from paredown.core.results import GOLDEN, Artifact, Run
 from paredown.core.task import Target, Task
 from paredown.data import splits
 from paredown.report.page import report
-from paredown.run.golden import GOLDEN
 from paredown.run.identity import ignore_of
 from paredown.steps import recipe
 from paredown.steps.step import Step

@@ -28,7 +28,7 @@ from paredown.targets import parity
 from paredown.targets.devices import first
 from paredown.targets.runtimes import source
 
-GOLDEN, SUFFIX = "golden.npz", ".npz"
+SUFFIX = ".npz"
 EXAMPLES, MOST_BYTES = 32, 16_000_000
 AGREES_DB = 30.0  # an error of 3 % of the outputs' size; kernels of one file differ by far less
 

@@ -11,7 +11,7 @@ from typing import Any
 from paredown.core.errors import UserError
 from paredown.core.goals import Goals
 from paredown.core.measurement import Measurement
-from paredown.core.results import Artifact, Run
+from paredown.core.results import GOLDEN, Artifact, Run
 from paredown.core.task import Task
 from paredown.core.units import GOALS, Limit
 from paredown.data import splits
@@ -116,7 +116,7 @@ def of_run(folder: Path, task: Task | None) -> Subject:
         _goals(run),
         model,
         task,
-        golden.read(folder / golden.GOLDEN, kept["sha256"]) if kept else None,
+        golden.read(folder / GOLDEN, kept["sha256"]) if kept else None,
         run,
         notes,
     )
@@ -146,19 +146,19 @@ def of_file(file: Path, task_file: Path | None) -> Subject:
     name = runtime_of(file)
     if not file.is_file():
         raise UserError(f"{file}: no such file or folder.")
-    there = file.with_name(golden.GOLDEN)
+    there = file.with_name(GOLDEN)
     model, task = None, None
     if task_file is not None:
         module, task = python_file.load(task_file)
         task = splits.prepared(task)
         model = capture(module, task.example, task.dynamic)
-    notes = [] if there.is_file() else [f"No {golden.GOLDEN} lies beside it."]
+    notes = [] if there.is_file() else [f"No {GOLDEN} lies beside it."]
     if task is None:
         notes.append("No task is named (--task), so nothing is scored.")
     if task is None and not there.is_file():
         raise UserError(
             f"{file}: there is nothing to hold it against: name its task with --task FILE.py, or "
-            f"put the run's {golden.GOLDEN} beside it."
+            f"put the run's {GOLDEN} beside it."
         )
     return Subject(
         file.name,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,11 +30,18 @@ class Examples:
     Attributes:
         task: the user's file; None where they are kept already.
         raw: before the task's preprocessing, as a server takes them that runs end to end.
+        golden: the run's golden set, whose inputs do where there is no task; None for none.
     """
 
     folder: Path
     task: Path | None
     raw: bool = False
+    golden: Path | None = None
+
+    @property
+    def source(self) -> str:
+        """Where they come from, in words."""
+        return str(self.task or self.golden or "no task")
 
     @property
     def file(self) -> Path:
@@ -59,6 +67,9 @@ class Examples:
         Raises:
             UserError: there is no task, the user's file fails, or its examples do not fit.
         """
+        if self.task is None and self.golden is not None:
+            _keep(self.file, of_golden(self.golden))
+            return
         if self.task is None:
             raise UserError("there are no examples to validate on; name a file with --task.")
         kind = "raw" if self.raw else "ready"
@@ -73,6 +84,30 @@ class Examples:
         if done.returncode:
             said = (done.stderr.strip().splitlines() or ["no word"])[-1]
             raise UserError(f"{self.task}: its examples cannot be read: {said}")
+
+
+def of_golden(path: Path) -> list[np.ndarray]:
+    """The inputs of a golden set, all its examples stacked by input.
+
+    Raises:
+        UserError: it cannot be read, or is none.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as kept:
+            names = [name.split(".") for name in kept.files if name.startswith("inputs.")]
+            found = {
+                (int(batch), int(place)): kept[f"inputs.{batch}.{place}"]
+                for _, batch, place in names
+            }
+        batches = sorted({batch for batch, _ in found})
+        rows = [
+            [found[batch, place][n] for place in sorted(p for b, p in found if b == batch)]
+            for batch in batches
+            for n in range(len(found[batch, 0]))
+        ]
+        return columns(rows)
+    except (OSError, ValueError, KeyError, IndexError, TypeError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path}: no golden set can be read there: {error}") from error
 
 
 def columns(rows: Sequence[Sequence[np.ndarray]]) -> list[np.ndarray]:
@@ -135,7 +170,11 @@ def _write(task: Path, made: Path, raw: bool, names: Sequence[str]) -> None:
     picked = range(min(MOST, reading.size(data)))
     rows = [reading.examples(data, [n], 0)[0] for n in picked]
     arrays = [ordered(reading.pair(row, name)[0], names) for row in rows]
-    found = {str(place): column for place, column in enumerate(columns(arrays))}
+    _keep(made, columns(arrays))
+
+
+def _keep(made: Path, stacked: Sequence[np.ndarray]) -> None:
+    found = {str(place): column for place, column in enumerate(stacked)}
     with made.open("wb") as file:
         np.savez(file, **found)  # type: ignore[arg-type]
 

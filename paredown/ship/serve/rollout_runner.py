@@ -185,6 +185,6 @@ class Runner:
     def _made(self) -> list[list[np.ndarray]]:
         signature = self.service.pair.original.signature
         assert signature is not None
-        self.say(f"Reading examples of {self.examples.task or 'no task'}")
+        self.say(f"Reading examples of {self.examples.source}")
         self.examples.make([item["name"] for item in signature.inputs])
         return self.examples.read()

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from paredown.core.errors import UserError
-from paredown.core.results import Artifact, Run
+from paredown.core.files import read_parts, sha256
+from paredown.core.results import GOLDEN, Artifact, Run
 from paredown.core.settings import MOST_THREADS, check_above_zero, check_count, require
 from paredown.ship.guard.policy import Policy
 from paredown.ship.serve.child import Opening
@@ -133,6 +134,17 @@ def _candidate(asked: Serving, run: Run) -> tuple[Worker | None, str]:
     return _worker(asked, "candidate", run.artifact, run.details.get("outputs")), ""
 
 
+def _golden(folder: Path, run: Run) -> Path | None:
+    """The run's golden set, where it is the one that the run wrote."""
+    file, kept = folder / GOLDEN, run.details.get("golden")
+    if not kept:
+        return None
+    try:
+        return file if sha256(read_parts(file)) == kept["sha256"] else None
+    except OSError:
+        return None
+
+
 async def _serve(asked: Serving, run: Run, file: Path, say: Callable[[str], None]) -> None:
     from paredown.ship.serve import app, listening
 
@@ -143,7 +155,8 @@ async def _serve(asked: Serving, run: Run, file: Path, say: Callable[[str], None
     candidate, lacking = _candidate(asked, run)
     service = Service(run.name, Pair(original, candidate, None, Agreement(), Kept()))
     digests = (run.original.sha256, run.artifact.sha256 if run.artifact else "")
-    source_of = Examples(asked.folder, asked.task, asked.end_to_end)
+    golden = None if asked.end_to_end else _golden(asked.run, run)
+    source_of = Examples(asked.folder, asked.task, asked.end_to_end, golden)
     runner = Runner(service, asked.policy, asked.folder, digests, source_of, say, Known.of(run))
     runner.alone(lacking) if lacking else runner.open()
     workers = [each for each in (original, candidate) if each]
