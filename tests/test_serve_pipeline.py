@@ -93,6 +93,22 @@ def test_a_task_that_fails_is_told(tmp_path):
         examples.Examples(tmp_path, None).make(["x"])
 
 
+def test_a_golden_set_does_where_there_is_no_task(tmp_path):
+    arrays = {
+        f"inputs.{n}.{place}": np.full((2, 3), 10 * n + place) for n in range(3) for place in (0, 1)
+    }
+    np.savez(tmp_path / "golden.npz", **arrays, **{"outputs.0.0": np.zeros((2, 1))})
+    kept = examples.Examples(tmp_path, None, golden=tmp_path / "golden.npz")
+    kept.make(["a", "b"])
+    rows = kept.read()
+    assert [[leaf.shape for leaf in row] for row in rows] == [[(1, 3), (1, 3)]] * 6
+    assert [[leaf[0, 0] for leaf in row] for row in rows[1:3]] == [[0, 1], [10, 11]]
+    for damaged in (b"", b"PK no zip", (tmp_path / "golden.npz").read_bytes()[:200]):
+        (tmp_path / "golden.npz").write_bytes(damaged)
+        with pytest.raises(paredown.UserError, match="no golden set can be read"):
+            kept.make(["a", "b"])
+
+
 @pytest.mark.slow
 def test_a_server_runs_end_to_end(tmp_path, task_file):
     folder = run_folder(tmp_path / "run")
