@@ -19,6 +19,7 @@ from paredown.core.errors import UserError
 
 SPLITS = ("validation", "test")
 MOST, MOST_BYTES = 512, 2**28
+UNREADABLE = (OSError, EOFError, LookupError, TypeError, ValueError, zipfile.BadZipFile)
 READ_S = 600.0  # the longest that the user's file may take
 FILE, RAW_FILE = "examples.npz", "raw_examples.npz"
 
@@ -106,7 +107,7 @@ def of_golden(path: Path) -> list[np.ndarray]:
             for n in range(len(found[batch, 0]))
         ]
         return columns(rows)
-    except (OSError, ValueError, KeyError, IndexError, TypeError, zipfile.BadZipFile) as error:
+    except UNREADABLE as error:
         raise UserError(f"{path}: no golden set can be read there: {error}") from error
 
 
