@@ -120,5 +120,5 @@ def _floor(target: Target) -> Floor:
         with timing.opened({"one": file}, target) as probes:
             energy = probes["one"].time(inputs, 1)[1]
             peak = probes["one"].memory()
-            latencies, _ = probes["one"].time(inputs, FLOOR_SAMPLES, warmup=FLOOR_SAMPLES)
+            latencies, _ = probes["one"].time(inputs, FLOOR_SAMPLES, FLOOR_SAMPLES)
             return Floor(peak, float(latencies.min()), size_bytes(file), energy is not None)

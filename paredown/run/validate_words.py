@@ -131,7 +131,7 @@ def verdict(each: Validation) -> str:
         return each.problem
     told = [check.sentence for check in each.checks if not check.met]
     if not told:
-        told.append("Every goal is met there." if each.checks else "No goal was set.")
+        told.append("Every goal is met." if each.checks else "No goal was set.")
     if each.golden is not None:
         told.append(f"Golden outputs: {agreement(each.golden)}.")
     others = [way for way in each.instruction_sets if way.agreement and not way.agreement.agrees]

@@ -69,6 +69,8 @@ def _ratio_card(
     asked = "memory_model" if goal == "memory" and b.quantity("memory_model") else goal
     before, after = a.quantity(asked), b.quantity(asked)
     figure, word, tone = changed(run.comparison if run else None, goal, (before, after))
+    if word == "speed-up":  # too long for a figure
+        figure, word = "even", f"{figure} {word}"
     nbsp = "\u00a0"
     under = " → ".join(quantity(value, goal).replace(" ", nbsp) for value in (before, after))
     if asked == "memory_model":
