@@ -1,5 +1,6 @@
 PYTHON ?= python3
 WORKERS ?= 2
+SOAK ?= 100
 
 BIN := .venv/bin
 STAMP := .venv/.installed
@@ -16,6 +17,11 @@ test-slow: $(STAMP)
 	$(PYTEST) -m slow
 
 test-all: test test-slow
+
+soak: $(STAMP)
+	$(BIN)/python -m benchmarks.guard_soak
+	$(BIN)/python -m benchmarks.guard_kills
+	PAREDOWN_SOAK=$(SOAK) $(BIN)/python -m pytest -q -s -m "" tests/test_serve_soak.py tests/test_hostile.py
 
 demo: $(STAMP)
 	$(BIN)/paredown run examples/digits.py --max-drop 2% --size 0.1x --latency 0.35x --out runs/digits

@@ -1,6 +1,6 @@
 """Files that others made: damaged, or made to do harm. Whatever they hold, a sentence comes back.
 
-``PAREDOWN_SOAK=N`` opens N mutations of each format in place of a few.
+``PAREDOWN_SOAK=N`` opens 100 N mutations of each format in place of a few.
 """
 
 import os
@@ -27,7 +27,7 @@ from paredown.targets import foreign
 from paredown.targets.formats.onnx import wire
 from paredown.targets.runtimes import RUNTIMES, runtime
 
-MUTATIONS = int(os.environ.get("PAREDOWN_SOAK", 25))
+MUTATIONS = 100 * int(os.environ.get("PAREDOWN_SOAK", "0")) or 25
 LONGEST_S = 10.0  # that a file of some kilobytes may take
 
 

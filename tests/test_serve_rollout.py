@@ -59,6 +59,22 @@ def test_a_fault_of_the_promoted_candidate_is_not_seen_by_clients(tmp_path, kind
         assert f'fault="{seen}"' in served.get("/metrics").decode()
 
 
+def test_a_rollback_outlives_a_kill_right_behind_it(tmp_path):
+    """It is decided by an answer, between two ticks, and written before the next."""
+    folder = run_folder(tmp_path / "run", lambda path: faulty(path, "nan"))
+    with Served(folder) as first:
+        first.until(at("shadow"))
+        assert first.act("promote")[0] == 200
+        while not rolled_back(first.status()):
+            good(first, LARGE)
+        time.sleep(0.3)
+        first.process.kill()
+        first.process.wait()
+    first.log.unlink()
+    with Served(folder) as again:
+        assert rolled_back(again.status()) and good(again, inputs(1)) == "1"
+
+
 @pytest.mark.slow
 def test_faults_beside_the_answers_roll_back_before_any_client_is_routed(tmp_path):
     folder = run_folder(tmp_path / "run", lambda path: faulty(path, "nan"))

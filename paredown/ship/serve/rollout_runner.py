@@ -20,7 +20,7 @@ from paredown.ship.serve.examples import Examples
 from paredown.ship.serve.service import Service
 from paredown.ship.serve.validation import Known, Validation
 
-TICK_S = 1.0
+TICK_S, LOOK_S = 1.0, 0.05
 PAUSED_BY, ROLLED_BACK_BY = 3, 10  # looks in a row in which the guard itself failed
 JOURNAL = "rollout.db"
 UNKNOWN = Bound(0.0, 0.5)  # until validation has said more; no decision is made before
@@ -96,12 +96,22 @@ class Runner:
             except UserError as error:
                 self.alone(str(error))
         while True:
-            await asyncio.sleep(TICK_S)
+            await self._until_next()
             try:
                 await self._tick()
                 self._failed = 0
             except Exception as error:  # else nobody would judge any more, and nobody would know
                 await self.unjudged(error)
+
+    async def _until_next(self) -> None:
+        """Wait for the next tick; a rollback that an answer brings about meanwhile is written as soon
+        as it is seen, so that a kill right after does not undo it."""
+        before = self.service.rollout.stage
+        for _ in range(round(TICK_S / LOOK_S)):
+            await asyncio.sleep(LOOK_S)
+            if self.service.rollout.stage is not before:
+                before = self.service.rollout.stage
+                await asyncio.to_thread(self.service.rollout.flush)
 
     async def unjudged(self, error: Exception) -> None:
         """The guard failed: that is never a pass, so it pauses, and at last rolls back."""
