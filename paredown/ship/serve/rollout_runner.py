@@ -104,8 +104,8 @@ class Runner:
                 await self.unjudged(error)
 
     async def _until_next(self) -> None:
-        """Wait for the next tick; a rollback that an answer brings about meanwhile is written as soon
-        as it is seen, so that a kill right after does not undo it."""
+        """Wait for the next tick; a rollback that an answer brings about meanwhile is written as
+        soon as it is seen, so that a kill right after does not undo it."""
         before = self.service.rollout.stage
         for _ in range(round(TICK_S / LOOK_S)):
             await asyncio.sleep(LOOK_S)
