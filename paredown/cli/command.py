@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from paredown.core.goals import Goals
+from paredown.targets.options import gathered
 
 FAILED, MISSED, DIFFERS, UNPROVEN, INTERRUPTED = 1, 3, 4, 5, 130
 
@@ -30,16 +34,26 @@ Exit codes: 0 done and every goal met; 1 a problem, told in plain words; 2 wrong
 
 File = Annotated[Path, typer.Argument(help="Python file with model() and task().")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, for machines.")]
-Drop = Annotated[str | None, typer.Option(help='Allowed drop of the score: "1%", "0.01".')]
-Size = Annotated[str | None, typer.Option(help='File size: "500KB", "0.3x" of the original.')]
-Latency = Annotated[str | None, typer.Option(help='Median latency: "2ms", "0.7x".')]
-Memory = Annotated[str | None, typer.Option(help='Peak memory: "64MiB", "0.5x".')]
-Throughput = Annotated[str | None, typer.Option(help='At least: "500/s", "2x".')]
-Energy = Annotated[str | None, typer.Option(help='Energy per inference: "5mJ", "0.5x".')]
+ASKING = {  # the fields of Goals, as every verb that asks for some has them
+    "max_drop": Annotated[
+        str | None, typer.Option(help='Allowed drop of the score: "1%", "0.01".')
+    ],
+    "size": Annotated[str | None, typer.Option(help='File size: "500KB", "0.3x" of the original.')],
+    "latency": Annotated[str | None, typer.Option(help='Median latency: "2ms", "0.7x".')],
+    "memory": Annotated[str | None, typer.Option(help='Peak memory: "64MiB", "0.5x".')],
+    "throughput": Annotated[str | None, typer.Option(help='At least: "500/s", "2x".')],
+    "energy": Annotated[str | None, typer.Option(help='Energy per inference: "5mJ", "0.5x".')],
+}
+NO_GOALS = Goals()
 RecipeFile = Annotated[
     Path | None, typer.Option("--recipe", help="A recipe of your own, instead of the plan's.")
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print the result only.")]
+
+
+def asks(verb: Callable[..., None]) -> Callable[..., None]:
+    """A verb with the options of Goals in place of its ``goals``."""
+    return gathered("goals", Goals, ASKING)(verb)
 
 
 def _say_version(asked: bool) -> None:

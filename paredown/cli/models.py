@@ -8,19 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from paredown.cli.command import (
-    FAILED,
-    Drop,
-    Energy,
-    File,
-    Json,
-    Latency,
-    Memory,
-    RecipeFile,
-    Size,
-    Throughput,
-    app,
-)
+from paredown.cli.command import FAILED, NO_GOALS, File, Json, RecipeFile, app, asks
 from paredown.core.console import print_json, wide, working
 from paredown.core.errors import UserError
 from paredown.core.goals import Goals
@@ -40,12 +28,10 @@ def _captured(file: Path) -> tuple[Model, Task]:
 
 
 @app.command()
+@asks
 def check(
     file: File,
-    size: Size = None,
-    latency: Latency = None,
-    memory: Memory = None,
-    energy: Energy = None,
+    goals: Goals = NO_GOALS,
     runtime: Runtime = "onnxruntime",
     recipe_file: Annotated[
         Path | None, typer.Option("--recipe", help="Also check that this recipe can run.")
@@ -58,7 +44,6 @@ def check(
     """
     from paredown.run import preflight, words
 
-    goals = Goals(size=size, latency=latency, memory=memory, energy=energy)
     with working(as_json):
         found = preflight.check_file(file, Target(runtime=runtime), recipe_file, goals)
     if as_json:
@@ -137,15 +122,11 @@ def _opened(file: Path) -> Model:
 
 
 @app.command("plan")
+@asks
 @measures
 def plan_verb(
     file: File,
-    max_drop: Drop = None,
-    size: Size = None,
-    latency: Latency = None,
-    memory: Memory = None,
-    throughput: Throughput = None,
-    energy: Energy = None,
+    goals: Goals = NO_GOALS,
     target: Target = DEFAULT,
     recipe_file: RecipeFile = None,
     as_json: Json = False,
@@ -157,7 +138,6 @@ def plan_verb(
     from paredown.search.words import plan_rows, print_plan
     from paredown.steps import recipe
 
-    goals = Goals(max_drop, size, latency, memory, throughput, energy)
     steps = recipe.load(recipe_file) if recipe_file else None
     with working(as_json):
         model, task = _captured(file)

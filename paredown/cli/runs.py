@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 import sys
 from pathlib import Path
@@ -14,18 +15,14 @@ from paredown.cli.command import (
     DIFFERS,
     FAILED,
     MISSED,
+    NO_GOALS,
     UNPROVEN,
-    Drop,
-    Energy,
     File,
     Json,
-    Latency,
-    Memory,
     Quiet,
     RecipeFile,
-    Size,
-    Throughput,
     app,
+    asks,
 )
 from paredown.core.console import output, print_json, wide, working
 from paredown.core.goals import Goals
@@ -35,15 +32,11 @@ from paredown.targets.options import DEFAULT, DEVICE_HELP, measures
 
 
 @app.command()
+@asks
 @measures
 def run(
     file: File,
-    max_drop: Drop = None,
-    size: Size = None,
-    latency: Latency = None,
-    memory: Memory = None,
-    throughput: Throughput = None,
-    energy: Energy = None,
+    goals: Goals = NO_GOALS,
     target: Target = DEFAULT,
     recipe_file: RecipeFile = None,
     out: Annotated[
@@ -66,7 +59,7 @@ def run(
     from paredown.run.words import print_run
     from paredown.steps import recipe
 
-    goals = Goals(max_drop, size, latency, memory, throughput, energy, proof)
+    goals = dataclasses.replace(goals, proof=proof)
     steps = recipe.load(recipe_file) if recipe_file else None
     with working(as_json, quiet):
         module, task = python_file.load(file)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, get_type_hints
 
 import typer
@@ -32,20 +32,38 @@ MEASURING = {  # the fields of a Target, as every verb that measures has them
 
 def measures(verb: Callable[..., None]) -> Callable[..., None]:
     """A verb of the command line, with the options of a Target in place of its ``target``."""
+    return gathered("target", Target, MEASURING)(verb)
 
-    @functools.wraps(verb)
-    def made(**given: Any) -> None:
-        verb(target=Target(**{name: given.pop(name) for name in MEASURING}), **given)
 
-    hints, kept = get_type_hints(verb, include_extras=True), inspect.signature(verb).parameters
-    listed = []
-    for name, option in kept.items():
-        if name != "target":
-            listed.append(option.replace(annotation=hints[name]))
-            continue
-        for each, kind in MEASURING.items():
-            default = getattr(Target, each)
-            listed.append(inspect.Parameter(each, option.kind, default=default, annotation=kind))
-    made.__annotations__ = {each.name: each.annotation for each in listed}
-    made.__dict__["__signature__"] = inspect.Signature(listed)
-    return made
+def gathered(
+    argument: str, kind: type, options: Mapping[str, Any]
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Gives a verb of the command line options in place of an argument, which is made of them.
+
+    Args:
+        kind: of the argument, a dataclass.
+        options: the fields of it that are asked for, each with its kind of option; their defaults
+            are the fields' own.
+    """
+
+    def decorated(verb: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(verb)
+        def made(**given: Any) -> None:
+            verb(**{argument: kind(**{name: given.pop(name) for name in options})}, **given)
+
+        hints = get_type_hints(verb, include_extras=True)
+        listed = []
+        for name, option in inspect.signature(verb).parameters.items():
+            if name != argument:
+                listed.append(option.replace(annotation=hints[name]))
+                continue
+            for each, told in options.items():
+                default = getattr(kind, each)
+                listed.append(
+                    inspect.Parameter(each, option.kind, default=default, annotation=told)
+                )
+        made.__annotations__ = {each.name: each.annotation for each in listed}
+        made.__dict__["__signature__"] = inspect.Signature(listed)
+        return made
+
+    return decorated
