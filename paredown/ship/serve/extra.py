@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import sys
+from typing import Any
 
 from paredown.core.errors import UserError
 
-PACKAGES = ("granian", "starlette", "orjson")
+# uvloop, which is not for Windows, answers half as many requests again as asyncio's own loop
+LOOP = "asyncio" if sys.platform == "win32" else "uvloop"
+PACKAGES = ("granian", "starlette", "orjson", LOOP)
 
 
 def check_extra() -> None:
@@ -22,3 +26,8 @@ def check_extra() -> None:
             raise UserError(
                 f"serve: {name} is not installed here; run pip install 'paredown[serve]'."
             ) from error
+
+
+def event_loop() -> Any:
+    """The package whose ``run`` runs a coroutine in an event loop of its own."""
+    return importlib.import_module(LOOP)

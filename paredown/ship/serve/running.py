@@ -16,6 +16,7 @@ from paredown.ship.guard.policy import Policy
 from paredown.ship.serve.child import Opening
 from paredown.ship.serve.compare import Agreement
 from paredown.ship.serve.examples import Examples
+from paredown.ship.serve.extra import event_loop
 from paredown.ship.serve.kept import Kept
 from paredown.ship.serve.pair import Pair
 from paredown.ship.serve.rollout_runner import Runner
@@ -96,7 +97,7 @@ def serve(asked: Serving, say: Callable[[str], None] = print) -> None:
         asked.folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{asked.folder}: cannot be made: {error.strerror or error}.") from error
-    asyncio.run(_serve(asked, run, original, say))
+    event_loop().run(_serve(asked, run, original, say))
 
 
 def _worker(asked: Serving, name: str, artifact: Artifact, outputs: Any) -> Worker:
