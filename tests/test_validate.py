@@ -152,7 +152,7 @@ def test_what_is_missing_is_told(validated):
     code, [found], _ = validated("--isa", "none")
     assert code == 0 and found["measured"]["compressed"]["score"] is None
     assert found["measured"]["compressed"]["latency_ms_p50"] > 0
-    assert any("name it with --task" in note for note in found["notes"])
+    assert any("name its file with --task" in note for note in found["notes"])
     Path("r/model.onnx").write_bytes(b"other")
     code, _, err = validated()
     assert code == 1 and "is damaged, or not the file of the run" in err
@@ -163,8 +163,30 @@ def test_what_is_missing_is_told(validated):
 def test_other_test_data_are_told(validated):
     text = Path("net.py").read_text().replace('"test": images(2)', '"test": images(3)')
     Path("net.py").write_text(text)
-    _, [found], _ = validated("--isa", "none")
+    _, [found], _ = validated("--isa", "none", "--task", "net.py")
     assert any("The test split is not the one of the run" in note for note in found["notes"])
+
+
+def test_another_file_of_the_name_is_not_run(validated):
+    Path("net.py").write_text("raise SystemExit('executed')\n")
+    code, [found], err = validated("--isa", "none")
+    assert code == 0 and found["measured"]["compressed"]["score"] is None
+    assert "net.py: is not the file that the run was started from" in err and "executed" not in err
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("--device", "locl"), "device: 'locl' is not one of local, ssh"),
+        (("--device", ""), "device: '' is not one of"),
+        (("--threads", 0), "threads: expected"),
+        (("--out", "net.py"), "net.py: is a file; expected a folder"),
+    ],
+)
+def test_what_cannot_be_asked_is_told_before_anything_is_measured(validated, words, told):
+    code, found, err = validated(*words)
+    assert code == 1 and not found and told in err
+    assert not list(Path("r").glob("validation*"))
 
 
 def test_a_single_file_is_held_against_what_there_is(validated):
@@ -293,9 +315,13 @@ def test_a_power_meter_is_integrated_over_the_timed_windows(tmp_path):
         ("", "got none"),
         ("time,volts\n1,2\n", "expected a CSV file with the columns time and watts, got time"),
         ("time,watts\n1,2\n", "expected at least 2 readings, got 1"),
-        ("time,watts\n1,2\nyesterday,2\n", "line 3: expected a time and watts, got 'yesterday'"),
+        (
+            "time,watts\n1,2\nyesterday,2\n",
+            "line 3: expected a time and watts, 0 or more, got 'yesterday'",
+        ),
         ("time,watts\n1\n", "line 2: expected a time and watts"),
         ("time,watts\n1,nan\n", "line 2"),
+        ("time,watts\n1,5\n2,-5\n", "line 3: expected a time and watts, 0 or more"),
         ("time,watts\n\x00\xff", "is no CSV file"),
     ],
 )

@@ -27,6 +27,7 @@ from paredown.cli.command import (
 from paredown.core.console import output, print_json, wide, working
 from paredown.core.goals import Goals
 from paredown.core.results import Run
+from paredown.core.source import source_of
 from paredown.core.task import Target
 from paredown.targets.options import DEFAULT, DEVICE_HELP, measures
 
@@ -104,11 +105,10 @@ def explain_verb(
     from paredown.graph.doors import python_file
     from paredown.report.page import report
     from paredown.run.explain import explain
-    from paredown.run.words import file_of
 
     run = Run.load(folder)
     with working(as_json):
-        found = explain(folder, python_file.load_task(file or file_of(run, "explain")))
+        found = explain(folder, python_file.load_task(file or source_of(run, "explain")))
         report(Run.load(folder), folder / "report.html")
     if as_json:
         print_json(found.to_json())
@@ -129,11 +129,11 @@ def replay_verb(
     """Make a run's artifact again from its recipe, and compare the two files' SHA-256."""
     from paredown.graph.doors import python_file
     from paredown.run.replay import replay
-    from paredown.run.words import file_of, print_replay
+    from paredown.run.words import print_replay
 
     run = Run.load(folder)
     with working(as_json):
-        artifact, digest = replay(folder, *python_file.load(file or file_of(run, "replay")))
+        artifact, digest = replay(folder, *python_file.load(file or source_of(run, "replay")))
     same = digest == artifact.sha256
     if as_json:
         print_json({"kept": artifact.sha256, "replayed": digest, "same": same})
@@ -165,10 +165,8 @@ def validate_verb(
         Path | None, typer.Option(help="A power meter's CSV file with columns time and watts.")
     ] = None,
     threads: Annotated[int | None, typer.Option(help="Threads of the runtime.")] = None,
-    rounds: Annotated[int, typer.Option(help="Times that each file is opened and timed.")] = 10,
-    out: Annotated[
-        Path | None, typer.Option(help="Folder of the pages, by default its own.")
-    ] = None,
+    rounds: Annotated[int, typer.Option(help="Times that each file is timed, at least 2.")] = 10,
+    out: Annotated[Path | None, typer.Option(help="Folder of the pages, or its own.")] = None,
     as_json: Json = False,
 ) -> None:
     """Validate an artifact where it is to run: outputs, score, speed, memory, against its goals.
@@ -178,12 +176,13 @@ def validate_verb(
     from paredown.graph.doors import python_file
     from paredown.run.validate import FAILED as NOT_DONE
     from paredown.run.validate import PASSED, validate
-    from paredown.run.validate_words import print_validations, targets_of, task_file_of, write
+    from paredown.run.validate_words import check_out, print_validations, targets_of, task_of, write
 
     with working(as_json):
+        check_out(out)
         targets = targets_of(what, devices, runtimes, threads, rounds)
-        found_file = task or task_file_of(what)
-        loaded = python_file.load_task(found_file) if found_file and what.is_dir() else None
+        file = task or task_of(what)
+        loaded = python_file.load_task(file) if file and what.is_dir() else None
         subject, found = validate(what, loaded, targets, isa, power_csv, task)
         pages = write(subject, found, out or subject.folder)
     if as_json:

@@ -83,6 +83,7 @@ class _Details(TypedDict, total=False):
     packed_bytes: dict[str, int]
     reproduce: list[str]
     score: str
+    source_sha256: str
     stage_sha256: str
     threads: int
     useless: str

@@ -97,8 +97,10 @@ def _reading(path: Path, line: int, time: str | None, watts: str | None) -> tupl
         made = _seconds(str(time)), float(str(watts))
     except ValueError:
         made = np.nan, np.nan
-    if not np.isfinite(made).all():
-        raise UserError(f"{path}: line {line}: expected a time and watts, got {time!r}, {watts!r}.")
+    if not np.isfinite(made).all() or made[1] < 0:
+        raise UserError(
+            f"{path}: line {line}: expected a time and watts, 0 or more, got {time!r}, {watts!r}."
+        )
     return made
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from paredown.core import progress
+from paredown.core import progress, source
 from paredown.core.errors import UserError
 from paredown.core.goals import Goals
 from paredown.core.results import Run, Trial
@@ -244,6 +244,7 @@ def _run(state: State, steps: Sequence[Step] | None, asked: dict[str, Any], comm
             "finished": asked["finished"],
             "threads": asked["threads"],
             "useless": useless,
+            "source_sha256": source.digest(command),
             **_details(state, trials, best, measured),
         },
     )

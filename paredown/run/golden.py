@@ -125,7 +125,8 @@ def read(path: Path, digest: str = "") -> Golden:
         with np.load(path, allow_pickle=False) as stored:
             golden = Golden(_arrays(stored, "inputs"), _arrays(stored, "outputs"))
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}.") from error
+        again = " The same paredown run command writes it again." if digest else ""
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}.{again}") from error
     except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"{path}: is no golden set: {error}.") from error
     if not golden.inputs or len(golden.inputs) != len(golden.outputs):

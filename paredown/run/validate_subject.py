@@ -101,7 +101,7 @@ def of_run(folder: Path, task: Task | None) -> Subject:
     with Ledger.reopen(folder) as ledger:
         model = _stage(ledger, run.detail("model_sha256"))
     if task is None:
-        notes.append("The task's file was not found, so nothing is scored; name it with --task.")
+        notes.append("No task was read, so nothing is scored; name its file with --task.")
     else:
         facts = run.data.get("test", {})
         found = task.test and splits.fingerprint(task.test)
@@ -190,7 +190,7 @@ def runtime_of(file: Path) -> str:
     if file.suffix not in known:
         raise UserError(
             f"{file}: no runtime takes a file of that ending; expected {', '.join(sorted(known))}, "
-            "or a run's folder."
+            "or a run's folder. A .pare container is unpacked first, by paredown unpack."
         )
     return known[file.suffix]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import json
 import re
@@ -14,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from paredown.core import progress, source
 from paredown.core.console import output
 from paredown.core.errors import UserError
 from paredown.core.files import write_atomically
@@ -24,8 +24,8 @@ from paredown.report import validation
 from paredown.run.golden import Agreement
 from paredown.run.validate import FAILED, MISSED, PASSED, Validation
 from paredown.run.validate_subject import COMPRESSED, Subject, as_run, runtime_of
-from paredown.run.words import file_of
 from paredown.targets.devices.address import parsed
+from paredown.targets.devices.device import device
 
 COLOURS = {PASSED: "green", MISSED: "red", FAILED: "red"}
 
@@ -37,22 +37,39 @@ def targets_of(
     threads: int | None,
     rounds: int,
 ) -> list[Target]:
-    """Every device with every runtime; by default those of the run, or of this machine."""
+    """Every device with every runtime; by default those of the run, or of this machine.
+
+    Raises:
+        UserError: no such device.
+    """
+    for address in devices or ():
+        device(address)
     given = Target(**Run.load(what).target) if what.is_dir() else Target(runtime_of(what))
     return [
-        Target(name, address, threads or given.threads, rounds)
+        Target(name, address, given.threads if threads is None else threads, rounds)
         for address in dict.fromkeys(devices or [given.device])
         for name in dict.fromkeys(runtimes or [given.runtime])
     ]
 
 
-def task_file_of(what: Path) -> Path | None:
-    """The Python file that the run's command named, where it is there still."""
+def task_of(what: Path) -> Path | None:
+    """The Python file that a run was started from, where it is the same still; else it is told."""
     if not what.is_dir():
         return None
-    with contextlib.suppress(UserError):
-        return file_of(Run.load(what), "validate")
-    return None
+    file, lacking = source.found(what, "validate", "--task")
+    if lacking:
+        progress.say(f"  note: {lacking}")
+    return file
+
+
+def check_out(out: Path | None) -> None:
+    """Refuse what is no folder before anything is measured.
+
+    Raises:
+        UserError: it is a file.
+    """
+    if out is not None and out.exists() and not out.is_dir():
+        raise UserError(f"out: {out}: is a file; expected a folder.")
 
 
 def write(subject: Subject, found: Sequence[Validation], folder: Path) -> list[Path]:
@@ -131,7 +148,9 @@ def verdict(each: Validation) -> str:
         return each.problem
     told = [check.sentence for check in each.checks if not check.met]
     if not told:
-        told.append("Every goal is met." if each.checks else "No goal was set.")
+        told.append("Every goal is met" if each.checks else "No goal was set")
+        open_yet = [check.title for check in each.checks if check.unproven]
+        told[0] += f" as measured, not proven for {' and '.join(open_yet)}." if open_yet else "."
     if each.golden is not None:
         told.append(f"Golden outputs: {agreement(each.golden)}.")
     others = [way for way in each.instruction_sets if way.agreement and not way.agreement.agrees]

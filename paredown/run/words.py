@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 
 from rich.markup import escape
 from rich.table import Table
 
 from paredown.core.console import output
-from paredown.core.errors import UserError
 from paredown.core.measurement import Measurement
 from paredown.core.results import Run
 from paredown.core.units import human
@@ -96,16 +94,6 @@ def print_run(finished: Run) -> None:
         for name, paths in (("Artifact", shipped), ("Report", [str(folder / "report.html")])):
             line = f"{name + ':':9} {escape(' and '.join(paths))}"
             console.print(line, highlight=False, soft_wrap=True)
-
-
-def file_of(run: Run, verb: str) -> Path:
-    """The Python file that the run's command named."""
-    found = next((word for word in shlex.split(run.command) if word.endswith(".py")), None)
-    if found is None:
-        raise UserError(f"{verb}: the run was not started from a file; name it with --file.")
-    if not Path(found).is_file():
-        raise UserError(f"{verb}: {found}: no such file here; name it with --file.")
-    return Path(found)
 
 
 def print_replay(run: Run, kept: str, replayed: str) -> None:

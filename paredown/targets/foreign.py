@@ -80,7 +80,9 @@ def _beside(path: Path, named: Outside) -> Path:
     """The file that a tensor's bytes lie in."""
     told = f"{path}: keeps weights in {named.location!r}"
     file = path.parent / named.location
-    if named.location != Path(named.location).name or named.location in ("", ".", ".."):
+    if named.location in ("", ".") or "\0" in named.location:
+        raise UserError(f"{told}, which names no file; it is damaged.")
+    if named.location != Path(named.location).name or named.location == "..":
         raise UserError(
             f"{told}, in another folder; save the model with its weights in a file beside it."
         )

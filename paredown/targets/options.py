@@ -23,8 +23,8 @@ MEASURING = {  # the fields of a Target, as every verb that measures has them
     "rounds": Annotated[
         int,
         typer.Option(
-            help="Times that each file is opened and timed, at most; fewer are quicker. From 10 on "
-            "there are up to twice as many where the machine is disturbed."
+            help="Times that each file is opened and timed, at most, from 2 up; fewer are quicker. "
+            "From 10 on there are up to twice as many where the machine is disturbed."
         ),
     ],
 }
