@@ -16,7 +16,7 @@ from paredown.core.files import write_atomically
 from paredown.core.results import Run
 from paredown.ship.guard.bound import Bound
 from paredown.ship.guard.profile import Profile
-from paredown.ship.serve.compare import Agreement, Outputs, distance, kind_of
+from paredown.ship.serve.compare import Agreement, Outputs, bad_numbers, distance, kind_of
 from paredown.ship.serve.pair import Pair, numbers
 from paredown.ship.serve.refused import Refused
 from paredown.ship.serve.workers import Answer, Fault, Worker
@@ -133,7 +133,8 @@ async def validate(
 ) -> tuple[Validation, Profile | None]:
     """Run both models on the examples.
 
-    A candidate that differs from the original more often than the run saw does not pass.
+    A candidate that differs from the original more often than the run saw does not pass. Examples
+    for which the original gives NaN or infinity say nothing, and are left out.
 
     Raises:
         UserError: there are no examples, or the original does not answer them.
@@ -144,7 +145,12 @@ async def validate(
     if not all(isinstance(each, Answer) for each in originals):
         said = next(each for each in originals if not isinstance(each, Answer))
         raise UserError(f"validation: the original does not answer the examples: {said}")
-    ours = [each.outputs for each in originals if isinstance(each, Answer)]
+    answered = [each.outputs for each in originals if isinstance(each, Answer)]
+    whole = [n for n, outputs in enumerate(answered) if not bad_numbers(outputs)]
+    if not whole:
+        raise UserError("validation: the original gives NaN or infinity for all of the examples.")
+    left_out = len(examples) - len(whole)
+    examples, ours = [examples[n] for n in whole], [answered[n] for n in whole]
     assert pair.candidate is not None
     theirs = await _all(pair.candidate, examples)
     faults = [_fault(pair, *each) for each in zip(ours, theirs, examples, strict=True)]
@@ -158,6 +164,9 @@ async def validate(
     if known and found.kind == "classes" and known.beyond(found.disagreed, found.examples):
         seen = f"and the run saw at most {known.differing} of {known.examples}"
         found = replace(found, passed=False, why=f"{found.why}, {seen}")
+    if left_out:
+        beside = f"{left_out} more are left out, as the original gives NaN or infinity for them"
+        found = replace(found, why=f"{found.why}; {beside}")
     return found, _profile(named, others)
 
 
