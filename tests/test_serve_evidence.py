@@ -138,3 +138,27 @@ def test_a_name_that_is_used_again_is_a_new_request():
         return [each["counted"] async for each in run()]
 
     assert asyncio.run(all_of()) == [True, True]
+
+
+def test_what_found_no_room_on_the_disk_is_written_when_there_is_room(tmp_path):
+    """The file may not grow, by SQLite's own bound: it then says that the disk is full."""
+    from paredown.ship.guard.journal import Journal
+
+    def most(journal, pages):
+        journal._base.execute(f"PRAGMA max_page_count = {pages}")
+
+    long = "enough " * 2000
+    for ticks in (0, 1):
+        path = tmp_path / f"{ticks}.db"
+        with Journal.open(path) as journal:
+            rollout = Rollout(Policy(), Bound(0.0, 0.01), journal, "ab12")
+            rollout.begin()
+            most(journal, 1)
+            rollout.abort(long, "me")
+            rollout.tick()
+            assert rollout.stage is Stage.ROLLED_BACK and "full" in rollout.status()["journal"]
+            most(journal, 10**6)
+            rollout.tick() if ticks else rollout.flush()
+            assert rollout.status()["journal"] == ""
+        with Journal.open(path) as journal:
+            assert Rollout(Policy(), Bound(0.0, 0.01), journal, "ab12").stage is Stage.ROLLED_BACK

@@ -123,6 +123,12 @@ def status(url: Url, as_json: Json = False) -> None:
     console = output(False)
     weight = f"{found['weight'] / 100:g} % of the requests"
     console.print(f"{escape(found['model'])}: {found['stage']}, {weight}", highlight=False)
+    if found.get("events"):
+        said = f"Last move: {found['events'][-1]['reason']}"
+        console.print(escape(said), highlight=False)
+    if found["stage"] == "rolled back":
+        console.print("This artifact is not tried again; a new one starts anew.", highlight=False)
+    _say_journal(found)
     if found.get("alone"):
         console.print(f"The original serves alone: {escape(found['alone'])}", highlight=False)
     for guard in found.get("guards", []):
@@ -159,6 +165,14 @@ def _move(url: str, action: str, reason: str, token_file: Path) -> None:
 
     found = _asked(url, action, {"reason": reason}, read(token_file))
     output(False).print(f"{found['stage']}, {found['weight'] / 100:g} % of the requests")
+    _say_journal(found)
+
+
+def _say_journal(found: dict[str, Any]) -> None:
+    """What keeps the server from writing its state: a move may then not outlive it."""
+    if found.get("journal"):
+        said = f"Not on the disk yet: the state cannot be written: {found['journal']}"
+        output(False).print(escape(said), highlight=False)
 
 
 def _asked(

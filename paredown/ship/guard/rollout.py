@@ -379,7 +379,7 @@ class Rollout:
 
     def _keep(self, position: Position) -> None:
         """Write what the tests have seen, once a window."""
-        if self._journal is not None and not self._journal.broken:
+        if self._journal is not None:
             with contextlib.suppress(UserError):
                 self._journal.save(self._snapshot(position))
 
