@@ -81,6 +81,7 @@ def serve_verb(
     check_extra()
     from paredown.ship.serve.running import Serving, serve
 
+    own = _task_of(run)
     asked = Serving(
         run=run,
         host=host,
@@ -90,7 +91,8 @@ def serve_verb(
         threads=threads,
         deadline_ms=deadline_ms,
         policy=Policy.from_toml(policy) if policy else Policy(),
-        task=task or _task_of(run),
+        task=task or (Path(own) if own and Path(own).is_file() else None),
+        sought=own,
         score_task=task,
         even_so=even_so,
         end_to_end=end_to_end,
@@ -104,13 +106,14 @@ def _say(text: str) -> None:
     print(text, flush=True)
 
 
-def _task_of(folder: Path) -> Path | None:
-    """The Python file that the run was started with, where it is still there."""
+def _task_of(folder: Path) -> str:
+    """The Python file that the run was started with, if it is still there or not; "" for none."""
     try:
         words = shlex.split(Run.load(folder).command)
     except (UserError, ValueError):
-        return None
-    return next((Path(w) for w in words if w.endswith(".py") and Path(w).is_file()), None)
+        return ""
+    files = [word for word in words if word.endswith(".py")]
+    return next((file for file in files if Path(file).is_file()), next(iter(files), ""))
 
 
 @rollout.command()

@@ -174,7 +174,7 @@ class Rollout:
         """Stay at this weight until `resume`.
 
         Raises:
-            UserError: it is paused or rolled back, or no reason is given.
+            UserError: it is paused or rolled back, not validated yet, or no reason is given.
         """
         with self._state:
             self._act("pause", reason, by, "hand")

@@ -4,6 +4,7 @@ traffic is then held against."""
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -39,6 +40,7 @@ class Validation:
         kind: how the models are compared, as an `Agreement` has it.
         bound: of that; the largest relative distance that was seen.
         why: what was found, in a sentence.
+        profile: SHA-256 of the profile's file, by which another one is known; "" for none.
     """
 
     original: str
@@ -51,27 +53,41 @@ class Validation:
     kind: str
     bound: float
     why: str
+    profile: str = ""
 
     @property
     def agreement(self) -> Agreement:
         return Agreement(self.kind, self.bound)
 
-    def save(self, folder: Path) -> None:
-        """Keep it for a restart.
+    def saved(self, folder: Path, profile: Profile | None) -> Validation:
+        """It, kept for a restart with its profile.
 
         Raises:
-            UserError: it cannot be written.
+            UserError: they cannot be written.
         """
-        write_atomically(folder / FILE, json.dumps(asdict(self)).encode())
+        kept = self
+        if profile is not None:
+            profile.save(folder / PROFILE)
+            kept = replace(self, profile=_digest(folder / PROFILE))
+        write_atomically(folder / FILE, json.dumps(asdict(kept)).encode())
+        return kept
 
     @staticmethod
     def kept(folder: Path, original: str, candidate: str) -> Validation | None:
-        """That of these two files, None where there is none."""
+        """That of these two files, None where there is none, or where its profile is gone or
+        another's: without it nobody would look at drift."""
         try:
-            found = Validation(**json.loads((folder / FILE).read_bytes()))
+            told = json.loads((folder / FILE).read_bytes())
+            found = Validation(**told)
+            same = (found.original, found.candidate) == (original, candidate)
+            whole = not found.profile or _digest(folder / PROFILE) == found.profile
+            return found if same and whole and "profile" in told else None
         except (OSError, ValueError, TypeError):
             return None
-        return found if (found.original, found.candidate) == (original, candidate) else None
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def upper_bound(events: int, n: int, confidence: float = CONFIDENCE) -> float:
@@ -117,11 +133,12 @@ class Known:
 
 
 def bound_of(found: Validation, folder: Path) -> Bound:
-    """The bound for a rollout, with the profile where one is kept."""
-    try:
-        profile = Profile.load(folder / PROFILE)
-    except UserError:  # then drift has no evidence, and says so
-        profile = None
+    """The bound for a rollout, with the profile where one was made.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    profile = Profile.load(folder / PROFILE) if found.profile else None
     return Bound(found.rate, found.upper, profile)
 
 

@@ -1,0 +1,147 @@
+"""The state's folder: what validation found, its profile, its examples; moves meanwhile."""
+
+import asyncio
+import json
+
+import numpy as np
+import pytest
+
+from paredown.core.errors import UserError
+from paredown.ship.guard.policy import Policy
+from paredown.ship.guard.stages import Stage
+from paredown.ship.serve import examples, validation
+from paredown.ship.serve.compare import Agreement
+from paredown.ship.serve.examples import Examples
+from paredown.ship.serve.kept import Kept
+from paredown.ship.serve.pair import Pair
+from paredown.ship.serve.rollout_runner import Runner
+from paredown.ship.serve.service import Service
+from tests.test_serve_evidence import Model, same
+
+
+class Started(Model):
+    why = "is ready"
+
+    async def first_start(self):
+        return True
+
+
+def begun(folder, candidate=same, during=None):
+    """The service after a start over the folder, and what was said; ``during`` is done to the
+    rollout while the candidate is validated."""
+    if not (folder / examples.FILE).exists():
+        rows = np.random.default_rng(0).normal(size=(64, 2)).astype(np.float32)
+        np.savez(folder / examples.FILE, **{"0": rows})
+    said = []
+
+    def validated(x):
+        if during is not None:
+            during(service.rollout)
+        return candidate(x)
+
+    service = Service("tiny", Pair(Started(same), Started(validated), None, Agreement(), Kept()))
+    source = Examples(folder, None)
+    runner = Runner(service, Policy(), folder, ("one", "other"), source, said.append)
+
+    async def run():
+        runner.open()
+        assert not service.alone
+        await runner._begin()
+        await runner.stop()
+
+    asyncio.run(run())
+    return service, said
+
+
+def test_what_validation_found_is_kept_over_a_restart(tmp_path):
+    service, said = begun(tmp_path)
+    assert service.rollout.stage is Stage.SHADOW and service.rollout.bound.profile.histograms
+    assert len(said) == 1 and said[0].startswith("Validated: ")
+    again, said = begun(tmp_path)
+    assert not said and again.rollout.bound.profile.histograms
+
+
+FOREIGN = json.dumps({"format": 1, "histograms": {}}).encode()
+
+
+@pytest.mark.parametrize("file", [validation.PROFILE, validation.FILE])
+@pytest.mark.parametrize("damage", [b"", b"no json", FOREIGN, None])
+def test_a_profile_that_is_not_the_candidates_is_made_again(tmp_path, file, damage):
+    begun(tmp_path)
+    whole = (tmp_path / validation.PROFILE).read_bytes()
+    (tmp_path / file).unlink() if damage is None else (tmp_path / file).write_bytes(damage)
+    service, said = begun(tmp_path)
+    assert "gone, damaged or of something else: validating again" in said[0]
+    assert service.rollout.stage is Stage.SHADOW
+    asked = {each["name"]: each["asked"] for each in service.look()["guards"]}
+    assert asked["input drift"] and asked["output drift"]
+    assert (tmp_path / validation.PROFILE).read_bytes() == whole
+
+
+def test_a_pause_during_validation_is_refused_in_words(tmp_path):
+    told = []
+
+    def pauses(rollout):
+        with pytest.raises(UserError) as refused:
+            rollout.pause("not yet", "me")
+        told.append(str(refused.value))
+
+    service, _ = begun(tmp_path, during=pauses)
+    assert service.rollout.stage is Stage.SHADOW
+    assert "at validate, and the candidate gets no request yet" in told[0]
+
+
+@pytest.mark.parametrize("room", [True, False])
+def test_an_abort_during_validation_stays(tmp_path, room):
+    def aborts(rollout):
+        if not room:
+            rollout._journal._base.execute("PRAGMA max_page_count = 1")
+        rollout.abort("enough " * 1000, "me")
+
+    service, said = begun(tmp_path, during=aborts)
+    assert service.rollout.stage is Stage.ROLLED_BACK and not service.alone
+    assert not any("serves alone" in each for each in said)
+
+
+def test_the_file_of_the_task_that_is_not_there_is_named(tmp_path):
+    made = Examples(tmp_path, None, sought="jobs/digits.py")
+    with pytest.raises(UserError, match=r"jobs/digits.py, which the run was made with, is not"):
+        made.make(["x"])
+
+
+def golden(path):
+    np.savez(path, **{"inputs.0.0": np.zeros((3, 2), np.float32)})
+    return path
+
+
+def test_where_the_state_has_no_room_its_folder_is_named_and_not_the_task(tmp_path):
+    made = Examples(tmp_path / "gone", None, golden=golden(tmp_path / "golden.npz"))
+    with pytest.raises(UserError, match=r"gone/examples\.npz: the examples cannot be kept"):
+        made.make(["x"])
+    task = tmp_path / "digits.py"
+    task.write_text(
+        "import torch, paredown\n"
+        "rows = torch.utils.data.TensorDataset(torch.zeros(4, 2), torch.zeros(4))\n"
+        "def task():\n"
+        "    return paredown.Task(example=(torch.zeros(1, 2),), validation=rows,\n"
+        "                         score=paredown.accuracy)\n"
+        "def model():\n    return torch.nn.Linear(2, 2)\n"
+    )
+    with pytest.raises(UserError) as told:
+        Examples(tmp_path / "gone", task).make(["x"])
+    assert "gone/examples.npz: the examples cannot be kept" in str(told.value)
+    assert "digits.py" not in str(told.value)
+    Examples(tmp_path, task).make(["x"])
+    assert len(Examples(tmp_path, task).read()) == 4
+
+
+def test_examples_that_were_cut_off_are_read_anew(tmp_path):
+    golden(tmp_path / "golden.npz")
+    begun(tmp_path)
+    whole = (tmp_path / examples.FILE).read_bytes()
+    (tmp_path / examples.FILE).write_bytes(whole[:200])
+    with pytest.raises(examples.UNREADABLE):
+        Examples(tmp_path, None).read()
+    made = Examples(tmp_path, None, golden=tmp_path / "golden.npz")
+    made.make(["x"])
+    assert len(made.read()) == 3 and not list(tmp_path.glob("*.part"))
