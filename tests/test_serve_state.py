@@ -6,8 +6,12 @@ import json
 import numpy as np
 import pytest
 
+from paredown.cli import serving
 from paredown.core.errors import UserError
+from paredown.ship.guard.bound import Bound
+from paredown.ship.guard.observation import Observation
 from paredown.ship.guard.policy import Policy
+from paredown.ship.guard.rollout import Rollout
 from paredown.ship.guard.stages import Stage
 from paredown.ship.serve import examples, validation
 from paredown.ship.serve.compare import Agreement
@@ -15,6 +19,7 @@ from paredown.ship.serve.examples import Examples
 from paredown.ship.serve.kept import Kept
 from paredown.ship.serve.pair import Pair
 from paredown.ship.serve.rollout_runner import Runner
+from paredown.ship.serve.running import Serving
 from paredown.ship.serve.service import Service
 from tests.test_serve_evidence import Model, same
 
@@ -145,3 +150,66 @@ def test_examples_that_were_cut_off_are_read_anew(tmp_path):
     made = Examples(tmp_path, None, golden=tmp_path / "golden.npz")
     made.make(["x"])
     assert len(made.read()) == 3 and not list(tmp_path.glob("*.part"))
+
+
+TASKS = {
+    "def task(): ...": True,
+    "if 1:\n    from mine import task": True,
+    "from mine import *": True,
+    "from mine import job as task": True,
+    "task = make()": True,
+    "": False,
+    "def model():\n    task = 1": False,
+    "task()": False,
+    "import task.of": False,
+    "no python": False,
+    "\0": False,
+}
+
+
+@pytest.mark.parametrize("text", TASKS)
+def test_a_file_without_a_task_is_refused_before_the_start(tmp_path, text):
+    (tmp_path / "mine.py").write_text(text)
+    try:
+        Serving(tmp_path, score_task=tmp_path / "mine.py")
+    except UserError as told:
+        assert not TASKS[text] and "expected a Python file with task()" in str(told)
+    else:
+        assert TASKS[text]
+
+
+def test_the_score_says_how_many_labels_are_of_both_models():
+    rollout = Rollout(Policy(), Bound(0.0, 0.01), None, "ab12")
+    rollout.begin()
+    rollout.validated(True, "by hand")
+
+    def says():
+        rollout.tick()
+        [told] = [each for each in rollout.status()["guards"] if each["name"] == "score"]
+        return told["says"]
+
+    assert says() == "no label has come"
+    for _ in range(7):
+        rollout.observe(Observation("original", score=1.0))
+    assert says() == "0 pairs of labels; 7 labels of one model alone"
+    rollout.observe(Observation("candidate", score=1.0, score_of_other=1.0))
+    assert "over 1 pairs of labels" in says()
+
+
+def shown(monkeypatch, capsys, found):
+    monkeypatch.setattr(serving, "_asked", lambda *words: found)
+    serving.status("http://127.0.0.1:1")
+    return " ".join(capsys.readouterr().out.split())
+
+
+def test_the_status_says_the_last_reason_and_what_is_not_on_the_disk(monkeypatch, capsys):
+    found = {"model": "tiny", "stage": "rolled back", "weight": 0, "journal": "disk is full"}
+    said = shown(monkeypatch, capsys, found | {"events": [{"reason": "too [slow]"}]})
+    assert "Last move: too [slow]" in said and "a new one starts anew" in said
+    assert "Not on the disk yet: the state cannot be written: disk is full" in said
+    said = shown(monkeypatch, capsys, found | {"stage": "shadow", "journal": "", "events": []})
+    assert said == "tiny: shadow, 0 % of the requests"
+    monkeypatch.setattr(serving, "_asked", lambda *words: found)
+    monkeypatch.setattr("paredown.ship.serve.token.read", lambda file: "token")
+    serving.abort("http://127.0.0.1:1", "enough", "token")
+    assert "disk is full" in capsys.readouterr().out

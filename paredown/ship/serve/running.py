@@ -22,6 +22,7 @@ from paredown.ship.serve.pair import Pair
 from paredown.ship.serve.rollout_runner import Runner
 from paredown.ship.serve.scoring import ByTask
 from paredown.ship.serve.service import Service
+from paredown.ship.serve.task_file import check_task_file
 from paredown.ship.serve.token import token
 from paredown.ship.serve.validation import Known
 from paredown.ship.serve.workers import Limits, Worker
@@ -71,6 +72,8 @@ class Serving:
         require("max-wait-ms", self.max_wait_ms, 0 <= self.max_wait_ms <= 1e4, "0 to 10000")
         if self.task is not None and not self.task.is_file():
             raise UserError(f"task: {self.task}: no such file.")
+        if self.score_task is not None:
+            check_task_file(self.score_task)
         if self.end_to_end and self.task is None:
             raise UserError("end-to-end: expected a Python file with task(); name it with --task.")
 
