@@ -22,6 +22,7 @@ from paredown.ship.serve.rollout_runner import Runner
 from paredown.ship.serve.running import Serving
 from paredown.ship.serve.service import Service
 from tests.test_serve_evidence import Model, same
+from tests.test_serve_runs import run_folder
 
 
 class Started(Model):
@@ -213,3 +214,13 @@ def test_the_status_says_the_last_reason_and_what_is_not_on_the_disk(monkeypatch
     monkeypatch.setattr("paredown.ship.serve.token.read", lambda file: "token")
     serving.abort("http://127.0.0.1:1", "enough", "token")
     assert "disk is full" in capsys.readouterr().out
+
+
+def test_the_runs_own_file_is_looked_for_where_it_would_be(tmp_path, monkeypatch):
+    folder = run_folder(tmp_path / "run")
+    told = json.loads((folder / "run.json").read_text())
+    told["command"] = "paredown compress 'my digits.py' --out runs/tiny"
+    (folder / "run.json").write_text(json.dumps(told))
+    monkeypatch.chdir(tmp_path)
+    assert serving._task_of(folder) == str(tmp_path / "my digits.py")
+    assert serving._task_of(tmp_path / "none") == ""

@@ -107,13 +107,14 @@ def _say(text: str) -> None:
 
 
 def _task_of(folder: Path) -> str:
-    """The Python file that the run was started with, if it is still there or not; "" for none."""
+    """The Python file that the run was started with, or where it would be; "" for none."""
     try:
         words = shlex.split(Run.load(folder).command)
     except (UserError, ValueError):
         return ""
     files = [word for word in words if word.endswith(".py")]
-    return next((file for file in files if Path(file).is_file()), next(iter(files), ""))
+    found = next((file for file in files if Path(file).is_file()), next(iter(files), ""))
+    return found and str(Path(found).absolute())
 
 
 @rollout.command()
