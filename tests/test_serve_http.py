@@ -370,6 +370,18 @@ def test_slow_clients_keep_nobody_else_out(server):
     assert closed == 1000
 
 
+def test_shared_memory_is_told_to_be_none(client):
+    asked = [client.get_system_shared_memory_status, client.get_cuda_shared_memory_status]
+    asked += [client.unregister_system_shared_memory, client.unregister_cuda_shared_memory]
+    asked.append(lambda: client.register_system_shared_memory("r", "/r", 8))
+    for each in asked:
+        with pytest.raises(
+            InferenceServerException, match="shared memory is not supported"
+        ) as said:
+            each()
+        assert said.value.status() == "501"
+
+
 # --- by hand, and late labels ------------------------------------------------------------------
 
 
@@ -392,7 +404,9 @@ def test_late_labels_score_both_models(server):
     status, said = server.post(
         "/v2/models/tiny/feedback", {"id": "late-3", "target": int(right[3])}
     )
-    assert status == 200 and said["scores"]["original"] == 1.0
+    assert status == 200 and said["scores"]["original"] == 1.0 and said["counted"]
+    status, again = server.post("/v2/models/tiny/feedback", {"id": "late-3", "target": 99})
+    assert status == 200 and again == {**said, "counted": False}
     assert server.post("/v2/models/tiny/feedback", {"id": "never", "target": 1})[0] == 404
     for wrong in ("a", [1, 2], None, 1.5, [[1], 2]):
         assert server.post("/v2/models/tiny/feedback", {"id": "late-4", "target": wrong})[0] == 400

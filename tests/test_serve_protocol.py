@@ -99,6 +99,8 @@ MALFORMED = {
     "no name": asked({"shape": [1], "datatype": "FP32", "data": [1]}),
     "twice": asked(one(), one()),
     "no datatype": asked({"name": "x", "shape": [1], "data": [1]}),
+    "datatype null": asked(one(None)),
+    "datatype a list": asked(one(["FP32"])),
     "datatype unknown": asked(one("FP31")),
     "shape a text": asked(one() | {"shape": "2"}),
     "shape negative": asked(one(shape=(-1, -2))),
@@ -109,6 +111,7 @@ MALFORMED = {
     "dims without end": asked(one() | {"shape": [1] * 40}),
     "too few": asked(one(data=[1])),
     "too many": asked(one(data=[1, 2, 3])),
+    "data empty": asked(one(data=[])),
     "no data": asked(one(data=None)),
     "data null": asked(one() | {"data": None}),
     "data a number": asked(one() | {"data": 3}),
@@ -147,6 +150,25 @@ def test_a_malformed_request_is_refused_in_words(case):
     with pytest.raises(Refused) as told:
         protocol.request_of(MALFORMED[case])
     assert told.value.status in (400, 413) and len(str(told.value)) > 10
+
+
+@pytest.mark.parametrize(
+    "case, said",
+    [
+        ("datatype null", "expected 'datatype' to be a text"),
+        ("datatype a list", "expected 'datatype' to be a text"),
+        ("data empty", "expected 2 elements for shape \\[2\\], got 0"),
+    ],
+)
+def test_what_is_wrong_is_said(case, said):
+    with pytest.raises(Refused, match=said):
+        protocol.request_of(MALFORMED[case])
+
+
+def test_no_elements_are_data_of_an_empty_shape():
+    for shape, data in (((0,), []), ((0, 3), []), ((2, 0), [[], []]), ((2, 0), [])):
+        found = protocol.request_of(asked(one(shape=shape, data=data))).inputs["x"]
+        assert found.shape == shape
 
 
 @pytest.mark.parametrize("header", ["", "-1", "x", "1e3", "99999999", "0x10", "1" * 5000, "²"])

@@ -200,12 +200,12 @@ def test_what_is_kept_of_requests_is_bounded():
     kept = Kept(lambda: now[0])
     for n in range(MOST_ANSWERS + 5):
         kept.answered(str(n), "original", {"y": np.zeros((1, 3))})
-    assert not kept.outputs("4") and kept.outputs("5")
+    assert not kept.entry("4") and kept.entry("5")
     kept.answered("big", "original", {"y": np.zeros(2**23)})
-    assert not kept.outputs("big") or not kept.outputs("100")
+    assert not kept.entry("big") or not kept.entry("100")
     kept.answered("last", "original", {"y": np.zeros(3)})
     now[0] = 4000.0
-    assert not kept.outputs("last")
+    assert not kept.entry("last")
     for _ in range(100):
         now[0] += 1
         kept.fell_back("nan", "", [np.zeros((1, 3))], None, {"y": np.zeros((1, 3))})

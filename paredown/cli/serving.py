@@ -81,6 +81,7 @@ def serve_verb(
     check_extra()
     from paredown.ship.serve.running import Serving, serve
 
+    own = _task_of(run)
     asked = Serving(
         run=run,
         host=host,
@@ -90,7 +91,8 @@ def serve_verb(
         threads=threads,
         deadline_ms=deadline_ms,
         policy=Policy.from_toml(policy) if policy else Policy(),
-        task=task or _task_of(run),
+        task=task or (Path(own) if own and Path(own).is_file() else None),
+        sought=own,
         score_task=task,
         even_so=even_so,
         end_to_end=end_to_end,
@@ -104,13 +106,15 @@ def _say(text: str) -> None:
     print(text, flush=True)
 
 
-def _task_of(folder: Path) -> Path | None:
-    """The Python file that the run was started with, where it is still there."""
+def _task_of(folder: Path) -> str:
+    """The Python file that the run was started with, or where it would be; "" for none."""
     try:
         words = shlex.split(Run.load(folder).command)
     except (UserError, ValueError):
-        return None
-    return next((Path(w) for w in words if w.endswith(".py") and Path(w).is_file()), None)
+        return ""
+    files = [word for word in words if word.endswith(".py")]
+    found = next((file for file in files if Path(file).is_file()), next(iter(files), ""))
+    return found and str(Path(found).absolute())
 
 
 @rollout.command()
@@ -123,6 +127,12 @@ def status(url: Url, as_json: Json = False) -> None:
     console = output(False)
     weight = f"{found['weight'] / 100:g} % of the requests"
     console.print(f"{escape(found['model'])}: {found['stage']}, {weight}", highlight=False)
+    if found.get("events"):
+        said = f"Last move: {found['events'][-1]['reason']}"
+        console.print(escape(said), highlight=False)
+    if found["stage"] == "rolled back":
+        console.print("This artifact is not tried again; a new one starts anew.", highlight=False)
+    _say_journal(found)
     if found.get("alone"):
         console.print(f"The original serves alone: {escape(found['alone'])}", highlight=False)
     for guard in found.get("guards", []):
@@ -159,6 +169,14 @@ def _move(url: str, action: str, reason: str, token_file: Path) -> None:
 
     found = _asked(url, action, {"reason": reason}, read(token_file))
     output(False).print(f"{found['stage']}, {found['weight'] / 100:g} % of the requests")
+    _say_journal(found)
+
+
+def _say_journal(found: dict[str, Any]) -> None:
+    """What keeps the server from writing its state: a move may then not outlive it."""
+    if found.get("journal"):
+        said = f"Not on the disk yet: the state cannot be written: {found['journal']}"
+        output(False).print(escape(said), highlight=False)
 
 
 def _asked(

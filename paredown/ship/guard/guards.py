@@ -204,10 +204,12 @@ class Score:
     def entered(self) -> None:
         """A new stage: its labels are counted anew, the test goes on."""
         self._bounds = MeanBounds(self._policy.confidence)
+        self._alone = 0  # labels for which the other model's answer is not known
 
     def update(self, tally: Tally) -> None:
         """Take in what came since the last look."""
         self._test.add(tally.drops)
+        self._alone += tally.original.labels + tally.candidate.labels - 2 * tally.labels_of_both
         self._bounds.add([(1 + drop) / 2 for drop in tally.drops])
 
     def finding(self, where: Stage) -> Finding:
@@ -218,11 +220,13 @@ class Score:
         evidence = self._test.log_evidence()
         state = judged(evidence, policy.alpha_score, n >= max(1, policy.min_labels), high <= most)
         says = "no label has come"
+        if self._alone:
+            says = f"0 pairs of labels; {self._alone:,} labels of one model alone"
         if n:
             mean = 2 * self._bounds.total / n - 1
             says = (
-                f"the score fell by {mean:+.4f} ({low:+.4f} to {high:+.4f}) over {n:,} labels; "
-                f"{policy.max_drop:.4f} is allowed"
+                f"the score fell by {mean:+.4f} ({low:+.4f} to {high:+.4f}) over "
+                f"{n:,} pairs of labels; {policy.max_drop:.4f} is allowed"
             )
             says += _missing(n, policy.min_labels, high <= most, f"an upper bound of {most:.4f}")
         limit, needed = 1 / policy.alpha_score, policy.min_labels

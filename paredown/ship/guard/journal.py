@@ -7,6 +7,7 @@ The newest events are kept; which digests were rolled back is kept for good.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -36,8 +37,9 @@ CREATE TABLE snapshot (id INTEGER PRIMARY KEY CHECK (id = 1), text TEXT NOT NULL
 class Journal:
     """An open state file; one process at a time holds it.
 
-    Make it with `Journal.open`. After a write that failed nothing more can be written before it
-    is opened anew: what a failed fsync has left on the disk is not known.
+    Make it with `Journal.open`. A write that found no room may be tried again. After any other that
+    failed nothing more can be written before the file is opened anew: what a failed fsync has left
+    on the disk is not known.
 
     Example:
         >>> import tempfile
@@ -53,7 +55,8 @@ class Journal:
 
     def __init__(self, path: Path, base: sqlite3.Connection, lock: int):
         self.path = path
-        self.broken = ""  # why nothing more can be written
+        self.broken = ""  # why the last write failed
+        self._again = False  # whether it may be tried again
         self._base = base
         self._lock = lock
         self._turn = threading.Lock()
@@ -102,7 +105,7 @@ class Journal:
                     self._base.close()
                 os.close(self._lock)
                 self._lock = -1
-                self.broken = self.broken or "it is closed"
+                self.broken, self._again = self.broken or "it is closed", False
 
     def append(self, event: Event, snapshot: dict[str, Any]) -> None:
         """Add an event and the state after it; when this returns both are on the disk.
@@ -151,7 +154,7 @@ class Journal:
 
     @contextlib.contextmanager
     def _committed(self) -> Iterator[sqlite3.Connection]:
-        if self.broken:
+        if self.broken and not self._again:
             raise UserError(f"{self.path}: cannot be written: {self.broken}.")
         try:
             self._base.execute("BEGIN IMMEDIATE")
@@ -159,13 +162,16 @@ class Journal:
             failpoint(POINTS[0])
             self._base.execute("COMMIT")
             failpoint(POINTS[1])
+            self.broken = ""
         except (sqlite3.Error, OSError) as error:
             self.broken = getattr(error, "strerror", None) or str(error)
+            self._again = _no_room(error)
             with contextlib.suppress(sqlite3.Error):
                 self._base.execute("ROLLBACK")
+            then = "It is tried again." if self._again else "Restart when the disk is in order."
             raise UserError(
                 f"{self.path}: cannot be written: {self.broken}. No weight is raised before it "
-                "can; restart when the disk is in order."
+                f"can. {then}"
             ) from error
 
     def _read(self) -> None:
@@ -178,6 +184,17 @@ class Journal:
             self._snapshot = _checked(self.path, text, crc)
 
 
+_PASSING = (
+    sqlite3.SQLITE_FULL,
+    sqlite3.SQLITE_BUSY,
+    sqlite3.SQLITE_LOCKED,
+    sqlite3.SQLITE_CANTOPEN,
+)
+_PASSING_IO = (
+    sqlite3.SQLITE_IOERR_WRITE,
+    sqlite3.SQLITE_IOERR_SHMOPEN,
+    sqlite3.SQLITE_IOERR_SHMSIZE,
+)
 _SNAPSHOT = "INSERT OR REPLACE INTO snapshot (id, text, crc) VALUES (1, ?, ?)"
 
 
@@ -201,6 +218,14 @@ def _damaged(path: Path, how: str) -> str:
         f"{path}: is damaged: {how}. Which candidates were rolled back is not known, so the "
         "original alone serves. Restore the file, or remove it to begin anew."
     )
+
+
+def _no_room(error: sqlite3.Error | OSError) -> bool:
+    """Whether a write failed before anything was synced: the disk was full, or the file held."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    code = getattr(error, "sqlite_errorcode", 0)
+    return code & 0xFF in _PASSING or code in _PASSING_IO
 
 
 @contextlib.contextmanager

@@ -88,9 +88,14 @@ def paused(position: Position, reason: str, cause: str) -> Position:
     """Stay here: the weight remains, and nothing goes on.
 
     Raises:
-        UserError: it is paused or was rolled back, or no reason is given.
+        UserError: it is paused or was rolled back, or gets no request yet; no reason is given.
     """
     _needs(reason, "pause")
+    if position.stage in (Stage.IDLE, Stage.VALIDATE):
+        raise UserError(
+            f"pause: the rollout is at {position.stage}, and the candidate gets no request yet. "
+            "Pause when it is validated, or abort."
+        )
     if position.stage in (Stage.PAUSED, Stage.ROLLED_BACK):
         raise UserError(f"pause: the rollout is {position.stage} already.")
     return replace(

@@ -174,7 +174,7 @@ class Rollout:
         """Stay at this weight until `resume`.
 
         Raises:
-            UserError: it is paused or rolled back, or no reason is given.
+            UserError: it is paused or rolled back, not validated yet, or no reason is given.
         """
         with self._state:
             self._act("pause", reason, by, "hand")
@@ -379,7 +379,7 @@ class Rollout:
 
     def _keep(self, position: Position) -> None:
         """Write what the tests have seen, once a window."""
-        if self._journal is not None and not self._journal.broken:
+        if self._journal is not None:
             with contextlib.suppress(UserError):
                 self._journal.save(self._snapshot(position))
 

@@ -88,6 +88,7 @@ class Tally:
     distance: float = 0.0  # sum over the pairs that told one
     distances: int = 0
     drops: list[float] = field(default_factory=list)  # original's score less the candidate's
+    labels_of_both: int = 0
     inputs: list[Batch] = field(default_factory=list)
     outputs: list[Batch] = field(default_factory=list)  # the candidate's
     invalid: int = 0  # observations that could not be used
@@ -135,6 +136,7 @@ class Tally:
         self._scored(self.candidate if ours else self.original, score)
         if ours and other is not None:
             self._scored(self.original, other)
+            self.labels_of_both += 1
             if len(self.drops) < MOST_LABELS:
                 self.drops.append(other - score)
 

@@ -115,6 +115,9 @@ class Endpoint:
         why = {version: worker.why for version, worker in self.service.workers.items()}
         return json_response(triton.index(self.service.name, why))
 
+    async def no_shared_memory(self, request: Request) -> Response:
+        raise Refused(501, "shared memory is not supported; send the tensors.")
+
     # --- beside the protocol ----------------------------------------------------------------------
 
     async def page(self, request: Request) -> Response:
@@ -170,6 +173,9 @@ def made(endpoint: Endpoint) -> Starlette:
         get += [(path + "/config", endpoint.config), (path + "/stats", endpoint.statistics)]
         post.append((path + "/infer", endpoint.infer))
     post.append(("/v2/repository/index", endpoint.index))
+    for kind in ("system", "cuda"):
+        get.append((f"/v2/{kind}sharedmemory/{{rest:path}}", endpoint.no_shared_memory))
+        post.append((f"/v2/{kind}sharedmemory/{{rest:path}}", endpoint.no_shared_memory))
     post += [("/v2/rollout/{action}", endpoint.act), (models + "/feedback", endpoint.feedback)]
     routes = [Route(path, handler, methods=["POST"]) for path, handler in post]
     routes += [Route(path, handler, methods=["GET"]) for path, handler in get]

@@ -20,6 +20,7 @@ from paredown.core.errors import UserError
 SPLITS = ("validation", "test")
 MOST, MOST_BYTES = 512, 2**28
 UNREADABLE = (OSError, EOFError, LookupError, TypeError, ValueError, zipfile.BadZipFile)
+NOT_KEPT = 3  # the child's exit status where the state's folder cannot be written
 READ_S = 600.0  # the longest that the user's file may take
 FILE, RAW_FILE = "examples.npz", "raw_examples.npz"
 
@@ -32,17 +33,20 @@ class Examples:
         task: the user's file; None where they are kept already.
         raw: before the task's preprocessing, as a server takes them that runs end to end.
         golden: the run's golden set, whose inputs do where there is no task; None for none.
+        sought: the run's own file of a task, told where there is no ``task``; "" for none.
     """
 
     folder: Path
     task: Path | None
     raw: bool = False
     golden: Path | None = None
+    sought: str = ""
 
     @property
     def source(self) -> str:
         """Where they come from, in words."""
-        return str(self.task or self.golden or "no task")
+        gone = f", as {self.sought} is not there" if self.sought and self.task is None else ""
+        return f"{self.task or self.golden or 'no task'}{gone}"
 
     @property
     def file(self) -> Path:
@@ -66,13 +70,15 @@ class Examples:
             names: of the file's inputs.
 
         Raises:
-            UserError: there is no task, the user's file fails, or its examples do not fit.
+            UserError: there is no task, the user's file fails, its examples do not fit, or the
+                folder has no room for them.
         """
         if self.task is None and self.golden is not None:
             _keep(self.file, of_golden(self.golden))
             return
         if self.task is None:
-            raise UserError("there are no examples to validate on; name a file with --task.")
+            gone = f": {self.sought}, which the run was made with, is not there" * bool(self.sought)
+            raise UserError(f"there are no examples to validate on{gone}; name a file with --task.")
         kind = "raw" if self.raw else "ready"
         command = [sys.executable, "-m", __name__, str(self.task), str(self.file), kind, *names]
         try:
@@ -84,6 +90,8 @@ class Examples:
             raise UserError(f"{self.task}: {said}.") from error
         if done.returncode:
             said = (done.stderr.strip().splitlines() or ["no word"])[-1]
+            if done.returncode == NOT_KEPT:
+                raise UserError(said)
             raise UserError(f"{self.task}: its examples cannot be read: {said}")
 
 
@@ -175,9 +183,25 @@ def _write(task: Path, made: Path, raw: bool, names: Sequence[str]) -> None:
 
 
 def _keep(made: Path, stacked: Sequence[np.ndarray]) -> None:
+    """Write them; the file is whole or not there.
+
+    Raises:
+        _NotKept: the folder cannot be written.
+    """
     found = {str(place): column for place, column in enumerate(stacked)}
-    with made.open("wb") as file:
-        np.savez(file, **found)  # type: ignore[arg-type]
+    part = made.with_suffix(".part")
+    try:
+        with part.open("wb") as file:
+            np.savez(file, **found)  # type: ignore[arg-type]
+        part.replace(made)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        said = f"{made}: the examples cannot be kept: {error.strerror or error}."
+        raise _NotKept(said) from error
+
+
+class _NotKept(UserError):
+    """It is the state's folder that fails, and not the user's file."""
 
 
 def main() -> None:
@@ -185,6 +209,9 @@ def main() -> None:
     task, made, kind, *names = sys.argv[1:]
     try:
         _write(Path(task), Path(made), kind == "raw", names)
+    except _NotKept as error:
+        print(error, file=sys.stderr)
+        sys.exit(NOT_KEPT)
     except UserError as error:
         sys.exit(str(error))
 

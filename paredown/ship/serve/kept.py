@@ -23,9 +23,12 @@ EXAMPLE_EACH_S = 0.2  # at most one example of each kind in that time, so that n
 
 
 @dataclass
-class _Entry:
+class Entry:
+    """What is kept of one request; ``scores`` of its first label, by which it is scored once."""
+
     born: float
     outputs: dict[str, Outputs] = field(default_factory=dict)  # by model
+    scores: dict[str, float] = field(default_factory=dict)
     nbytes: int = 0
 
 
@@ -38,13 +41,13 @@ class Kept:
     Example:
         >>> kept = Kept()
         >>> kept.answered("7", "original", {"y": np.array([[0.0, 1.0]])})
-        >>> kept.outputs("7")["original"]["y"].tolist(), kept.outputs("8")
-        ([[0.0, 1.0]], {})
+        >>> kept.entry("7").outputs["original"]["y"].tolist(), kept.entry("8")
+        ([[0.0, 1.0]], None)
     """
 
     def __init__(self, monotonic: Callable[[], float] = time.monotonic) -> None:
         self._monotonic = monotonic
-        self._answers: OrderedDict[str, _Entry] = OrderedDict()
+        self._answers: OrderedDict[str, Entry] = OrderedDict()
         self._nbytes = 0
         self._examples: deque[dict[str, Any]] = deque(maxlen=MOST_EXAMPLES)
         self._last: dict[str, float] = {}
@@ -55,7 +58,7 @@ class Kept:
         entry = self._answers.get(name)
         if entry is None or model in entry.outputs:  # a name that is used again is a new request
             self._forget(name)
-            entry = self._answers[name] = _Entry(now)
+            entry = self._answers[name] = Entry(now)
         entry.outputs[model] = {key: array.copy() for key, array in outputs.items()}  # of a batch
         size = sum(array.nbytes for array in outputs.values()) + len(name)
         entry.nbytes += size
@@ -72,11 +75,12 @@ class Kept:
         entry = self._answers.pop(name, None)
         self._nbytes -= entry.nbytes if entry else 0
 
-    def outputs(self, name: str) -> dict[str, Outputs]:
-        """What each model gave for a request; empty where that is not known any more."""
+    def entry(self, name: str) -> Entry | None:
+        """What each model gave for a request; None where that is not known any more."""
         entry = self._answers.get(name)
-        gone = entry is None or self._monotonic() - entry.born > LONGEST_S
-        return {} if gone or entry is None else dict(entry.outputs)
+        if entry is None or self._monotonic() - entry.born > LONGEST_S:
+            return None
+        return entry
 
     def fell_back(
         self,

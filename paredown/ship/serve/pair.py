@@ -33,6 +33,7 @@ from paredown.ship.serve.workers import Answer, Fault, Worker
 MOST_ROWS = 64  # of one request that are compared
 MOST_SHADOW_BYTES = 2**23  # of a request's inputs; a larger one is not shadowed
 SAMPLES_PER_S = 100  # of requests whose values are looked at for drift
+BAD = "NaN or infinity in its outputs"
 MEMORY = ("MemoryError", "bad_alloc", "BFCArena", "out of memory")  # in a model's own words
 
 
@@ -143,7 +144,7 @@ class Pair:
         if wrong:
             return await self._instead(arrays, "shape", wrong, outputs)
         if bad_numbers(outputs):
-            return await self._instead(arrays, "nan", "NaN or infinity in its outputs", outputs)
+            return await self._instead(arrays, "nan", BAD, outputs)
         return Served(answer, CANDIDATE)
 
     async def _instead(
@@ -154,11 +155,11 @@ class Pair:
         What the original does not give either is no fault: an input that both refuse, numbers that
         neither has.
         """
-        certain = kind not in ("error", "nan")  # else the original's answer says whether it is one
+        certain = kind in ("crash", "deadline")  # else the original's answer says whether it is one
         if certain:
             self.observe(Observation(CANDIDATE, fault=kind))
         answer = await self._original(arrays)
-        if kind == "nan" and bad_numbers(answer.outputs):
+        if not certain and bad_numbers(answer.outputs):
             return Served(answer, ORIGINAL)
         if not certain:
             self.observe(Observation(CANDIDATE, fault=kind))
@@ -220,7 +221,8 @@ class Pair:
             self.dropped += 1
             return
         except Fault as fault:
-            if by_original:
+            none = fault.kind == "error" and bad_numbers(served.answer.outputs)
+            if by_original and not none:
                 self.observe(Observation(CANDIDATE, fault=fault.kind, shadow=True))
                 self.kept.fell_back(
                     fault.kind, str(fault), arrays, None, served.answer.outputs, shadow=True
@@ -239,20 +241,26 @@ class Pair:
         shadow_ms: float,
         by_original: bool,
     ) -> None:
-        """Observe a pair; the latency is that of the model that answered beside."""
+        """Observe a pair; the latency is that of the model that answered beside.
+
+        An example for which the original itself gives NaN or infinity is no evidence of anything:
+        any client may send such numbers.
+        """
         one, other = original.outputs, candidate.outputs
         fault, why = self.fault(one, other, arrays)
+        rows = row_count(arrays)
+        parts = [] if fault else _finite(one, other, rows)
+        if not fault and any(bad_numbers(second) for _, _, second in parts):
+            fault, why = "nan", BAD
         if fault:
             self.observe(Observation(CANDIDATE, shadow_ms, fault, shadow=True))
             self.kept.fell_back(fault, why, arrays, other, one, shadow=True)
             return
-        if not by_original:
+        if parts and not by_original:
             self.observe(Observation(ORIGINAL, shadow_ms, shadow=True))
         latency = shadow_ms if by_original else None
         sample = numbers(other) if by_original and self._sampled(CANDIDATE) else None
-        rows = row_count(arrays)
-        parts = zip(rows_of(one, rows, MOST_ROWS), rows_of(other, rows, MOST_ROWS), strict=True)
-        for place, (first, second) in enumerate(parts):
+        for place, first, second in parts:
             agreed, apart = self.agreement.agree(first, second), distance(first, second)
             if not agreed:
                 row = [array[place : place + 1] for array in arrays] if rows > 1 else arrays
@@ -270,13 +278,22 @@ class Pair:
         candidate: Outputs,
         arrays: list[np.ndarray],
     ) -> tuple[str, str]:
-        """What is wrong with a candidate's outputs beside the original's, and why."""
+        """What is wrong with a candidate's outputs beside the original's, and why; nothing where
+        the original's own hold NaN or infinity."""
+        if bad_numbers(original):
+            return "", ""
         wrong = self.wrong(candidate, arrays)
         if wrong:
             return "shape", wrong
-        if bad_numbers(candidate) and not bad_numbers(original):
-            return "nan", "NaN or infinity in its outputs"
-        return "", ""
+        return ("nan", BAD) if bad_numbers(candidate) else ("", "")
+
+
+def _finite(original: Outputs, candidate: Outputs, rows: int) -> list[tuple[int, Outputs, Outputs]]:
+    """Place and outputs of each example for which the original gives numbers, where both models
+    give outputs of the same examples."""
+    ours, theirs = (rows_of(each, rows, MOST_ROWS) for each in (original, candidate))
+    pairs = enumerate(zip(ours, theirs, strict=False))
+    return [(n, *each) for n, each in pairs if not bad_numbers(each[0])]
 
 
 def numbers(arrays: Outputs) -> Outputs:

@@ -139,7 +139,7 @@ def _inputs(given: list[Any], raw: memoryview) -> tuple[dict[str, np.ndarray], d
         name = _name(_object(item, f"inputs[{place}]"), f"inputs[{place}]")
         if name in arrays:
             raise Refused(400, f"input {name!r} is given twice.")
-        datatype, shape = str(item.get("datatype")), tensors.shape_of(name, item.get("shape"))
+        datatype, shape = _datatype(item, name), tensors.shape_of(name, item.get("shape"))
         left -= tensors.room(name, datatype, shape)
         if left < 0:
             raise Refused(413, f"inputs: more than {tensors.MOST_BYTES} bytes as arrays.")
@@ -175,6 +175,13 @@ def _name(item: dict[str, Any], where: str) -> str:
     if not isinstance(name, str) or not name:
         raise Refused(400, f"{where}: expected a 'name'.")
     return name
+
+
+def _datatype(item: dict[str, Any], name: str) -> str:
+    datatype = item.get("datatype")
+    if not isinstance(datatype, str):
+        raise Refused(400, f"input {name!r}: expected 'datatype' to be a text, such as \"FP32\".")
+    return datatype
 
 
 def _wanted(given: Any, binary: bool) -> tuple[Wanted, ...]:

@@ -16,7 +16,7 @@ from paredown.ship.guard.policy import Policy
 from paredown.ship.guard.rollout import Rollout
 from paredown.ship.guard.stages import Stage
 from paredown.ship.serve import validation
-from paredown.ship.serve.examples import Examples
+from paredown.ship.serve.examples import UNREADABLE, Examples
 from paredown.ship.serve.service import Service
 from paredown.ship.serve.validation import Known, Validation
 
@@ -64,7 +64,10 @@ class Runner:
 
     def _use(self, found: Validation | None) -> None:
         bound = validation.bound_of(found, self.folder) if found and found.passed else UNKNOWN
+        before = self.service.rollout
         self.service.rollout = Rollout(self.policy, bound, self._journal, self.digests[1])
+        if before is not None and before.stage is Stage.ROLLED_BACK:  # maybe not on the disk yet
+            self.service.rollout.abort(before.position.why)
         if found:
             self.service.pair.agreement = found.agreement
 
@@ -160,6 +163,8 @@ class Runner:
         """
         if not opened:
             return
+        what = f"{validation.FILE} or {validation.PROFILE}"
+        self.say(f"{self.folder}: {what} is gone, damaged or of something else: validating again.")
         found = await self._validated()
         self._use(found)
         if not found.passed:
@@ -176,19 +181,18 @@ class Runner:
         if found is None:
             found = await self._validated()
         self._use(found)
-        await asyncio.to_thread(self.service.rollout.validated, found.passed, found.why)
+        if self.service.rollout.stage is Stage.VALIDATE:  # else it was aborted meanwhile
+            await asyncio.to_thread(self.service.rollout.validated, found.passed, found.why)
 
     async def _validated(self) -> Validation:
         """Run both models on real examples, and keep what came of it."""
         pair = self.service.pair
         try:
             rows = await asyncio.to_thread(self.examples.read)
-        except (OSError, ValueError, KeyError):
+        except UNREADABLE:
             rows = await asyncio.to_thread(self._made)
         found, profile = await validation.validate(pair, rows, self.digests, self.known)
-        if profile is not None:
-            profile.save(self.folder / validation.PROFILE)
-        found.save(self.folder)
+        found = found.saved(self.folder, profile)
         self.say(f"Validated: {found.why}.")
         return found
 

@@ -22,6 +22,7 @@ from paredown.ship.serve.pair import Pair
 from paredown.ship.serve.rollout_runner import Runner
 from paredown.ship.serve.scoring import ByTask
 from paredown.ship.serve.service import Service
+from paredown.ship.serve.task_file import check_task_file
 from paredown.ship.serve.token import token
 from paredown.ship.serve.validation import Known
 from paredown.ship.serve.workers import Limits, Worker
@@ -39,6 +40,7 @@ class Serving:
     Attributes:
         run: the run's folder.
         task: a Python file with the task, for validation; None where none is known.
+        sought: the run's own file of a task, which may not be there any more; "" for none.
         score_task: a Python file whose task scores late labels; None scores by the named class.
         deadline_ms: the longest that a client waits for the candidate before the original answers.
         end_to_end: run the task's preprocessing and postprocessing around the models.
@@ -56,6 +58,7 @@ class Serving:
     policy: Policy = field(default_factory=Policy)
     task: Path | None = None
     score_task: Path | None = None
+    sought: str = ""
     even_so: bool = False
     end_to_end: bool = False
     token_file: Path | None = None
@@ -69,6 +72,8 @@ class Serving:
         require("max-wait-ms", self.max_wait_ms, 0 <= self.max_wait_ms <= 1e4, "0 to 10000")
         if self.task is not None and not self.task.is_file():
             raise UserError(f"task: {self.task}: no such file.")
+        if self.score_task is not None:
+            check_task_file(self.score_task)
         if self.end_to_end and self.task is None:
             raise UserError("end-to-end: expected a Python file with task(); name it with --task.")
 
@@ -157,7 +162,7 @@ async def _serve(asked: Serving, run: Run, file: Path, say: Callable[[str], None
     service = Service(run.name, Pair(original, candidate, None, Agreement(), Kept()))
     digests = (run.original.sha256, run.artifact.sha256 if run.artifact else "")
     golden = None if asked.end_to_end else _golden(asked.run, run)
-    source_of = Examples(asked.folder, asked.task, asked.end_to_end, golden)
+    source_of = Examples(asked.folder, asked.task, asked.end_to_end, golden, asked.sought)
     runner = Runner(service, asked.policy, asked.folder, digests, source_of, say, Known.of(run))
     runner.alone(lacking) if lacking else runner.open()
     workers = [each for each in (original, candidate) if each]

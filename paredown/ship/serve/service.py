@@ -224,19 +224,26 @@ class Service:
     async def feedback(self, name: str, said: dict[str, Any]) -> dict[str, Any]:
         """Score both models' answers to a request by a label that came later.
 
+        A request's first label counts; a second one is answered with the same scores, and says
+        that it was not counted: else one label sent again and again would decide.
+
         Raises:
             Refused: no such model or request, or no label for it.
         """
         self.worker(name, "")
         if not isinstance(said.get("id"), str) or "target" not in said:
             raise Refused(400, "feedback: expected {'id': the request's, 'target': its label}.")
-        found = self.pair.kept.outputs(said["id"])
-        if not found:
+        found = self.pair.kept.entry(said["id"])
+        if found is None:
             raise Refused(404, f"feedback: no answer to request {said['id'][:100]!r} is kept here.")
-        target = said["target"]
-        scores = {model: await self.score(outputs, target) for model, outputs in found.items()}
-        self._observe_scores(scores)
-        return {"id": said["id"], "scores": scores}
+        if not found.scores:
+            given, target = dict(found.outputs), said["target"]
+            scores = {model: await self.score(each, target) for model, each in given.items()}
+            if not found.scores:  # else another label was scored meanwhile
+                found.scores = scores
+                self._observe_scores(scores)
+                return {"id": said["id"], "scores": scores, "counted": True}
+        return {"id": said["id"], "scores": found.scores, "counted": False}
 
     def _observe_scores(self, scores: dict[str, float]) -> None:
         if CANDIDATE in scores:

@@ -100,7 +100,7 @@ def _flat(name: str, shape: tuple[int, ...], data: Any) -> list[Any]:
     if not isinstance(data, list):
         raise Refused(400, f"input {name!r}: expected 'data' to be a list.")
     count = math.prod(shape)
-    if data and not isinstance(data[0], list):
+    if not data or not isinstance(data[0], list):
         if len(data) != count or list in set(map(type, data)):
             expected = f"{count} elements for shape {list(shape)}"
             raise Refused(400, f"input {name!r}: expected {expected}, got {len(data)}.")

@@ -4,6 +4,7 @@ traffic is then held against."""
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -16,7 +17,7 @@ from paredown.core.files import write_atomically
 from paredown.core.results import Run
 from paredown.ship.guard.bound import Bound
 from paredown.ship.guard.profile import Profile
-from paredown.ship.serve.compare import Agreement, Outputs, distance, kind_of
+from paredown.ship.serve.compare import Agreement, Outputs, bad_numbers, distance, kind_of
 from paredown.ship.serve.pair import Pair, numbers
 from paredown.ship.serve.refused import Refused
 from paredown.ship.serve.workers import Answer, Fault, Worker
@@ -39,6 +40,7 @@ class Validation:
         kind: how the models are compared, as an `Agreement` has it.
         bound: of that; the largest relative distance that was seen.
         why: what was found, in a sentence.
+        profile: SHA-256 of the profile's file, by which another one is known; "" for none.
     """
 
     original: str
@@ -51,27 +53,41 @@ class Validation:
     kind: str
     bound: float
     why: str
+    profile: str = ""
 
     @property
     def agreement(self) -> Agreement:
         return Agreement(self.kind, self.bound)
 
-    def save(self, folder: Path) -> None:
-        """Keep it for a restart.
+    def saved(self, folder: Path, profile: Profile | None) -> Validation:
+        """It, kept for a restart with its profile.
 
         Raises:
-            UserError: it cannot be written.
+            UserError: they cannot be written.
         """
-        write_atomically(folder / FILE, json.dumps(asdict(self)).encode())
+        kept = self
+        if profile is not None:
+            profile.save(folder / PROFILE)
+            kept = replace(self, profile=_digest(folder / PROFILE))
+        write_atomically(folder / FILE, json.dumps(asdict(kept)).encode())
+        return kept
 
     @staticmethod
     def kept(folder: Path, original: str, candidate: str) -> Validation | None:
-        """That of these two files, None where there is none."""
+        """That of these two files, None where there is none, or where its profile is gone or
+        another's: without it nobody would look at drift."""
         try:
-            found = Validation(**json.loads((folder / FILE).read_bytes()))
+            told = json.loads((folder / FILE).read_bytes())
+            found = Validation(**told)
+            same = (found.original, found.candidate) == (original, candidate)
+            whole = not found.profile or _digest(folder / PROFILE) == found.profile
+            return found if same and whole and "profile" in told else None
         except (OSError, ValueError, TypeError):
             return None
-        return found if (found.original, found.candidate) == (original, candidate) else None
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def upper_bound(events: int, n: int, confidence: float = CONFIDENCE) -> float:
@@ -117,11 +133,12 @@ class Known:
 
 
 def bound_of(found: Validation, folder: Path) -> Bound:
-    """The bound for a rollout, with the profile where one is kept."""
-    try:
-        profile = Profile.load(folder / PROFILE)
-    except UserError:  # then drift has no evidence, and says so
-        profile = None
+    """The bound for a rollout, with the profile where one was made.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    profile = Profile.load(folder / PROFILE) if found.profile else None
     return Bound(found.rate, found.upper, profile)
 
 
@@ -133,7 +150,8 @@ async def validate(
 ) -> tuple[Validation, Profile | None]:
     """Run both models on the examples.
 
-    A candidate that differs from the original more often than the run saw does not pass.
+    A candidate that differs from the original more often than the run saw does not pass. Examples
+    for which the original gives NaN or infinity say nothing, and are left out.
 
     Raises:
         UserError: there are no examples, or the original does not answer them.
@@ -144,7 +162,12 @@ async def validate(
     if not all(isinstance(each, Answer) for each in originals):
         said = next(each for each in originals if not isinstance(each, Answer))
         raise UserError(f"validation: the original does not answer the examples: {said}")
-    ours = [each.outputs for each in originals if isinstance(each, Answer)]
+    answered = [each.outputs for each in originals if isinstance(each, Answer)]
+    whole = [n for n, outputs in enumerate(answered) if not bad_numbers(outputs)]
+    if not whole:
+        raise UserError("validation: the original gives NaN or infinity for all of the examples.")
+    left_out = len(examples) - len(whole)
+    examples, ours = [examples[n] for n in whole], [answered[n] for n in whole]
     assert pair.candidate is not None
     theirs = await _all(pair.candidate, examples)
     faults = [_fault(pair, *each) for each in zip(ours, theirs, examples, strict=True)]
@@ -158,6 +181,9 @@ async def validate(
     if known and found.kind == "classes" and known.beyond(found.disagreed, found.examples):
         seen = f"and the run saw at most {known.differing} of {known.examples}"
         found = replace(found, passed=False, why=f"{found.why}, {seen}")
+    if left_out:
+        beside = f"{left_out} more are left out, as the original gives NaN or infinity for them"
+        found = replace(found, why=f"{found.why}; {beside}")
     return found, _profile(named, others)
 
 
