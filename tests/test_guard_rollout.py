@@ -214,7 +214,7 @@ def test_odd_observations_are_counted_and_not_judged():
     made = Simulation().begin()
     assert hears_nothing_wrong(made)
     status = made.rollout.status()
-    assert status["invalid"] == 4 and status["problem"].startswith("model: expected")
+    assert status["invalid"] == 4 and status["problem"].startswith("score: expected")
 
 
 def test_status_is_json_and_says_what_is_missing():

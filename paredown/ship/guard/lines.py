@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from paredown.core.errors import UserError
 from paredown.ship.guard.observation import Observation
 
 LONGEST = 8 * 2**20  # bytes of one line
@@ -83,7 +84,10 @@ def read_line(text: str | bytes) -> Line:
     for name in ("inputs", "outputs"):
         if name in told:
             told[name] = {key: _array(key, each) for key, each in told[name].items()}
-    observation = Observation(**told)
+    try:
+        observation = Observation(**told)
+    except UserError as error:
+        raise ValueError(str(error).removesuffix(".")) from error
     problem = observation.problem()
     if problem:
         raise ValueError(problem)
@@ -105,6 +109,8 @@ def _check(name: str, value: Any) -> None:
 def _number(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise ValueError(f"{name}: expected a number")
+    if name in GAUGES and value < 0:
+        raise ValueError(f"{name}: expected a number from 0 up, got {value!r}")
     return value
 
 
