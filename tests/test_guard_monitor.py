@@ -158,7 +158,18 @@ def test_a_slow_webhook_or_none_never_holds_a_decision(hook):
         assert webhook.dropped >= 40
         webhook.close(wait_s=0.2)
         assert time.monotonic() - started < 10.0
-    for wrong in ("ftp://x/y", "x", "", None, "http://"):
+        assert webhook.sent == 0 and webhook.failed + webhook.dropped == WAITING + 50
+    wrong_ones = (
+        "ftp://x/y",
+        "x",
+        "",
+        None,
+        "http://",
+        "http://[::1",
+        "http://x:99999",
+        "http://a b",
+    )
+    for wrong in wrong_ones:
         with pytest.raises(UserError, match="webhook"):
             Webhook(wrong)
 

@@ -6,6 +6,7 @@ import json
 import shlex
 import urllib.error
 import urllib.request
+from http.client import HTTPException
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +17,7 @@ from paredown.cli.command import Json, app
 from paredown.core.console import output, print_json
 from paredown.core.errors import UserError
 from paredown.core.results import Run
+from paredown.core.settings import require
 
 if TYPE_CHECKING:
     from http.client import HTTPResponse
@@ -167,11 +169,13 @@ def _asked(
     """The server's answer.
 
     Raises:
-        UserError: it is none, refuses, or cannot be reached.
+        UserError: the address is none, or the server refuses, or cannot be reached.
     """
-    if not url.startswith(("http://", "https://")):
-        url = f"http://{url}"
-    address = f"{url.rstrip('/')}/v2/rollout" + (f"/{action}" if action else "")
+    from paredown.ship.guard.webhook import is_address
+
+    full = url if "://" in url else f"http://{url}"
+    require("url", url, is_address(full), "a server's address, such as http://127.0.0.1:8080")
+    address = f"{full.rstrip('/')}/v2/rollout" + (f"/{action}" if action else "")
     body = None if said is None else json.dumps(said).encode()
     request = urllib.request.Request(address, data=body)
     if token:
@@ -180,10 +184,12 @@ def _asked(
         response: HTTPResponse
         with urllib.request.urlopen(request, timeout=ASKED_S) as response:
             found: dict[str, Any] = json.load(response)
+        if not isinstance(found, dict) or "stage" not in found:
+            raise ValueError("it tells no stage")
         return found
     except urllib.error.HTTPError as error:
         raise UserError(f"{address}: {_refusal(error)}") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, HTTPException) as error:
         reason = getattr(error, "reason", error)
         raise UserError(f"{address}: no answer of a paredown server: {reason}.") from error
 
