@@ -5,6 +5,7 @@ import http.server
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -17,6 +18,7 @@ import pytest
 import paredown
 from benchmarks.guard_simulation import BOUND, QUICK, Clock
 from paredown.core.errors import UserError
+from paredown.ship.guard.journal import Journal
 from paredown.ship.guard.lines import read_line
 from paredown.ship.guard.monitor import monitor
 from paredown.ship.guard.policy import Policy
@@ -209,15 +211,53 @@ def test_the_command_ends_with_3_where_it_rolled_back_and_remembers(tmp_path):
 def test_mistakes_of_the_command_are_told(tmp_path):
     (tmp_path / "policy.toml").write_text("dwell = 3")
     (tmp_path / "state.db").write_text("mine")
+    (tmp_path / "profile.json").write_text('{"a": 1}')
     for words, said in (
         (["--bound", 0.02, "--policy", tmp_path / "policy.toml"], "did you mean 'dwell_s'"),
         (["--bound", 0.02, "--state", tmp_path / "state.db"], "state.db"),
-        (["--bound", 2], "upper: expected"),
-        (["--bound", "nan"], "upper: expected"),
+        (["--bound", 2], "--bound: expected a share above 0 and below 1, such as 0.02, got 2.0"),
+        (["--bound", "nan"], "--bound: expected"),
+        (["--bound", 0.02, "--profile", tmp_path / "profile.json"], 'lacks "format" and'),
+        (["--bound", 0.02, "--webhook", "http://[::1"], "webhook: expected a URL of http or https"),
     ):
         done = command(*words)
         assert done.returncode == 1 and said in done.stderr.decode(), done.stderr
         assert b"Traceback" not in done.stderr
+
+
+def test_a_closed_input_is_told():
+    script = f'"{sys.executable}" -m paredown monitor --bound 0.02 <&-'
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(["sh", "-c", script], capture_output=True, env=env, check=False)
+    assert done.returncode == 1 and b"standard input" in done.stderr, done.stderr
+    assert b"Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_it_in_words_and_keeps_what_was_seen(tmp_path, number, code):
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    words = [sys.executable, "-m", "paredown", "monitor", "--bound", "0.02"]
+    words += ["--state", str(tmp_path / "state.db")]
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with subprocess.Popen(words, env=env, **pipes) as running:
+        running.stdin.write(text(day(2)))
+        running.stdin.flush()
+        assert b"validate" in running.stdout.readline()  # it reads, and looks
+        running.send_signal(number)
+        out, said = running.communicate(timeout=60)
+    ended = json.loads(out.splitlines()[-1])
+    assert running.returncode == code and ended["kind"] == "end" and ended["lines"] == 80
+    assert b"the state is kept in" in said and b"the same command goes on" not in said
+    kept = Journal.open(tmp_path / "state.db")
+    assert kept.snapshot()["guards"]["disagreement"]["samples"] == 40
+    kept.close()
+
+
+def test_a_replay_begins_at_its_first_lines_time():
+    lines = [{**each, "time_s": each["time_s"] + 1000.0} for each in day(30)]
+    _, told = monitored(text(lines))
+    assert told[0]["kind"] == "begin" and told[0]["time_s"] == 1000.0
+    assert {each["kind"] for each in told} == {"begin", "validated", "advance", "end"}
 
 
 @pytest.mark.parametrize(

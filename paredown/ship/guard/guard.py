@@ -243,5 +243,6 @@ class Guard:
             self._thread.join(10.0)
             self._thread = None
         self.look()
+        self.rollout.keep()
         if self._journal is not None:
             self._journal.close()
