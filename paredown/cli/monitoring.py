@@ -6,13 +6,18 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
 from paredown.cli.command import MISSED, app
 from paredown.core.errors import UserError
 from paredown.core.settings import require
+
+if TYPE_CHECKING:
+    from paredown.ship.guard.bound import Bound
+    from paredown.ship.guard.policy import Policy
+    from paredown.ship.guard.webhook import Webhook
 
 
 @app.command("monitor")
@@ -44,10 +49,8 @@ def monitor_verb(
     Exit code 3: it ended rolled back; 130 and 143: SIGINT or SIGTERM ended it.
     """
     from paredown.ship.guard.bound import Bound
-    from paredown.ship.guard.monitor import monitor
     from paredown.ship.guard.policy import Policy
     from paredown.ship.guard.profile import Profile
-    from paredown.ship.guard.until import UntilSignal
     from paredown.ship.guard.webhook import Webhook
 
     require("--bound", bound, 0 < bound < 1, "a share above 0 and below 1, such as 0.02")
@@ -56,13 +59,29 @@ def monitor_verb(
     kept = None if profile is None else Profile.load(profile)
     rules = Policy() if policy is None else Policy.from_toml(policy)
     hook = None if webhook is None else Webhook(webhook)
+    if _guarded(Bound(0.0, bound, kept), rules, digest, state, hook, replay):
+        raise typer.Exit(MISSED)
+
+
+def _guarded(
+    bound: Bound,
+    policy: Policy,
+    digest: str,
+    state: Path | None,
+    hook: Webhook | None,
+    replay: bool,
+) -> bool:
+    """Until the lines end, or a signal comes; whether it was rolled back."""
+    from paredown.ship.guard.monitor import monitor
+    from paredown.ship.guard.until import UntilSignal
+
     lines = UntilSignal(sys.stdin.buffer)
     with lines.listening():
         rolled_back = monitor(
             lines,
             sys.stdout,
-            Bound(0.0, bound, kept),
-            policy=rules,
+            bound,
+            policy=policy,
             digest=digest,
             state=state,
             webhook=hook,
@@ -70,8 +89,7 @@ def monitor_verb(
         )
     if lines.signal:
         _leave(lines.signal, state)
-    if rolled_back:
-        raise typer.Exit(MISSED)
+    return rolled_back
 
 
 def _leave(number: int, state: Path | None) -> NoReturn:

@@ -70,10 +70,8 @@ def monitor(
 
     clock, counts = LineClock(), _Counts()
     read = counts.read(lines)
-    if replay:  # the clock begins where the lines do
-        first = next(read, None)
-        clock.now_s = (first.time_s if first is not None else None) or 0.0
-        read = itertools.chain(() if first is None else (first,), read)
+    if replay:
+        read = _from_the_first(read, clock)
     clocks = (clock, clock) if replay else (time.time, time.monotonic)
     guard = Guard(bound, policy, digest, state, tell, *clocks)
     if guard.problem:
@@ -114,6 +112,15 @@ def event_json(event: Event) -> dict[str, Any]:
         "by": event.by,
         "digest": event.digest,
     }
+
+
+def _from_the_first(lines: Iterator[Line], clock: LineClock) -> Iterator[Line]:
+    """The same lines, once the clock stands at the first one's time."""
+    first = next(lines, None)
+    if first is None:
+        return lines
+    clock.now_s = first.time_s or 0.0
+    return itertools.chain((first,), lines)
 
 
 def _follow(lines: Iterable[Line], guard: Guard) -> None:
