@@ -73,11 +73,14 @@ def test_bad_lines_are_counted_and_told_and_end_nothing():
         b'{"model": "candidate", "shadow": 1}\n{"model": "candidate", "fault": "boom"}\n'
         b'{"model": "candidate", "inputs": {"x": [[1], [1, 2]]}}\n{"time_s": 1}\n\xff\xfe\n'
         b'{"model": "candidate", "inputs": {"x": ["a"]}}\n{"queue": true}\n{"queue": 1e999}\n'
+        + b'{"model": "candidate", "latency_ms": 1%s}\n{"queue": 1%s}\n' % (2 * (b"0" * 400,))
+        + b'{"model": "candidate", "distance": -1%s, "agreed": true}\n' % (b"0" * 400)
+        + b'{"model": "candidate", "inputs": {"x": [1%s]}}\n{"time_s": 1%s}\n' % (2 * (b"0" * 400,))
         + b'{"model":' + b"[" * 100_000 + b"\n" + b"x" * (9 * 2**20) + b"\n\n"
     )  # fmt: skip
     rolled_back, told = monitored(bad + text(day(30)))
     assert not rolled_back and told[-1]["stage"] == "canary"
-    assert told[-1]["lines"] - told[-1]["bad_lines"] == 1200 and told[-1]["bad_lines"] >= 16
+    assert told[-1]["lines"] - told[-1]["bad_lines"] == 1200 and told[-1]["bad_lines"] >= 21
     assert told[-1]["first_bad"].startswith("line 1: ")
 
 
@@ -88,6 +91,12 @@ def test_gaps_and_steps_back_in_time_decide_nothing():
     lines += [{"time_s": 5.0, "model": "original", "latency_ms": 1.0}]
     rolled_back, told = monitored(text(lines))
     assert not rolled_back or "data: " in told[-2]["reason"]
+
+
+def test_times_in_nanoseconds_are_bad_lines():
+    lines = [{**each, "time_s": each["time_s"] + 1.8e18} for each in day(2)]
+    _, told = monitored(text(lines))
+    assert told[-1]["bad_lines"] == 80 and "time_s: expected seconds" in told[-1]["first_bad"]
 
 
 def test_lines_may_hold_arrays_and_gauges():

@@ -117,8 +117,9 @@ def is_number(value: object) -> bool:
         >>> is_number(np.float32(1)), is_number(True)
         (True, False)
     """
-    kinds = (int, float, np.integer, np.floating)
-    return type(value) is float or (isinstance(value, kinds) and not isinstance(value, bool))
+    if isinstance(value, int):  # one that no float holds would overflow where it is counted
+        return not isinstance(value, bool) and abs(value) < 2**1000
+    return isinstance(value, (float, np.integer, np.floating))
 
 
 def _check_arrays(name: str, value: object) -> None:
