@@ -91,6 +91,6 @@ def hears_nothing_wrong(made: Simulation) -> bool:
     before = made.rollout.stage
     for odd in (float("nan"), -1.0, float("inf")):
         made.rollout.observe(Observation(CANDIDATE, latency_ms=odd))
-    made.rollout.observe(Observation("another"))
+    made.rollout.observe(Observation(CANDIDATE, score=2.0))
     made.rollout.tick()
     return made.rollout.stage is before

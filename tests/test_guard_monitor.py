@@ -5,6 +5,7 @@ import http.server
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -17,6 +18,7 @@ import pytest
 import paredown
 from benchmarks.guard_simulation import BOUND, QUICK, Clock
 from paredown.core.errors import UserError
+from paredown.ship.guard.journal import Journal
 from paredown.ship.guard.lines import read_line
 from paredown.ship.guard.monitor import monitor
 from paredown.ship.guard.policy import Policy
@@ -71,11 +73,14 @@ def test_bad_lines_are_counted_and_told_and_end_nothing():
         b'{"model": "candidate", "shadow": 1}\n{"model": "candidate", "fault": "boom"}\n'
         b'{"model": "candidate", "inputs": {"x": [[1], [1, 2]]}}\n{"time_s": 1}\n\xff\xfe\n'
         b'{"model": "candidate", "inputs": {"x": ["a"]}}\n{"queue": true}\n{"queue": 1e999}\n'
+        + b'{"model": "candidate", "latency_ms": 1%s}\n{"queue": 1%s}\n' % (2 * (b"0" * 400,))
+        + b'{"model": "candidate", "distance": -1%s, "agreed": true}\n' % (b"0" * 400)
+        + b'{"model": "candidate", "inputs": {"x": [1%s]}}\n{"time_s": 1%s}\n' % (2 * (b"0" * 400,))
         + b'{"model":' + b"[" * 100_000 + b"\n" + b"x" * (9 * 2**20) + b"\n\n"
     )  # fmt: skip
     rolled_back, told = monitored(bad + text(day(30)))
     assert not rolled_back and told[-1]["stage"] == "canary"
-    assert told[-1]["lines"] - told[-1]["bad_lines"] == 1200 and told[-1]["bad_lines"] >= 16
+    assert told[-1]["lines"] - told[-1]["bad_lines"] == 1200 and told[-1]["bad_lines"] >= 21
     assert told[-1]["first_bad"].startswith("line 1: ")
 
 
@@ -86,6 +91,12 @@ def test_gaps_and_steps_back_in_time_decide_nothing():
     lines += [{"time_s": 5.0, "model": "original", "latency_ms": 1.0}]
     rolled_back, told = monitored(text(lines))
     assert not rolled_back or "data: " in told[-2]["reason"]
+
+
+def test_times_in_nanoseconds_are_bad_lines():
+    lines = [{**each, "time_s": each["time_s"] + 1.8e18} for each in day(2)]
+    _, told = monitored(text(lines))
+    assert told[-1]["bad_lines"] == 80 and "time_s: expected seconds" in told[-1]["first_bad"]
 
 
 def test_lines_may_hold_arrays_and_gauges():
@@ -158,7 +169,18 @@ def test_a_slow_webhook_or_none_never_holds_a_decision(hook):
         assert webhook.dropped >= 40
         webhook.close(wait_s=0.2)
         assert time.monotonic() - started < 10.0
-    for wrong in ("ftp://x/y", "x", "", None, "http://"):
+        assert webhook.sent == 0 and webhook.failed + webhook.dropped == WAITING + 50
+    wrong_ones = (
+        "ftp://x/y",
+        "x",
+        "",
+        None,
+        "http://",
+        "http://[::1",
+        "http://x:99999",
+        "http://a b",
+    )
+    for wrong in wrong_ones:
         with pytest.raises(UserError, match="webhook"):
             Webhook(wrong)
 
@@ -198,15 +220,53 @@ def test_the_command_ends_with_3_where_it_rolled_back_and_remembers(tmp_path):
 def test_mistakes_of_the_command_are_told(tmp_path):
     (tmp_path / "policy.toml").write_text("dwell = 3")
     (tmp_path / "state.db").write_text("mine")
+    (tmp_path / "profile.json").write_text('{"a": 1}')
     for words, said in (
         (["--bound", 0.02, "--policy", tmp_path / "policy.toml"], "did you mean 'dwell_s'"),
         (["--bound", 0.02, "--state", tmp_path / "state.db"], "state.db"),
-        (["--bound", 2], "upper: expected"),
-        (["--bound", "nan"], "upper: expected"),
+        (["--bound", 2], "--bound: expected a share above 0 and below 1, such as 0.02, got 2.0"),
+        (["--bound", "nan"], "--bound: expected"),
+        (["--bound", 0.02, "--profile", tmp_path / "profile.json"], 'lacks "format" and'),
+        (["--bound", 0.02, "--webhook", "http://[::1"], "webhook: expected a URL of http or https"),
     ):
         done = command(*words)
         assert done.returncode == 1 and said in done.stderr.decode(), done.stderr
         assert b"Traceback" not in done.stderr
+
+
+def test_a_closed_input_is_told():
+    script = f'"{sys.executable}" -m paredown monitor --bound 0.02 <&-'
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(["sh", "-c", script], capture_output=True, env=env, check=False)
+    assert done.returncode == 1 and b"standard input" in done.stderr, done.stderr
+    assert b"Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_it_in_words_and_keeps_what_was_seen(tmp_path, number, code):
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    words = [sys.executable, "-m", "paredown", "monitor", "--bound", "0.02"]
+    words += ["--state", str(tmp_path / "state.db")]
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with subprocess.Popen(words, env=env, **pipes) as running:
+        running.stdin.write(text(day(2)))
+        running.stdin.flush()
+        assert b"validate" in running.stdout.readline()  # it reads, and looks
+        running.send_signal(number)
+        out, said = running.communicate(timeout=60)
+    ended = json.loads(out.splitlines()[-1])
+    assert running.returncode == code and ended["kind"] == "end" and ended["lines"] == 80
+    assert b"the state is kept in" in said and b"the same command goes on" not in said
+    kept = Journal.open(tmp_path / "state.db")
+    assert kept.snapshot()["guards"]["disagreement"]["samples"] == 40
+    kept.close()
+
+
+def test_a_replay_begins_at_its_first_lines_time():
+    lines = [{**each, "time_s": each["time_s"] + 1000.0} for each in day(30)]
+    _, told = monitored(text(lines))
+    assert told[0]["kind"] == "begin" and told[0]["time_s"] == 1000.0
+    assert {each["kind"] for each in told} == {"begin", "validated", "advance", "end"}
 
 
 @pytest.mark.parametrize(

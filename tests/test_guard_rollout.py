@@ -121,6 +121,50 @@ def test_a_pause_for_silence_ends_with_it():
     assert silence.run(900, Stage.PROMOTED) is Stage.PROMOTED
 
 
+def test_a_resume_by_hand_counts_silence_anew():
+    made = Simulation(Model(answers=False)).begin()
+    assert made.run(90) is Stage.PAUSED  # the next silent window would roll back
+    made.rollout.resume("the pipe is mended", by="me")
+    assert [made.run(10) for _ in range(3)] == [Stage.SHADOW, Stage.SHADOW, Stage.PAUSED]
+    assert "for 3 windows" in made.rollout.position.why
+    assert made.run(60) is Stage.PAUSED and made.run(10) is Stage.ROLLED_BACK
+
+
+def test_a_few_pairs_of_one_request_do_not_roll_back():
+    made = Simulation().begin()
+    for pairs in (5, 14):
+        for _ in range(pairs):
+            made.rollout.observe(Observation(CANDIDATE, shadow=True, agreed=False))
+        made.rollout.tick()
+        assert made.rollout.stage is Stage.SHADOW
+    made.rollout.observe(Observation(CANDIDATE, shadow=True, agreed=False))
+    made.rollout.tick()
+    assert made.rollout.stage is Stage.ROLLED_BACK
+    assert "100.00% of 20 pairs disagree" in made.rollout.position.why
+
+
+@pytest.mark.parametrize("move", ["pause", "promote", "abort", "resume"])
+def test_a_reason_stays_one_line(move):
+    made = Simulation().begin()
+    if move == "resume":
+        made.rollout.pause("for a moment", by="me")
+    getattr(made.rollout, move)("slow\nsince\x1b[31m noon \ud800", by="me")
+    assert made.rollout.tick()[-1].reason == r"slow\nsince\x1b[31m noon \ud800"
+
+
+def test_one_of_something_is_told_so():
+    made = Simulation().begin()
+    for model in (CANDIDATE, ORIGINAL):
+        made.rollout.observe(Observation(model, latency_ms=1.0, agreed=True, score=1.0))
+    made.rollout.observe(Observation(CANDIDATE, score=1.0, score_of_other=1.0))
+    made.clock.passes(10.0)
+    made.rollout.tick()
+    says = {each["name"]: each["says"] for each in made.rollout.status()["guards"]}
+    assert "of 1 answer failed" in says["error rate"]
+    assert "over 1 label;" in says["score"]
+    assert says["data"] == "data in 1 window"
+
+
 def test_a_promoted_candidate_that_nobody_asks_stays():
     made = small()
     assert made.run(400, Stage.PROMOTED) is Stage.PROMOTED
@@ -214,7 +258,7 @@ def test_odd_observations_are_counted_and_not_judged():
     made = Simulation().begin()
     assert hears_nothing_wrong(made)
     status = made.rollout.status()
-    assert status["invalid"] == 4 and status["problem"].startswith("model: expected")
+    assert status["invalid"] == 4 and status["problem"].startswith("score: expected")
 
 
 def test_status_is_json_and_says_what_is_missing():

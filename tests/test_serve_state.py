@@ -110,8 +110,10 @@ def test_an_abort_during_validation_stays(tmp_path, room):
 
 
 def test_the_file_of_the_task_that_is_not_there_is_named(tmp_path):
-    made = Examples(tmp_path, None, sought="jobs/digits.py")
-    with pytest.raises(UserError, match=r"jobs/digits.py, which the run was made with, is not"):
+    made = Examples(
+        tmp_path, None, lacking="serve: jobs/digits.py: no such file here; name it with --task."
+    )
+    with pytest.raises(UserError, match=r"validate on\. serve: jobs/digits.py: no such file"):
         made.make(["x"])
 
 

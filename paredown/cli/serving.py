@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import shlex
 import urllib.error
 import urllib.request
+from http.client import HTTPException
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,7 +15,8 @@ from rich.markup import escape
 from paredown.cli.command import Json, app
 from paredown.core.console import output, print_json
 from paredown.core.errors import UserError
-from paredown.core.results import Run
+from paredown.core.settings import require
+from paredown.core.source import found
 
 if TYPE_CHECKING:
     from http.client import HTTPResponse
@@ -81,7 +82,7 @@ def serve_verb(
     check_extra()
     from paredown.ship.serve.running import Serving, serve
 
-    own = _task_of(run)
+    file, lacking = (task, "") if task else found(run, "serve", "--task")
     asked = Serving(
         run=run,
         host=host,
@@ -91,8 +92,8 @@ def serve_verb(
         threads=threads,
         deadline_ms=deadline_ms,
         policy=Policy.from_toml(policy) if policy else Policy(),
-        task=task or (Path(own) if own and Path(own).is_file() else None),
-        sought=own,
+        task=file,
+        lacking=lacking,
         score_task=task,
         even_so=even_so,
         end_to_end=end_to_end,
@@ -104,17 +105,6 @@ def serve_verb(
 
 def _say(text: str) -> None:
     print(text, flush=True)
-
-
-def _task_of(folder: Path) -> str:
-    """The Python file that the run was started with, or where it would be; "" for none."""
-    try:
-        words = shlex.split(Run.load(folder).command)
-    except (UserError, ValueError):
-        return ""
-    files = [word for word in words if word.endswith(".py")]
-    found = next((file for file in files if Path(file).is_file()), next(iter(files), ""))
-    return found and str(Path(found).absolute())
 
 
 @rollout.command()
@@ -185,11 +175,13 @@ def _asked(
     """The server's answer.
 
     Raises:
-        UserError: it is none, refuses, or cannot be reached.
+        UserError: the address is none, or the server refuses, or cannot be reached.
     """
-    if not url.startswith(("http://", "https://")):
-        url = f"http://{url}"
-    address = f"{url.rstrip('/')}/v2/rollout" + (f"/{action}" if action else "")
+    from paredown.ship.guard.webhook import is_address
+
+    full = url if "://" in url else f"http://{url}"
+    require("url", url, is_address(full), "a server's address, such as http://127.0.0.1:8080")
+    address = f"{full.rstrip('/')}/v2/rollout" + (f"/{action}" if action else "")
     body = None if said is None else json.dumps(said).encode()
     request = urllib.request.Request(address, data=body)
     if token:
@@ -198,10 +190,12 @@ def _asked(
         response: HTTPResponse
         with urllib.request.urlopen(request, timeout=ASKED_S) as response:
             found: dict[str, Any] = json.load(response)
+        if not isinstance(found, dict) or "stage" not in found:
+            raise ValueError("it tells no stage")
         return found
     except urllib.error.HTTPError as error:
         raise UserError(f"{address}: {_refusal(error)}") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, HTTPException) as error:
         reason = getattr(error, "reason", error)
         raise UserError(f"{address}: no answer of a paredown server: {reason}.") from error
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from paredown.core.settings import check_count, require
+from paredown.core.settings import check_arguments, check_count, check_fields, require
 from paredown.ship.guard.betting import rate_bounds
 from paredown.ship.guard.profile import Profile
 
@@ -19,7 +19,7 @@ class Bound:
         profile: of inputs and outputs, for drift; None asks for none.
 
     Raises:
-        UserError: a rate is none, or the bound lies below it.
+        UserError: a rate is none, the bound lies below it, or the profile is none.
 
     Example:
         >>> Bound(rate=0.01, upper=0.02).upper
@@ -48,6 +48,8 @@ class Bound:
         return Bound(disagreements / pairs, upper, profile)
 
     def __post_init__(self) -> None:
+        check_fields(self)
+        check_arguments(profile=(self.profile, Profile | None))
         require("rate", self.rate, 0 <= self.rate <= 1, "a share from 0 to 1")
         fits = 0 < self.upper < 1 and self.rate <= self.upper
         require("upper", self.upper, fits, "a share above 0, below 1 and at least the rate")

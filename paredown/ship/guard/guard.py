@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -11,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from paredown.core.errors import UserError
-from paredown.core.settings import check_arguments, require
+from paredown.core.settings import check_arguments, described, require
 from paredown.ship.guard.bound import Bound
 from paredown.ship.guard.journal import Journal
-from paredown.ship.guard.observation import Observation
+from paredown.ship.guard.observation import Observation, is_number
 from paredown.ship.guard.policy import Policy
 from paredown.ship.guard.rollout import Rollout
 from paredown.ship.guard.stages import Event, Route, Stage
@@ -127,11 +128,29 @@ class Guard:
             self.rollout.validated(True, "the bound was given")
 
     def route(self, key: bytes | str) -> Route:
-        """Where the request with this key goes, and whether the other model answers beside it."""
-        return self.rollout.route(key if isinstance(key, bytes) else key.encode())
+        """Where the request with this key goes, and whether the other model answers beside it.
+
+        Raises:
+            UserError: the key is neither bytes nor a text.
+        """
+        if isinstance(key, str):  # of a client, who may have put anything into it
+            key = key.encode(errors="surrogatepass")
+        if not isinstance(key, bytes):
+            raise UserError(f"key: expected bytes or a text, got {described(key)}.")
+        return self.rollout.route(key)
 
     def observe(self, observation: Observation) -> Decision:
-        """Take in one answer. Hard faults roll back here, at once."""
+        """Take in one answer. Hard faults roll back here, at once.
+
+        Raises:
+            UserError: it is no Observation, or a number in it is out of its range. What a model
+                really gave, such as NaN, is a fault of its own: ``fault="nan"``.
+        """
+        if not isinstance(observation, Observation):
+            check_arguments(observation=(observation, Observation))
+        problem = observation.problem()
+        if problem:
+            raise UserError(f"{problem}.")
         self.rollout.observe(observation)
         due = self._thread is None and abs(self._monotonic() - self._last) >= TICK_S
         moved = self.rollout.stage is not self._stage  # at once, by hard faults
@@ -155,7 +174,14 @@ class Guard:
         return Decision(str(status.stage), self.rollout.weight, events, why)
 
     def gauge(self, memory_bytes: float | None = None, queue: float | None = None) -> None:
-        """Tell what the candidate takes, and how many requests wait for it."""
+        """Tell what the candidate takes, and how many requests wait for it.
+
+        Raises:
+            UserError: one is no finite number from 0 up.
+        """
+        for name, value in (("memory_bytes", memory_bytes), ("queue", queue)):
+            fits = value is None or (is_number(value) and 0 <= value < math.inf)
+            require(name, value, fits, "a number from 0 up")
         self.rollout.gauge(memory_bytes, queue)
 
     def status(self) -> dict[str, Any]:
@@ -217,5 +243,6 @@ class Guard:
             self._thread.join(10.0)
             self._thread = None
         self.look()
+        self.rollout.keep()
         if self._journal is not None:
             self._journal.close()

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from paredown.core.units import amount
 from paredown.ship.guard.betting import MeanBounds, MeanTest, RateTest, RatioTest, rate_bounds
 from paredown.ship.guard.finding import Finding, State, wealth
 from paredown.ship.guard.policy import Policy
@@ -16,6 +17,7 @@ from paredown.ship.guard.tally import Tally
 
 P99_NEEDS = 459  # samples: with fewer, the largest may well lie below the true p99
 ENOUGH = 200  # of the original's latencies, before a threshold is drawn from them
+LEAST_PAIRS = 20  # before disagreement may fail: a few may be one and the same request
 HELD = 2000  # of the original's latest latencies
 
 
@@ -63,8 +65,8 @@ class Errors:
         inside = upper <= limit + policy.margin
         state = judged(evidence, policy.alpha_error, n >= needed, inside)
         says = (
-            f"{rate:.2%} of {self._seen:,} answers failed (at most {upper:.2%}), the original's "
-            f"{theirs:.2%}; {limit:.2%} are allowed"
+            f"{rate:.2%} of {amount(self._seen, 'answers')} failed (at most {upper:.2%}), the "
+            f"original's {theirs:.2%}; {limit:.2%} are allowed"
         )
         says += _missing(n, needed, inside, f"an upper bound of {limit + policy.margin:.2%}")
         limit_of = 1 / policy.alpha_error
@@ -109,8 +111,10 @@ class Disagreement:
         evidence, needed = self._test.log_evidence(), policy.min_pairs
         inside = upper <= most
         state = judged(evidence, policy.alpha_disagreement, n >= needed > 0, inside)
+        if self._test.wealth.samples < LEAST_PAIRS:
+            state = "no evidence"
         says = (
-            f"{rate:.2%} of {n:,} pairs disagree (at most {upper:.2%}); validation allows "
+            f"{rate:.2%} of {amount(n, 'pairs')} disagree (at most {upper:.2%}); validation allows "
             f"{self._upper:.2%}" + _missing(n, needed, inside, f"an upper bound of {most:.2%}")
         )
         limit = 1 / policy.alpha_disagreement
@@ -170,7 +174,9 @@ class Latency:
         inside = ratio is not None and ratio <= policy.latency_ratio
         state = judged(evidence, policy.alpha_latency, n >= needed, inside)
         if ratio is None:
-            says = f"{n:,} latencies of both" + _missing(n, needed, True, "")
+            says = f"{n:,} {'latency' if n == 1 else 'latencies'} of both" + _missing(
+                n, needed, True, ""
+            )
         else:
             says = f"p99 is {ratio:.2f} x the original's; {policy.latency_ratio:.2f} x is allowed"
         limit = 1 / policy.alpha_latency
@@ -226,7 +232,7 @@ class Score:
             mean = 2 * self._bounds.total / n - 1
             says = (
                 f"the score fell by {mean:+.4f} ({low:+.4f} to {high:+.4f}) over "
-                f"{n:,} pairs of labels; {policy.max_drop:.4f} is allowed"
+                f"{amount(n, 'pairs')} of labels; {policy.max_drop:.4f} is allowed"
             )
             says += _missing(n, policy.min_labels, high <= most, f"an upper bound of {most:.4f}")
         limit, needed = 1 / policy.alpha_score, policy.min_labels
@@ -243,5 +249,5 @@ class Score:
 
 def _missing(n: int, needed: int, inside: bool, bound: str) -> str:
     if n < needed:
-        return f"; {needed - n:,} more are needed"
+        return f"; {needed - n:,} more {'is' if needed - n == 1 else 'are'} needed"
     return "" if inside else f"; going on needs {bound}"

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from paredown.ship.guard.observation import Observation
+from paredown.core.errors import UserError
+from paredown.ship.guard.observation import Observation, is_number
 
 LONGEST = 8 * 2**20  # bytes of one line
 _TEXT, _FLAG, _NUMBER, _ARRAYS = "a text", "true or false", "a number", "an object of arrays"
@@ -27,6 +28,7 @@ FIELDS = {  # what a line may hold, and of what kind; null is as if it were not 
 }
 GAUGES = ("memory_bytes", "queue")  # may stand beside an observation, or alone
 TIME = "time_s"
+LATEST_S = 2.0**52  # beyond it a clock of floats cannot go on by a second; nanoseconds are beyond
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,10 @@ def read_line(text: str | bytes) -> Line:
     for name in ("inputs", "outputs"):
         if name in told:
             told[name] = {key: _array(key, each) for key, each in told[name].items()}
-    observation = Observation(**told)
+    try:
+        observation = Observation(**told)
+    except UserError as error:
+        raise ValueError(str(error).removesuffix(".")) from error
     problem = observation.problem()
     if problem:
         raise ValueError(problem)
@@ -103,8 +108,12 @@ def _check(name: str, value: Any) -> None:
 
 
 def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if not is_number(value) or not math.isfinite(value):
         raise ValueError(f"{name}: expected a number")
+    if name == TIME and abs(value) > LATEST_S:
+        raise ValueError(f"{name}: expected seconds, got {value!r}")
+    if name in GAUGES and value < 0:
+        raise ValueError(f"{name}: expected a number from 0 up, got {value!r}")
     return value
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO
+from typing import Any, TextIO
 
 from paredown.core.errors import UserError
 from paredown.ship.guard.bound import Bound
@@ -14,6 +15,7 @@ from paredown.ship.guard.guard import Guard
 from paredown.ship.guard.lines import LONGEST, Line, read_line
 from paredown.ship.guard.policy import Policy
 from paredown.ship.guard.stages import Event
+from paredown.ship.guard.until import Readable
 from paredown.ship.guard.webhook import Webhook
 
 LOOKED_BACK_S = 3600.0  # of a longer gap between two lines, what is gone through by the second
@@ -37,7 +39,7 @@ class LineClock:
 
 
 def monitor(
-    lines: BinaryIO,
+    lines: Readable,
     out: TextIO,
     bound: Bound,
     *,
@@ -66,19 +68,26 @@ def monitor(
         if webhook is not None:
             webhook.send(told)
 
-    clock = LineClock()
+    clock, counts = LineClock(), _Counts()
+    read = counts.read(lines)
+    if replay:
+        read = _from_the_first(read, clock)
     clocks = (clock, clock) if replay else (time.time, time.monotonic)
     guard = Guard(bound, policy, digest, state, tell, *clocks)
     if guard.problem:
         raise UserError(guard.problem)
     try:
-        counts = _replayed(lines, guard, clock) if replay else _followed(lines, guard)
+        if replay:
+            _replay(read, guard, clock)
+        else:
+            _follow(read, guard)
     finally:
         guard.close()
         if webhook is not None:
             webhook.close()
     status = guard.status()
-    ended = {"kind": "end", "stage": status["stage"], "weight": status["weight"], **counts}
+    ended = {"kind": "end", "stage": status["stage"], "weight": status["weight"]}
+    ended |= counts.told()
     if webhook is not None:
         ended |= {"alerts_failed": webhook.failed + webhook.dropped}
     print(json.dumps(ended), file=out, flush=True)
@@ -105,18 +114,25 @@ def event_json(event: Event) -> dict[str, Any]:
     }
 
 
-def _followed(lines: BinaryIO, guard: Guard) -> dict[str, Any]:
-    counts = _Counts()
+def _from_the_first(lines: Iterator[Line], clock: LineClock) -> Iterator[Line]:
+    """The same lines, once the clock stands at the first one's time."""
+    first = next(lines, None)
+    if first is None:
+        return lines
+    clock.now_s = first.time_s or 0.0
+    return itertools.chain((first,), lines)
+
+
+def _follow(lines: Iterable[Line], guard: Guard) -> None:
     with guard:  # looks once a second, also while no line comes
-        for line in counts.read(lines):
+        for line in lines:
             _show(guard, line)
-    return counts.told()
 
 
-def _replayed(lines: BinaryIO, guard: Guard, clock: LineClock) -> dict[str, Any]:
+def _replay(lines: Iterable[Line], guard: Guard, clock: LineClock) -> None:
     """Look once a second of the lines' time; a silence in them is looked at as it was."""
-    counts, looked = _Counts(), None
-    for line in counts.read(lines):
+    looked = None
+    for line in lines:
         if line.time_s is not None:
             looked = line.time_s if looked is None else max(looked, line.time_s - LOOKED_BACK_S)
             while line.time_s - looked >= 1.0:
@@ -125,7 +141,6 @@ def _replayed(lines: BinaryIO, guard: Guard, clock: LineClock) -> dict[str, Any]
                 guard.look()
             clock.now_s = max(clock.now_s, line.time_s)
         _show(guard, line)
-    return counts.told()
 
 
 def _show(guard: Guard, line: Line) -> None:
@@ -142,7 +157,7 @@ class _Counts:
         self.lines = self.bad = 0
         self.first = ""
 
-    def read(self, lines: BinaryIO) -> Iterator[Line]:
+    def read(self, lines: Readable) -> Iterator[Line]:
         while text := lines.readline(LONGEST + 2):
             if not text.strip():
                 continue

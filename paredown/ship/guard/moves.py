@@ -81,7 +81,7 @@ def promoted(position: Position, reason: str) -> Position:
             f"promote: the rollout is at {position.where}; a candidate can be promoted from "
             f"{', '.join(_PROMOTABLE)}."
         )
-    return Position(Stage.PROMOTED, why=reason)
+    return Position(Stage.PROMOTED, why=one_line(reason))
 
 
 def paused(position: Position, reason: str, cause: str) -> Position:
@@ -99,7 +99,11 @@ def paused(position: Position, reason: str, cause: str) -> Position:
     if position.stage in (Stage.PAUSED, Stage.ROLLED_BACK):
         raise UserError(f"pause: the rollout is {position.stage} already.")
     return replace(
-        position, stage=Stage.PAUSED, paused_from=position.stage, why=reason, cause=cause
+        position,
+        stage=Stage.PAUSED,
+        paused_from=position.stage,
+        why=one_line(reason),
+        cause=cause,
     )
 
 
@@ -112,12 +116,27 @@ def resumed(position: Position, reason: str) -> Position:
     _needs(reason, "resume")
     if position.paused_from is None:
         raise UserError(f"resume: the rollout is at {position.stage}, expected paused.")
-    return Position(position.paused_from, position.step, why=reason)
+    return Position(position.paused_from, position.step, why=one_line(reason))
 
 
 def rolled_back(reason: str) -> Position:
     """The original alone, for good. From everywhere: an abort by hand always wins."""
-    return Position(Stage.ROLLED_BACK, why=reason)
+    return Position(Stage.ROLLED_BACK, why=one_line(reason))
+
+
+def one_line(text: str) -> str:
+    """A text that stays one line in a log: what cannot be printed is escaped.
+
+    Example:
+        >>> len(one_line("slow" + chr(10) + "since noon").splitlines())
+        1
+    """
+    told = str(text)
+    if told.isprintable():
+        return told
+    return "".join(
+        each if each.isprintable() else each.encode("unicode_escape").decode() for each in told
+    )
 
 
 def _needs(reason: str, move: str) -> None:

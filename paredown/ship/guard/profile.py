@@ -119,13 +119,18 @@ class Profile:
         path = Path(path)
         try:
             told = json.loads(path.read_bytes())
+            if not isinstance(told, dict) or not {"format", "histograms"} <= told.keys():
+                raise ValueError('it lacks "format" and "histograms"')
             if told["format"] != FORMAT:
                 raise ValueError(f"its format is {told['format']!r}, expected {FORMAT}")
             made = {str(name): _read(each) for name, each in told["histograms"].items()}
         except OSError as error:
             raise UserError(f"{path}: cannot be read: {error.strerror or error}.") from error
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise UserError(f"{path}: is no profile: {error}.") from error
+            what = f"lacks {error}" if isinstance(error, KeyError) else str(error)
+            raise UserError(
+                f"{path}: is no profile, as paredown.Profile.save writes it: {what}."
+            ) from error
         return Profile(made)
 
 

@@ -255,6 +255,11 @@ class Rollout:
             finally:
                 self._turn.release()
 
+    def keep(self) -> None:
+        """Write what the tests have seen by now, as before the end; else it is once a window."""
+        with self._turn:
+            self._keep(self._position)
+
     # --- inside ---
 
     def _take(self, tally: Tally, position: Position, passed_s: float, now: float) -> None:

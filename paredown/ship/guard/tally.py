@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -107,7 +108,7 @@ class Tally:
         if seen.agreed is not None:
             self.pairs += 1
             self.disagreements += not seen.agreed
-            if seen.distance is not None:
+            if seen.distance is not None and math.isfinite(seen.distance):
                 self.distance += seen.distance
                 self.distances += 1
         if seen.inputs and len(self.inputs) < MOST_SAMPLES:

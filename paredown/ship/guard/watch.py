@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from paredown.core.units import human
+from paredown.core.units import amount, human
 from paredown.ship.guard.drift import Distance, distance
 from paredown.ship.guard.features import MOST_NUMBERS, of_batches
 from paredown.ship.guard.finding import Finding, State
@@ -28,13 +28,16 @@ class Data:
 
     def __init__(self, policy: Policy):
         self._policy = policy
-        self.silent = 0  # windows in a row
+        self.silent = 0  # windows without data in a row
         self._lacking = ""
         self.entered()
 
     def entered(self) -> None:
-        """A new stage: windows with data are counted anew, and those without go on."""
-        self._good = 0
+        """A new stage, or the end of a pause: windows are counted anew, with data and without.
+
+        The guard itself goes on only where data come, so that a hand alone ends a silence.
+        """
+        self._good = self.silent = 0
 
     def window(self, window: Window, where: Stage) -> None:
         """Look at a window that has ended."""
@@ -61,9 +64,12 @@ class Data:
         if self.silent >= pause:
             state = "fail"
         action = "roll back" if self.silent >= back else "pause"
-        says = f"data in {self._good:,} windows" if self._good else "the first window is open"
+        says = (
+            f"data in {amount(self._good, 'windows')}" if self._good else "the first window is open"
+        )
         if self.silent:
-            says = f"no {self._lacking} for {self.silent} windows; {pause} pause, {back} roll back"
+            silent = amount(self.silent, "windows")
+            says = f"no {self._lacking} for {silent}; {pause} pause, {back} roll back"
         return Finding(self.name, state, True, self.silent, pause, self._good, 1, says, action)
 
 
@@ -95,7 +101,7 @@ class Budget:
         if not self._windows:
             says = "nothing was told"
         if self._over:
-            says += f", over {self._told(self._most)} for {self._over} windows"
+            says += f", over {self._told(self._most)} for {amount(self._over, 'windows')}"
         asked, evidence = self._most > 0, self._last if self._windows else None
         limit = self._most if asked else None
         return Finding(self.name, state, asked, evidence, limit, self._windows, 1, says)
@@ -174,7 +180,11 @@ class Drift:
         if worst:
             psi = self.distances[worst].psi
             says = f"{worst}: index {psi:.2f}, {self._policy.psi:g} is allowed"
-            says += f"; above it {self._drifted} times in a row" if self._drifted else ""
+            says += (
+                f"; above it in {amount(self._drifted, 'windows')} in a row"
+                if self._drifted
+                else ""
+            )
         index = self.distances[worst].psi if worst else None
         if self._compared:
             n = needed

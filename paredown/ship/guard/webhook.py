@@ -16,6 +16,22 @@ WAITING = 100  # alerts that wait at the most; later ones are dropped, and count
 TRIES = 3
 
 
+def is_address(url: object) -> bool:
+    """Whether it is a URL of http or https with a host, and a port that there is.
+
+    Example:
+        >>> is_address("http://127.0.0.1:8080"), is_address("http://[::1"), is_address("http://x:0x")
+        (True, False, False)
+    """
+    if not isinstance(url, str) or " " in url or not url.isprintable():
+        return False
+    try:
+        parts = urllib.parse.urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # of an address in brackets, or of a port
+        return False
+
+
 class Webhook:
     """Posts each alert as JSON to a URL.
 
@@ -36,15 +52,21 @@ class Webhook:
     """
 
     def __init__(self, url: str, timeout_s: float = 5.0, pause_s: float = 1.0):
-        parts = urllib.parse.urlsplit(url) if isinstance(url, str) else None
-        known = parts is not None and parts.scheme in ("http", "https") and bool(parts.netloc)
-        require("webhook", url, known, "a URL of http or https")
-        self.sent = self.failed = self.dropped = 0
+        require("webhook", url, is_address(url), "a URL of http or https")
+        self.sent = self.dropped = 0
+        self._taken = self._failed = 0
+        self._closed = False
         self._url, self._timeout_s, self._pause_s = url, timeout_s, pause_s
         self._waiting: queue.Queue[bytes | None] = queue.Queue(WAITING)
         self._ends = threading.Event()
         self._thread = threading.Thread(target=self._work, name="webhook", daemon=True)
         self._started = False
+
+    @property
+    def failed(self) -> int:
+        """Alerts that were not delivered; once closed, those that still wait or are on their way
+        count as well."""
+        return self._taken - self.sent if self._closed else self._failed
 
     def send(self, alert: dict[str, Any]) -> None:
         """Hand an alert over; never waits, and never fails."""
@@ -53,6 +75,7 @@ class Webhook:
             self._thread.start()
         try:
             self._waiting.put_nowait(json.dumps(alert, default=str).encode())
+            self._taken += 1
         except queue.Full:
             self.dropped += 1
 
@@ -65,6 +88,7 @@ class Webhook:
                 self._ends.set()
             self._thread.join(wait_s)
             self._ends.set()
+        self._closed = True
 
     def _work(self) -> None:
         while not self._ends.is_set():
@@ -74,7 +98,7 @@ class Webhook:
             if any(self._posted(body, number) for number in range(TRIES)):
                 self.sent += 1
             else:
-                self.failed += 1
+                self._failed += 1
 
     def _posted(self, body: bytes, number: int) -> bool:
         if number and self._ends.wait(self._pause_s):

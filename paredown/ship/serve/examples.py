@@ -33,19 +33,19 @@ class Examples:
         task: the user's file; None where they are kept already.
         raw: before the task's preprocessing, as a server takes them that runs end to end.
         golden: the run's golden set, whose inputs do where there is no task; None for none.
-        sought: the run's own file of a task, told where there is no ``task``; "" for none.
+        lacking: why there is no task, in a sentence; "" where there is one.
     """
 
     folder: Path
     task: Path | None
     raw: bool = False
     golden: Path | None = None
-    sought: str = ""
+    lacking: str = ""
 
     @property
     def source(self) -> str:
         """Where they come from, in words."""
-        gone = f", as {self.sought} is not there" if self.sought and self.task is None else ""
+        gone = f" ({self.lacking.rstrip('.')})" if self.lacking else ""
         return f"{self.task or self.golden or 'no task'}{gone}"
 
     @property
@@ -77,8 +77,8 @@ class Examples:
             _keep(self.file, of_golden(self.golden))
             return
         if self.task is None:
-            gone = f": {self.sought}, which the run was made with, is not there" * bool(self.sought)
-            raise UserError(f"there are no examples to validate on{gone}; name a file with --task.")
+            why = self.lacking or "Name a file with --task."
+            raise UserError(f"there are no examples to validate on. {why}")
         kind = "raw" if self.raw else "ready"
         command = [sys.executable, "-m", __name__, str(self.task), str(self.file), kind, *names]
         try:

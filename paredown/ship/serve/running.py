@@ -40,7 +40,7 @@ class Serving:
     Attributes:
         run: the run's folder.
         task: a Python file with the task, for validation; None where none is known.
-        sought: the run's own file of a task, which may not be there any more; "" for none.
+        lacking: why no task is known, in a sentence; "" where one is.
         score_task: a Python file whose task scores late labels; None scores by the named class.
         deadline_ms: the longest that a client waits for the candidate before the original answers.
         end_to_end: run the task's preprocessing and postprocessing around the models.
@@ -58,7 +58,7 @@ class Serving:
     policy: Policy = field(default_factory=Policy)
     task: Path | None = None
     score_task: Path | None = None
-    sought: str = ""
+    lacking: str = ""
     even_so: bool = False
     end_to_end: bool = False
     token_file: Path | None = None
@@ -162,7 +162,7 @@ async def _serve(asked: Serving, run: Run, file: Path, say: Callable[[str], None
     service = Service(run.name, Pair(original, candidate, None, Agreement(), Kept()))
     digests = (run.original.sha256, run.artifact.sha256 if run.artifact else "")
     golden = None if asked.end_to_end else _golden(asked.run, run)
-    source_of = Examples(asked.folder, asked.task, asked.end_to_end, golden, asked.sought)
+    source_of = Examples(asked.folder, asked.task, asked.end_to_end, golden, asked.lacking)
     runner = Runner(service, asked.policy, asked.folder, digests, source_of, say, Known.of(run))
     runner.alone(lacking) if lacking else runner.open()
     workers = [each for each in (original, candidate) if each]
