@@ -161,7 +161,7 @@ def test_one_of_something_is_told_so():
     made.rollout.tick()
     says = {each["name"]: each["says"] for each in made.rollout.status()["guards"]}
     assert "of 1 answer failed" in says["error rate"]
-    assert "over 1 label;" in says["score"]
+    assert "over 1 pair of labels;" in says["score"]
     assert says["data"] == "data in 1 window"
 
 

@@ -2,11 +2,13 @@
 
 import asyncio
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from paredown.cli import serving
+from paredown.core import source
 from paredown.core.errors import UserError
 from paredown.ship.guard.bound import Bound
 from paredown.ship.guard.observation import Observation
@@ -196,7 +198,7 @@ def test_the_score_says_how_many_labels_are_of_both_models():
         rollout.observe(Observation("original", score=1.0))
     assert says() == "0 pairs of labels; 7 labels of one model alone"
     rollout.observe(Observation("candidate", score=1.0, score_of_other=1.0))
-    assert "over 1 pairs of labels" in says()
+    assert "over 1 pair of labels" in says()
 
 
 def shown(monkeypatch, capsys, found):
@@ -224,5 +226,15 @@ def test_the_runs_own_file_is_looked_for_where_it_would_be(tmp_path, monkeypatch
     told["command"] = "paredown compress 'my digits.py' --out runs/tiny"
     (folder / "run.json").write_text(json.dumps(told))
     monkeypatch.chdir(tmp_path)
-    assert serving._task_of(folder) == str(tmp_path / "my digits.py")
-    assert serving._task_of(tmp_path / "none") == ""
+    file = tmp_path / "my digits.py"
+    assert source.found(folder, "serve", "--task")[1] == (
+        "serve: my digits.py: no such file here; name it with --task."
+    )
+    file.write_text("x = 1\n")
+    assert source.found(folder, "serve", "--task") == (Path("my digits.py"), "")
+    told["details"]["source_sha256"] = source.digest(told["command"])
+    (folder / "run.json").write_text(json.dumps(told))
+    assert source.found(folder, "serve", "--task") == (Path("my digits.py"), "")
+    file.write_text("x = 2\n")
+    assert "is not the file that the run was started from" in source.found(folder, "s", "--task")[1]
+    assert "no such folder" in source.found(tmp_path / "none", "serve", "--task")[1]
