@@ -26,6 +26,7 @@ SLOW = "dwell_s = 1000.0\nno_data_pause = 1000\nno_data_rollback = 2000\n"  # no
 def server(tmp_path_factory):
     folder = run_folder(tmp_path_factory.mktemp("http") / "run", quick=SLOW)
     with Served(folder) as found:
+        found.until(lambda status: status["models"]["candidate"]["ready"])
         yield found
 
 
