@@ -64,9 +64,12 @@ LEGAL = {  # and what of the wrong ones is not
 }
 RECORDS = {  # what is right where there is no default
     "Artifact": ("model.onnx", "onnxruntime", "0" * 64, 1, ""),
+    "Bound": (0.0, 0.1),
     "Exactness": (0.0, 0.0),
+    "Guard": (paredown.Bound(0.0, 0.1),),
     "Limit": (1.0,),
     "Measurement": (1,),
+    "Observation": ("candidate",),
     "Model": (MODEL.graph, MODEL.inputs, MODEL.arguments, MODEL.outputs),
     "Run": tuple(vars(RUN).values()),
     "Task": (EXAMPLE, paredown.accuracy),
@@ -109,7 +112,8 @@ def test_a_wrong_argument_of_a_function_is_told(name, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", sorted(public(True)))
-def test_a_wrong_setting_is_told_or_taken(name):
+def test_a_wrong_setting_is_told_or_taken(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     kind = getattr(paredown, name)
     right = RECORDS.get(name, ())
     for place, parameter in enumerate(inspect.signature(kind).parameters):

@@ -102,6 +102,9 @@ class Guard:
             state=(state, str | Path | None),
         )
         require("digest", digest, bool(digest), "a text")
+        require("alert", alert, alert is None or callable(alert), "a function")
+        for name, given in (("clock", clock), ("monotonic", monotonic)):
+            require(name, given, callable(given), "a function that gives seconds")
         self._monotonic, self._alert = monotonic, alert
         self._journal: Journal | None = None
         self.problem = ""  # why the original alone serves
