@@ -163,7 +163,13 @@ def test_the_same_file_twice_is_no_faster(twice: dict[str, Measured]) -> None:
     assert comparison.score_difference == 0.0
     assert "score did not change" in comparison.verdict and "is proven" in comparison.verdict
     assert 0.5 < comparison.speedup_low <= comparison.speedup_high < 2  # type: ignore[operator]
-    assert "no bound was set" in compare(twice["original"], twice["candidate"], None).verdict
+    tails = compare(twice["original"], twice["candidate"], None, tails=True)
+    assert "no bound was set" in tails.verdict and comparison.speedup_p90_low is None
+    for low, high in (
+        (tails.speedup_p90_low, tails.speedup_p90_high),
+        (tails.speedup_p99_low, tails.speedup_p99_high),
+    ):
+        assert 0.1 < low <= high < 10  # type: ignore[operator]
 
 
 def test_rounds_alternate_between_fresh_processes(

@@ -16,7 +16,7 @@ from paredown.cli.command import FAILED, INTERRUPTED, app
 from paredown.core import threads
 from paredown.core.errors import UserError
 
-VERBS = (models, monitoring, runs, shipping, serving)  # each has registered its verbs with the app
+VERBS = (models, monitoring, runs, serving, shipping)  # each has registered its verbs with the app
 
 
 def main() -> None:

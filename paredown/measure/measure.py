@@ -153,10 +153,15 @@ def _around(
     return found
 
 
-def compare(original: Measured, candidate: Measured, max_drop: float | None) -> Comparison:
+def compare(
+    original: Measured, candidate: Measured, max_drop: float | None, tails: bool = False
+) -> Comparison:
     """A candidate beside the original, from one call of `measure`.
 
-    ``max_drop`` is in the score's own unit; None where no drop was bounded.
+    Args:
+        max_drop: in the score's own unit; None where no drop was bounded.
+        tails: whether the ratios of 90th and 99th percentiles get their intervals, which take as
+            long as that of the medians each.
     """
     in_points = original.measurement.score_in_points and candidate.measurement.score_in_points
     before, after = original.scores.numpy(), candidate.scores.numpy()
@@ -169,8 +174,9 @@ def compare(original: Measured, candidate: Measured, max_drop: float | None) -> 
         found = stats.non_inferior(before, after, max_drop, name="score", unit=unit)
         verdict, claim = found.sentence, found.status
     median = speedups.median_interval(candidate.rounds)
-    slowest_tenth = speedups.median_ratio(original.rounds, candidate.rounds, quantile=0.9)
-    rare = _rare(original, candidate)
+    tenth = _tail(original, candidate, 0.9) if tails else None
+    both = (original.measurement.latency_ms_p99, candidate.measurement.latency_ms_p99)
+    rare = _tail(original, candidate, 0.99) if tails and None not in both else None
     return Comparison(
         score_difference=difference.estimate,
         score_difference_low=difference.low,
@@ -178,8 +184,8 @@ def compare(original: Measured, candidate: Measured, max_drop: float | None) -> 
         speedup=speedup.estimate,
         speedup_low=speedup.low,
         speedup_high=speedup.high,
-        speedup_p90_low=slowest_tenth.low,
-        speedup_p90_high=slowest_tenth.high,
+        speedup_p90_low=tenth.low if tenth else None,
+        speedup_p90_high=tenth.high if tenth else None,
         speedup_p99_low=rare.low if rare else None,
         speedup_p99_high=rare.high if rare else None,
         latency_ms_low=median.low,
@@ -190,11 +196,8 @@ def compare(original: Measured, candidate: Measured, max_drop: float | None) -> 
     )
 
 
-def _rare(original: Measured, candidate: Measured) -> stats.Interval | None:
-    """The ratio of 99th percentiles, where there are samples enough for one."""
-    if any(each.measurement.latency_ms_p99 is None for each in (original, candidate)):
-        return None
-    return speedups.median_ratio(original.rounds, candidate.rounds, quantile=0.99)
+def _tail(original: Measured, candidate: Measured, quantile: float) -> stats.Interval:
+    return speedups.median_ratio(original.rounds, candidate.rounds, quantile=quantile)
 
 
 def _unbounded(difference: stats.Interval, examples: int, in_points: bool) -> str:

@@ -212,7 +212,8 @@ def _run(state: State, steps: Sequence[Step] | None, asked: dict[str, Any], comm
     progress.say("Proof: the exported file beside the original, on the test split")
     measured = proof(state, best)
     original, compressed = measured["original"], measured["compressed"]
-    compared = compare(original, compressed, state.goals.allowed_drop(original.measurement))
+    allowed = state.goals.allowed_drop(original.measurement)
+    compared = compare(original, compressed, allowed, tails=True)
     figures = compressed.measurement, original.measurement
     # the original itself loses nothing, which no data have to prove
     checks = state.goals.check(*figures, state.baseline, compared if best.stage else None)

@@ -235,7 +235,7 @@ def _judged(subject: Subject, measured: dict[str, Measured]) -> dict[str, Any]:
     beside = None
     if len(after.scores):
         allowed = subject.goals.allowed_drop(before.measurement)
-        beside = compare(before, after, allowed)
+        beside = compare(before, after, allowed, tails=True)
     baseline = before.measurement  # that of the run was measured elsewhere
     checks = subject.goals.check(after.measurement, before.measurement, baseline, beside)
     return {"measured": figures, "comparison": beside, "checks": checks}
