@@ -49,6 +49,17 @@ class Child(Protocol):
     def wait(self, timeout: float | None = None) -> int: ...
 
 
+def kill(child: Child) -> None:
+    """End a process and whatever it started, and close its pipes."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
+    for stream in (child.stdin, child.stdout):
+        with contextlib.suppress(BrokenPipeError):
+            if stream is not None:
+                stream.close()
+
+
 class _Server:
     """One process that has imported a runtime, and is forked."""
 

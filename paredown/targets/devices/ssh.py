@@ -25,10 +25,9 @@ import numpy as np
 from paredown.core.errors import UserError
 from paredown.core.processes import ended
 from paredown.targets.artifact import companions
-from paredown.targets.devices import probe
+from paredown.targets.devices import forks, probe
 from paredown.targets.devices.address import Address, parsed
 from paredown.targets.devices.device import TIMEOUT_S, Device
-from paredown.targets.devices.forks import THREADS
 from paredown.targets.devices.lines import Lines
 from paredown.targets.devices.local import DOING
 from paredown.targets.devices.lost import Lost
@@ -154,7 +153,7 @@ class Remote:
         code, own = Path(probe.__file__), [self.file, *companions(self.file)]
         groups = [code], [self.runtime_file], own
         place, runtime, file = self._store.begin(self.runtime_file, groups)
-        variables = [f"{name}={self.threads}" for name in THREADS]
+        variables = [f"{name}={self.threads}" for name in forks.THREADS]
         python = "env", *variables, "PYTHONDONTWRITEBYTECODE=1", self._address.python
         started = shlex.join([*python, place])
         # the shell tells a signal by an exit code of its own, which ssh would tell as a lost one
@@ -218,13 +217,7 @@ class Remote:
         """End the channel, with which the probe ends."""
         if self._child is None:
             return
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._child.pid, signal.SIGKILL)
-        self._child.wait()
-        for stream in (self._child.stdin, self._child.stdout):
-            with contextlib.suppress(BrokenPipeError):
-                if stream is not None:
-                    stream.close()
+        forks.kill(self._child)
         self._child = None
 
     def _end(self) -> None:
