@@ -41,7 +41,7 @@ class Opened:
         inputs: what it wants, in the file's order.
         example: inputs as deployed, where the file can tell them without samples.
         dynamic: dimensions besides the batch that vary, for each input ``{dim: "name"}`` or None.
-        outputs: the names of its outputs; the module gives a tensor where there is one, else a dict.
+        outputs: their names; the module gives a tensor where there is one, else a dict.
         preprocess: from one raw example, a dict of column -> value (text as str, a picture as a
             uint8 array (H, W, C)), to the module's inputs without a batch dimension, by name.
         columns: the columns that ``preprocess`` reads.
