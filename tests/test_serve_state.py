@@ -86,6 +86,29 @@ def test_a_profile_that_is_not_the_candidates_is_made_again(tmp_path, file, dama
     assert (tmp_path / validation.PROFILE).read_bytes() == whole
 
 
+def test_a_validation_that_breaks_leaves_the_original_alone(tmp_path):
+    class Broken:
+        def read(self):
+            raise ZeroDivisionError("none")
+
+    service = Service("tiny", Pair(Started(same), Started(same), None, Agreement(), Kept()))
+    said = []
+    runner = Runner(service, Policy(), tmp_path, ("one", "other"), Broken(), said.append)
+
+    async def run():
+        runner.open()
+        runner.start()
+        for _ in range(100):
+            await asyncio.sleep(0.01)
+            if service.alone:
+                break
+        await runner.stop()
+
+    asyncio.run(run())
+    assert service.alone == "validation failed: ZeroDivisionError: none"
+    assert said[-1] == f"The original serves alone: {service.alone}"
+
+
 def test_a_pause_during_validation_is_refused_in_words(tmp_path):
     told = []
 

@@ -98,6 +98,8 @@ class Runner:
                 await self._begin()
             except UserError as error:
                 self.alone(str(error))
+            except Exception as error:  # whatever it is, the candidate has not been validated
+                self.alone(f"validation failed: {type(error).__name__}: {error}")
         while True:
             await self._until_next()
             try:
