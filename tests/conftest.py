@@ -1,6 +1,8 @@
 """Steady tests: one thread each, no deadlines on a shared machine, the same examples each time."""
 
 import os
+import shutil
+import tempfile
 
 import pytest
 import torch
@@ -8,8 +10,10 @@ from hypothesis import settings
 
 from paredown.core.errors import UserError
 from paredown.targets.runtimes import RUNTIMES, ready
+from tests.architectures.captured import FOLDER
 
 os.environ["PAREDOWN_CACHE"] = "off"
+CAPTURES = pytest.StashKey[str]()
 torch.set_num_threads(1)
 settings.register_profile("steady", deadline=None, derandomize=True)
 settings.load_profile("steady")
@@ -23,3 +27,13 @@ def runtime_name(request):
     except UserError as error:
         pytest.skip(str(error))
     return request.param
+
+
+def pytest_configure(config):
+    """One folder of captured architectures for this run, in the environment of its workers."""
+    if FOLDER not in os.environ:
+        os.environ[FOLDER] = config.stash[CAPTURES] = tempfile.mkdtemp(prefix="captures-")
+
+
+def pytest_unconfigure(config):
+    shutil.rmtree(config.stash.get(CAPTURES, ""), ignore_errors=True)

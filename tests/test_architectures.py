@@ -30,6 +30,7 @@ from tests.architectures import (
     make,
     with_batch,
 )
+from tests.architectures.captured import captured
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -306,8 +307,8 @@ COMPUTING = {"Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul"}
 @pytest.mark.parametrize("name", FUSED)
 def test_every_op_that_can_runs_on_integers(name, tmp_path):
     entry = ARCHITECTURES[name]
-    module, example = make(name)
-    model = capture(module, example, entry.dynamic)
+    module, _ = make(name)
+    model, example = captured(name)
     quantized = Quantize("int8").apply(model, page.calibration_task(entry, example))
     path = onnxruntime.lower(quantized, tmp_path / "model.onnx")
     census = onnxruntime.census(path)
@@ -336,8 +337,7 @@ def test_every_op_that_can_runs_on_integers(name, tmp_path):
 def test_cut_and_quantized_both_gains_multiply(name, tmp_path):
     """With a quarter of every group gone the same ops fuse, and int8 saves its share of it."""
     entry = ARCHITECTURES[name]
-    module, example = make(name)
-    model = capture(module, example, entry.dynamic)
+    model, example = captured(name)
     coupling = analyze(model)
     quarter = {g.name: np.arange(g.size) >= g.size // 4 for g in coupling.groups if g.size >= 4}
     small = cut(model, coupling, quarter)

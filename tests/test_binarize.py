@@ -31,7 +31,8 @@ from paredown.steps.quantization.cast import Cast
 from paredown.steps.quantization.quantize import Quantize
 from paredown.steps.training.fine_tune import FineTune
 from paredown.targets.runtimes import onnxruntime, pytorch
-from tests.architectures import ARCHITECTURES, make, with_batch
+from tests.architectures import ARCHITECTURES, with_batch
+from tests.architectures.captured import captured
 from tests.test_architectures import NOTHING_TO_QUANTIZE, check_file, reload
 
 torch.set_num_threads(1)
@@ -390,9 +391,7 @@ every = pytest.mark.parametrize(
 
 @every
 def test_every_architecture_binarizes(name, tmp_path):
-    entry = ARCHITECTURES[name]
-    module, example = make(name)
-    model = capture(module, example, entry.dynamic)
+    model, example = captured(name)
     for form in LOW:
         try:
             made = Binarize(form).apply(model, TASK)

@@ -16,6 +16,7 @@ from paredown.steps.quantization.cast_rewrite import narrow
 from paredown.targets.formats.onnx import half as onnx_half
 from paredown.targets.runtimes import onnxruntime
 from tests.architectures import ARCHITECTURES, make
+from tests.architectures.captured import captured
 
 torch.set_num_threads(1)
 TASK = Task(example=(torch.zeros(1, 8),), score=lambda out, y: out[:, 0])
@@ -49,9 +50,8 @@ def check_outputs(before: list, after: list, error: float):
     [pytest.param(n, marks=() if n in BRIEF else pytest.mark.slow) for n in ARCHITECTURES],
 )
 def test_every_architecture_casts(name, tmp_path):
-    module, example = make(name)
+    model, example = captured(name)
     entry = ARCHITECTURES[name]
-    model = capture(module, example, entry.dynamic)
     before = {key: t.clone() for key, t in model.state_dict().items()}
     code, task = model.graph.code, page.calibration_task(entry, example)
     for dtype, error in ERROR.items():

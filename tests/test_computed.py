@@ -24,6 +24,7 @@ from paredown.graph.computed import fold_computed_weights
 from paredown.graph.quantized.quantizers import quantizers
 from paredown.graph.sites import sites
 from tests.architectures import ARCHITECTURES, make
+from tests.architectures.captured import captured as architecture
 
 warnings.filterwarnings("ignore")
 
@@ -114,8 +115,8 @@ def test_what_is_folded_computes_the_same_and_leaves_nothing_behind(name):
 
 @pytest.mark.parametrize("name", ["speech_features", "big_transfer", "spectral_critic"])
 def test_architectures_with_computed_weights(name):
-    module, example = make(name)
-    model = paredown.capture(module, example, ARCHITECTURES[name].dynamic).eval()
+    model, _ = architecture(name)
+    model = model.eval()
     folded = model.copy().eval()
     found = fold_computed_weights(folded)
     assert set(found) <= {site.weight for site in sites(folded.graph)} and found

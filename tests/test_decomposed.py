@@ -14,7 +14,8 @@ from paredown.graph.program import reexport
 from paredown.graph.quantized.decomposed import DEQUANTIZE_CHANNEL, QUANTIZE, decompose
 from paredown.graph.quantized.quantizers import fake_quantize, quantized_weights, quantizers
 from paredown.steps.quantization.quantize import Quantize
-from tests.architectures import ARCHITECTURES, make
+from tests.architectures import ARCHITECTURES
+from tests.architectures.captured import captured
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 QUICK = ("resnet8", "unet", "bert")
@@ -25,8 +26,7 @@ EVERY = [
 
 def quantized(name: str) -> Model:
     entry = ARCHITECTURES[name]
-    module, example = make(name)
-    model = capture(module, example, entry.dynamic)
+    model, example = captured(name)
     try:
         return Quantize("int8", embedding_bits=0).apply(
             model, page.calibration_task(entry, example)

@@ -36,8 +36,9 @@ from paredown.train.distill.student import captured as student_of
 from paredown.train.distill.teacher import TAUGHT
 from paredown.train.loop import fit
 from paredown.train.settings import Training
-from tests.architectures import ARCHITECTURES, make
+from tests.architectures import ARCHITECTURES
 from tests.architectures.blocks import EncoderBlock
+from tests.architectures.captured import captured
 from tests.test_run import here  # noqa: F401
 
 torch.set_num_threads(1)
@@ -817,8 +818,7 @@ def case(name: str):
 @pytest.mark.parametrize("name", [case(name) for name in ARCHITECTURES])
 def test_every_architecture_learns_from_its_original(name):
     entry = ARCHITECTURES[name]
-    module, example = make(name)
-    model = capture(module, example, entry.dynamic)
+    model, example = captured(name)
     task = page.calibration_task(entry, example)
     task = replace(task, train=task.calibration)
     changed = model if name == "dcgan" else Quantize("int8").apply(model, task)

@@ -20,7 +20,8 @@ from paredown.steps.quantization.correct import sure_shift
 from paredown.steps.quantization.equalize import equalize, smoothing_factors
 from paredown.steps.quantization.quantize import Quantize
 from paredown.targets.runtimes import onnxruntime
-from tests.architectures import ARCHITECTURES, make
+from tests.architectures import ARCHITECTURES
+from tests.architectures.captured import captured
 from tests.test_architectures import QUICK, run, tensors
 
 torch.set_num_threads(1)
@@ -33,7 +34,11 @@ def calibrated(inputs: Tensor) -> Task:
 
 
 def prepared(module: nn.Module, example, dynamic=None) -> Model:
-    model = capture(module.eval(), example, dynamic).copy().eval()
+    return ready(capture(module.eval(), example, dynamic))
+
+
+def ready(model: Model) -> Model:
+    model = model.copy().eval()
     prepare(model)
     fold_batch_norm(model.graph)
     refresh_values(model)
@@ -76,8 +81,8 @@ def case(name: str):
 
 @pytest.mark.parametrize("name", [case(name) for name in ARCHITECTURES])
 def test_moving_factors_changes_no_output(name):
-    module, example = make(name)
-    model = prepared(module, example, ARCHITECTURES[name].dynamic)
+    model, example = captured(name)
+    model = ready(model)
     found, before = exchange(model.graph), run(model)
     factors = np.exp(np.random.default_rng(0).normal(0, 0.7, found.count))
     move(model.graph, found, factors)

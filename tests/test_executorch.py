@@ -29,7 +29,8 @@ from paredown.targets.devices.local import Probe
 from paredown.targets.formats.executorch.shape import shape_for_xnnpack
 from paredown.targets.parity import QUANTIZED_DB, agreement_db
 from paredown.targets.runtimes import executorch, ready
-from tests.architectures import ARCHITECTURES, make
+from tests.architectures import ARCHITECTURES
+from tests.architectures.captured import captured
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 ROOT = Path(__file__).parent.parent
@@ -39,8 +40,7 @@ ready("executorch")
 
 def build(name: str, form: str = "float") -> Model:
     entry = ARCHITECTURES[name]
-    module, example = make(name)
-    model = capture(module, example, entry.dynamic)
+    model, example = captured(name)
     if form == "float":
         return model
     return Quantize(form).apply(model, page.calibration_task(entry, example))

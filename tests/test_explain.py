@@ -25,7 +25,8 @@ from paredown.explain.explanation import explain_file
 from paredown.explain.noise import Outputs
 from paredown.graph.quantized.runner import Runner
 from paredown.graph.sites import sites
-from tests.architectures import ARCHITECTURES, make
+from tests.architectures import ARCHITECTURES
+from tests.architectures.captured import captured
 from tests.test_run import NO_TRAIN, here, paredown_cli, user  # noqa: F401
 
 torch.set_num_threads(1)
@@ -375,8 +376,7 @@ class Drawn(Dataset):
 )
 def test_every_architecture_is_explained(name, tmp_path):
     entry = ARCHITECTURES[name]
-    module, example = make(name)
-    model = paredown.capture(module, example, entry.dynamic)
+    model, example = captured(name)
     data = Drawn(entry)
     its_task = Task(example, None, calibration=data, validation=data, dynamic=entry.dynamic)
     steps = [Quantize()]

@@ -20,7 +20,8 @@ from paredown.steps.pruning.prune_weights import PruneWeights
 from paredown.steps.quantization.quantize import Quantize
 from paredown.steps.recipe import apply
 from paredown.targets.runtimes import onnxruntime
-from tests.architectures import ARCHITECTURES, make
+from tests.architectures import ARCHITECTURES
+from tests.architectures.captured import captured
 from tests.test_architectures import FUSED, fused
 
 torch.set_num_threads(1)
@@ -165,8 +166,7 @@ def test_wrong_bits_are_refused_at_once():
 @fused
 def test_the_same_ops_fuse(name, tmp_path):
     entry = ARCHITECTURES[name]
-    module, example = make(name)
-    model = capture(module, example, entry.dynamic)
+    model, example = captured(name)
     quantized = Quantize("int4").apply(model, page.calibration_task(entry, example))
     path = onnxruntime.lower(quantized, tmp_path / "model.onnx")
     census = onnxruntime.census(path)

@@ -18,7 +18,8 @@ from paredown.core.units import human
 from paredown.explain.inspect import inspect_model
 from paredown.graph.coupling.coupling import analyze
 from paredown.graph.coupling.cut import cut
-from tests.architectures import ARCHITECTURES, make
+from tests.architectures import make
+from tests.architectures.captured import captured
 from tests.test_house import commands, complaint, readme
 from tests.test_run import here, paredown_cli, user  # noqa: F401
 
@@ -27,9 +28,8 @@ DOCS = Path(__file__).parent.parent / "docs"
 
 
 @functools.cache
-def captured(name):
-    module, example = make(name)
-    return paredown.capture(module, example, ARCHITECTURES[name].dynamic)
+def model_of(name):
+    return captured(name)[0]
 
 
 def lines(out):
@@ -45,7 +45,7 @@ def weights(model):
 
 @pytest.mark.parametrize("name", ["resnet8", "vit", "gru_bidirectional"])
 def test_half_of_a_group_saves_what_is_told(name):
-    model = captured(name)
+    model = model_of(name)
     coupling = analyze(model)
     found = inspect_model(model, coupling)
     assert [g.name for g in found.groups] == [g.name for g in coupling.groups]
@@ -73,22 +73,22 @@ UNITS = {
 
 @pytest.mark.parametrize("name", UNITS)
 def test_what_a_unit_is(name):
-    assert {group.unit for group in inspect_model(captured(name)).groups} >= UNITS[name]
+    assert {group.unit for group in inspect_model(model_of(name)).groups} >= UNITS[name]
 
 
 def test_heads_are_named_only_where_there_are_heads():
     for name in ("sknet", "resnet8", "gru_bidirectional", "group_norm"):
-        assert not any("head" in group.unit for group in inspect_model(captured(name)).groups)
+        assert not any("head" in group.unit for group in inspect_model(model_of(name)).groups)
 
 
 def test_dimensions_of_heads():
-    model = captured("vit")
+    model = model_of("vit")
     units = {g.unit: g.units for g in inspect_model(model, analyze(model, "head_dim")).groups}
     assert units["dimensions of every head"] == 12 and not any("heads of" in u for u in units)
 
 
 def test_who_sees_how_many_units_there_are_is_told_by_the_users_name():
-    stream, head, *_ = inspect_model(captured("vit")).groups
+    stream, head, *_ = inspect_model(model_of("vit")).groups
     assert (stream.exact, stream.seen_by) == (False, "layer_norm in norm")
     assert (head.exact, head.seen_by) == (True, "")
 
@@ -105,7 +105,7 @@ class Picks(nn.Module):
 
 
 def test_pins_come_most_first_with_their_layers():
-    found = inspect_model(captured("resnet8"))
+    found = inspect_model(model_of("resnet8"))
     counts = [pin.indices for pin in found.pins]
     assert counts == sorted(counts, reverse=True) and sum(counts) > 0
     assert {pin.layer for pin in found.pins if pin.op.startswith("aten.conv2d")} >= {"stem.0"}
@@ -153,7 +153,7 @@ def test_everything_for_machines(user, paredown_cli):
 
 
 def test_saved_and_exported_models_can_be_inspected(tmp_path, paredown_cli):
-    model = captured("resnet8")
+    model = model_of("resnet8")
     model.save(tmp_path / "net.safetensors")
     module, example = make("resnet8")
     torch.export.save(torch.export.export(module, example), tmp_path / "net.pt2")
@@ -181,7 +181,7 @@ def test_a_parameter_is_explained_and_a_typo_is_seen(user, paredown_cli):
 
 
 def test_policies_reach_the_analysis(tmp_path, paredown_cli):
-    captured("group_norm").save(tmp_path / "net.safetensors")
+    model_of("group_norm").save(tmp_path / "net.safetensors")
     found = {}
     for policy in ("groups", "within"):
         words = ("inspect", tmp_path / "net.safetensors", "--group-norm", policy, "--json")
@@ -228,7 +228,7 @@ def test_long_names_wrap_without_loss(width):
 
     from paredown.explain.inspect import groups_table
 
-    found = inspect_model(captured("swin"))
+    found = inspect_model(model_of("swin"))
     console = Console(width=width, record=True, file=io.StringIO())
     console.print(groups_table(found.groups, width))
     text = console.export_text()

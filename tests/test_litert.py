@@ -29,6 +29,7 @@ from paredown.targets.formats.litert import write
 from paredown.targets.runtimes import litert, ready
 from paredown.targets.runtimes.litert_worker import worker
 from tests.architectures import ARCHITECTURES, make, with_batch
+from tests.architectures.captured import captured
 from tests.test_architectures import NOTHING_TO_QUANTIZE
 
 torch.set_num_threads(1)
@@ -58,8 +59,7 @@ def lowered(tmp_path_factory):
 
     def get(name: str, form: str):
         if (name, form) not in made:
-            module, example = make(name)
-            model = paredown.capture(module, example, ARCHITECTURES[name].dynamic)
+            model, example = captured(name)
             task = page.calibration_task(ARCHITECTURES[name], example)
             model = STEPS[form].apply(model, task) if form in STEPS else model
             path = tmp_path_factory.mktemp(name) / f"{form}.tflite"

@@ -26,6 +26,7 @@ from paredown.steps.low_rank.sensitivity import sensitivities
 from paredown.steps.step import Setting
 from paredown.targets.runtimes import onnxruntime
 from tests.architectures import ARCHITECTURES, make, with_batch
+from tests.architectures.captured import captured
 from tests.test_architectures import QUICK, run, tensors
 
 torch.set_num_threads(1)
@@ -83,8 +84,7 @@ def case(name: str):
 @pytest.mark.parametrize("name", [case(name) for name in ARCHITECTURES])
 def test_architecture(name, tmp_path):
     entry = ARCHITECTURES[name]
-    module, example = make(name)
-    model = capture(module, example, entry.dynamic)
+    model, example = captured(name)
     task = page.calibration_task(entry, example)
     assert relative(run(at_full_rank(Ground.of(PLAIN, model))), run(model)) < 2e-4
     if name in OUT_OF_REACH:

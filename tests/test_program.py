@@ -11,7 +11,8 @@ from paredown.graph.model import Model
 from paredown.graph.program import Program, lowered, reexport
 from paredown.steps.pruning.prune_channels import PruneChannels
 from paredown.targets.runtimes import onnxruntime
-from tests.architectures import ARCHITECTURES, make, with_batch
+from tests.architectures import make, with_batch
+from tests.architectures.captured import captured
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 aten = torch.ops.aten
@@ -20,10 +21,10 @@ aten = torch.ops.aten
 SOME = ("resnet8", "mobilenet_v3", "convnext", "llama", "t5", "gpt2", "lstm", "swin", "yolo")
 
 
-def captured(name: str) -> tuple[Model, list[Tensor]]:
+def model_of(name: str) -> tuple[Model, list[Tensor]]:
     """An architecture, and the tensors of three examples."""
-    module, example = make(name)
-    model = capture(module, example, ARCHITECTURES[name].dynamic).eval()
+    made, example = captured(name)
+    model = made.eval()
     three = with_batch(example, 3)
     args, kwargs = ((), three) if isinstance(three, dict) else (three, {})
     return model, model.bind(args, kwargs)
@@ -39,7 +40,7 @@ def assert_same(program, model: Model, leaves: list[Tensor]) -> None:
 
 @pytest.mark.parametrize("name", SOME)
 def test_same_values_before_and_after_decomposition(name):
-    model, leaves = captured(name)
+    model, leaves = model_of(name)
     program = reexport(model)
     assert type(program) is Program
     assert_same(program, model, leaves)
@@ -52,14 +53,14 @@ def test_same_values_before_and_after_decomposition(name):
 
 @pytest.mark.parametrize("name", ["beit", "mixtral"])
 def test_what_cannot_be_taken_as_it_stands_is_traced(name):
-    model, leaves = captured(name)
+    model, leaves = model_of(name)
     program = reexport(model)
     assert type(program) is not Program
     assert_same(program, model, leaves)
 
 
 def test_only_the_ops_of_the_table_change():
-    model, leaves = captured("gpt2")
+    model, leaves = model_of("gpt2")
     before = [node.target for node in reexport(model).graph.nodes]
     made = reexport(model).run_decompositions({aten.gelu.default: lambda x, **_: x.clone()})
     after = [node.target for node in made.graph.nodes]
@@ -68,7 +69,7 @@ def test_only_the_ops_of_the_table_change():
 
 
 def test_the_model_stays_as_it_was():
-    model, leaves = captured("convnext")
+    model, leaves = model_of("convnext")
     code, state = model.graph.code, {k: v.clone() for k, v in model.state_dict().items()}
     reexport(model).run_decompositions()
     assert model.graph.code == code
@@ -141,7 +142,7 @@ def test_a_changed_input_is_not_made_functional():
 
 
 def test_where_lowering_fails_it_is_given_a_traced_program():
-    model, _ = captured("resnet8")
+    model, _ = model_of("resnet8")
     seen = []
 
     def lower(program):

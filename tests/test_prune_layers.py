@@ -31,6 +31,7 @@ from paredown.steps.training.fine_tune import FineTune
 from paredown.targets.runtimes import onnxruntime
 from tests.architectures import ARCHITECTURES, make
 from tests.architectures.blocks import EncoderBlock
+from tests.architectures.captured import captured
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -522,8 +523,7 @@ def case(name: str):
 
 @pytest.mark.parametrize("name", [case(name) for name in ARCHITECTURES])
 def test_removal_is_adding_zeros_in_every_architecture(name):
-    module, example = make(name)
-    model = capture(module, example, ARCHITECTURES[name].dynamic)
+    model, example = captured(name)
     assert (check_removal(model) == 0) == (name in NONE)
 
 

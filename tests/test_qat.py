@@ -41,7 +41,8 @@ from paredown.targets.runtimes import onnxruntime
 from paredown.train import loop, qat
 from paredown.train.loop import fit
 from paredown.train.settings import Training
-from tests.architectures import ARCHITECTURES, make
+from tests.architectures import ARCHITECTURES
+from tests.architectures.captured import captured
 from tests.test_architectures import NOTHING_TO_QUANTIZE
 
 torch.set_num_threads(1)
@@ -443,10 +444,10 @@ def test_a_step_of_training_then_the_file_agrees(name, scheme, tmp_path):
     if name in NOTHING_TO_QUANTIZE:
         return
     entry = ARCHITECTURES[name]
-    module, example = make(name)
+    captured_model, example = captured(name)
     task = page.calibration_task(entry, example)
     task = replace(task, train=task.calibration, loss=squares, batch_size=2)
-    model = Quantize(scheme).apply(capture(module, example, entry.dynamic), task)
+    model = Quantize(scheme).apply(captured_model, task)
     tuned = FineTune(epochs=1e-9, lr=1e-4, device="cpu").apply(model, task)
     assert grids(tuned) != grids(model)
     onnxruntime.lower(tuned, tmp_path / "model.onnx")  # asserts parity on the example

@@ -28,7 +28,8 @@ from paredown.targets import parity, runtimes
 from paredown.targets.artifact import digest, parts, size_bytes
 from paredown.targets.devices.local import Probe
 from paredown.targets.runtimes import RUNTIMES, Runtime, ready, runtime
-from tests.architectures import ARCHITECTURES, make, with_batch
+from tests.architectures import ARCHITECTURES, with_batch
+from tests.architectures.captured import captured
 from tests.test_contract import KINDS, build
 
 torch.set_num_threads(1)
@@ -283,8 +284,7 @@ def test_architecture(name, each, tmp_path):
     except UserError as error:
         pytest.skip(str(error))
     entry = ARCHITECTURES[each]
-    module, example = make(each)
-    model = paredown.capture(module, example, entry.dynamic)
+    model, example = captured(each)
     said = KNOWN_FAILURES.get((name, each))
     if said:
         with pytest.raises(UserError, match=said) as told:

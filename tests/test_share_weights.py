@@ -39,7 +39,8 @@ from paredown.targets.devices import device
 from paredown.targets.runtimes import onnxruntime, pytorch
 from paredown.train.loop import fit
 from paredown.train.settings import Training
-from tests.architectures import ARCHITECTURES, make, with_batch
+from tests.architectures import ARCHITECTURES, with_batch
+from tests.architectures.captured import captured
 from tests.test_architectures import ROOT, call, run, tensors
 from tests.test_run import BY_NAME
 
@@ -616,9 +617,7 @@ def case(name: str):
 
 @pytest.mark.parametrize("name", [case(name) for name in ARCHITECTURES])
 def test_every_architecture_shares_and_hashes(name, tmp_path):
-    entry = ARCHITECTURES[name]
-    module, example = make(name)
-    model = capture(module, example, entry.dynamic)
+    model, example = captured(name)
     found = [each.name for each in shareable(model, (), "ShareWeights")]
     made = apply_step(model, ShareWeights(k=8, exclude=tuple(found[1::2])), None)
     if any(
