@@ -297,7 +297,7 @@ FUSED = {
 fused = pytest.mark.parametrize(
     "name",
     [
-        pytest.param(n, marks=pytest.mark.slow if n in ("resnet_basic", "unet") else ())
+        pytest.param(n, marks=pytest.mark.slow if n not in ("mobilenet_v2", "mlp") else ())
         for n in FUSED
     ],
 )

@@ -523,7 +523,13 @@ def test_pruned_weights_stay_zero_into_the_file(name, kind, built, applied, tmp_
     assert seen
 
 
-@pytest.mark.parametrize(("name", "settings_"), VARIANTS, ids=str)
+def each_variant():
+    for name, settings_ in VARIANTS:
+        alike = settings_.get("criterion") in ("l2", "random", "bn_scale", "weight_activation")
+        yield pytest.param(name, settings_, marks=pytest.mark.slow if alike else ())
+
+
+@pytest.mark.parametrize(("name", "settings_"), each_variant(), ids=str)
 @pytest.mark.parametrize("kind", ["cnn", pytest.param("encoder", marks=pytest.mark.slow)])
 def test_every_criterion_and_amount_keeps_the_promise(name, settings_, kind, built, tmp_path):
     model, task = built[kind]

@@ -22,7 +22,8 @@ from paredown.graph.model import Model
 from paredown.graph.quantized.per_channel import PER_CHANNEL
 from paredown.steps.pruning.prune_weights import PruneWeights
 from paredown.steps.quantization.quantize import Quantize
-from tests.architectures import make, randomise, with_batch
+from tests.architectures import randomise, with_batch
+from tests.architectures.captured import captured
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -1326,8 +1327,7 @@ MODELS = (
 
 @pytest.mark.parametrize("name", MODELS)
 def test_whole_models(name):
-    module, example = make(name)
-    model = capture(module, example)
+    model, _ = captured(name)
     coupling = analyze(model)
     assert coupling.unknown == () and coupling.coverage > 0.5
     choice = half(coupling)

@@ -43,7 +43,7 @@ from tests.test_run import here  # noqa: F401
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore")
-QUICK = ("resnet8", "mobilenet_v2", "unet", "vit", "lstm", "siamese", "tied_language_model")
+QUICK = ("resnet8", "vit", "lstm", "siamese", "tied_language_model")
 FAST = {"epochs": 4, "lr": 0.01, "device": "cpu", "batch_size": 16}
 LONG = {**FAST, "epochs": 20}
 

@@ -501,10 +501,7 @@ def test_a_sum_over_a_branch_that_is_read_again_is_left_alone():
 
 # --- over architectures ----------------------------------------------------------------------
 
-QUICK = (
-    *("resnet8", "resnet_preactivation", "mobilenet_v2", "convnext", "vit", "bert", "llama"),
-    *("albert", "gpt_neox", "conformer"),
-)
+QUICK = (*("resnet8", "resnet_preactivation", "mobilenet_v2", "convnext", "vit", "bert", "albert"),)
 # No identity shortcut: without any, all of them projected, or joined by other ops than addition.
 NONE = {
     *("big_transfer", "repvgg", "vgg", "alexnet", "densenet", "googlenet", "inception"),

@@ -91,7 +91,10 @@ def test_an_onnx_file_holds_gates_in_its_own_order_and_computes_no_weight(kind, 
     assert set(constants) <= {"Slice", "Expand", "Mul"}, "of the learned state alone"
 
 
-@pytest.mark.parametrize("kind, both", [("lstm", False), ("gru", True), ("rnn", False)])
+@pytest.mark.parametrize(
+    "kind, both",
+    [("lstm", False), pytest.param("gru", True, marks=pytest.mark.slow), ("rnn", False)],
+)
 def test_any_length_is_captured_and_written_where_the_runtime_takes_it(kind, both, tmp_path):
     """PyTorch's exporter goes through the steps and takes their number for fixed."""
     net = Tagger(kind, batch_first=True, num_layers=2, bidirectional=both).eval()

@@ -443,10 +443,11 @@ def segmentation():
     return net, task
 
 
-KINDS = [regression, multilabel, tokens, dictionary, fixed_batch, segmentation]
+KINDS = [regression, dictionary, segmentation]
+MORE = [pytest.param(kind, marks=pytest.mark.slow) for kind in (multilabel, tokens, fixed_batch)]
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", [*KINDS, *MORE], ids=lambda kind: kind.__name__)
 def test_kinds_of_tasks(here, tmp_path, kind):
     model, task = kind()
     run = paredown.compress(model, task, Goals(size="0.8x", max_drop="60%"), out=tmp_path / "r")
