@@ -1,4 +1,5 @@
-"""The exporter's rewrite rules, kept to the numbers that they name and to what they can match.
+"""The exporter's rewrite rules, kept to the numbers that they name and to what they can match, and
+its ops, read once.
 
 A rule such as ``x + 0`` -> ``x`` takes any constant within 1e-8 or a hundred-thousandth for its
 own: ``h / (h.norm() + 1e-8)`` would lose what keeps it from dividing by zero. And a rule with
@@ -9,7 +10,8 @@ than all else once a model is some dozen blocks deep.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -46,6 +48,25 @@ def exact_rules() -> Iterator[None]:
         yield
     finally:
         matcher._match_constant, matcher.match = within_tolerance, everywhere
+
+
+@contextlib.contextmanager
+def ops_read_once() -> Iterator[None]:
+    """Let the exporter read the sources of its five hundred ops once, not in every export, where
+    that would take a third of the time."""
+    from torch.onnx._internal._lazy_import import onnxscript_apis
+
+    apis: Any = onnxscript_apis  # gives a module's names, and here one of its own
+    apis.get_torchlib_ops = functools.partial(_ops, apis.get_torchlib_ops)
+    try:
+        yield
+    finally:
+        del apis.get_torchlib_ops
+
+
+@functools.cache
+def _ops(read: Callable[[], list[Any]]) -> list[Any]:
+    return read()
 
 
 def _equal(named: Any, value: ir.Value) -> bool:

@@ -36,7 +36,7 @@ from paredown.targets.formats.onnx import (
 )
 from paredown.targets.formats.onnx.edit import array, attribute, initializer, insert, replace
 from paredown.targets.formats.onnx.file import File
-from paredown.targets.formats.onnx.rewriter import exact_rules
+from paredown.targets.formats.onnx.rewriter import exact_rules, ops_read_once
 
 MAX_BYTES = 2**31 - 1
 
@@ -118,7 +118,7 @@ def _export(model: Model) -> ir.Model:
 
     def write(program: ExportedProgram) -> Any:
         # Attention with a trainable bias decomposes to another layout where gradients are on.
-        with _quiet(), exact_rules(), torch.no_grad():
+        with _quiet(), exact_rules(), ops_read_once(), torch.no_grad():
             return torch.onnx.export(
                 program,
                 dynamo=True,
