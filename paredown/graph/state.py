@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -59,6 +60,18 @@ def owner_of(target: nn.Module, name: str) -> nn.Module:
             owner.add_module(part, nn.Module())
         owner = getattr(owner, part)
     return owner
+
+
+def order_parameters(target: nn.Module, names: Iterable[str]) -> None:
+    """Let parameters stand in this order, that of a walk through the modules; a graph is built with
+    them in the order of its ops."""
+    for name in names:
+        owner, parts = target, name.split(".")
+        for part in parts[:-1]:
+            owner._modules[part] = owner._modules.pop(part)
+            owner = getattr(owner, part)
+        if parts[-1] in owner._parameters:
+            owner._parameters[parts[-1]] = owner._parameters.pop(parts[-1])
 
 
 def tensor_of(graph: fx.GraphModule, name: str) -> Tensor:

@@ -25,7 +25,7 @@ from paredown.graph.graph_json import graph_from_json, graph_to_json
 from paredown.graph.holds.every import HOLDS
 from paredown.graph.parts import Input, Parts
 from paredown.graph.quantized import packed, quantizers  # noqa: F401  (they register ops)
-from paredown.graph.state import keep_state, owner_of
+from paredown.graph.state import keep_state, order_parameters, owner_of
 
 M = TypeVar("M", bound=Parts)
 FORMAT = 1
@@ -285,4 +285,5 @@ def _module(header: dict[str, Any], tensors: dict[str, Tensor]) -> fx.GraphModul
             owner.register_buffer(leaf, made[source], persistent=name not in transient)
     graph = graph_from_json(header["graph"], root)
     keep_state(root, graph, set(root.state_dict()))
+    order_parameters(graph, header["parameters"])
     return graph
