@@ -74,7 +74,9 @@ def run(quick: bool, runtime_name: str, name: str) -> list[Result]:
         costs, failures = _made(runtime_name, name, effort, folder)
         files = {tool: _file(folder, runtime_name, tool) for tool in costs}
         noise = {tool: _snr(module, file, runtime_name, held_out) for tool, file in files.items()}
-        rounds = _latencies(files, runtime_name, held_out[:8].numpy(), effort)
+        rounds = latencies(
+            files, runtime_name, [[each[None]] for each in held_out[:8].numpy()], effort
+        )
         rivals = [
             Rival(
                 _versioned(tool),
@@ -192,8 +194,8 @@ def _census(runtime_name: str, file: Path) -> Census | None:
         return None
 
 
-def _latencies(
-    files: dict[str, Path], runtime_name: str, examples: np.ndarray, effort: Effort
+def latencies(
+    files: dict[str, Path], runtime_name: str, batches: list[list[np.ndarray]], effort: Effort
 ) -> dict[str, list[np.ndarray]]:
     """Milliseconds of one inference, one array a round; a round is a fresh process of each file.
 
@@ -203,7 +205,7 @@ def _latencies(
     found: dict[str, list[np.ndarray]] = {name: [] for name in files}
     with tempfile.TemporaryDirectory(prefix="bench-") as made:
         inputs = Path(made) / "inputs.npz"
-        device.write_batches(inputs, [[each[None]] for each in examples])
+        device.write_batches(inputs, batches)
         for number in range(effort.rounds):
             order = list(files)[number % len(files) :] + list(files)[: number % len(files)]
             with ExitStack() as stack:

@@ -40,6 +40,8 @@ class File:
         self.outputs = outputs
 
     def __call__(self, *arrays):
+        if arrays[0].shape[0] != len(self.outputs[0]):
+            raise UserError("model: expected the example's shape.")
         return self.outputs
 
 

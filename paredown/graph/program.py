@@ -35,6 +35,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from torch.utils import _pytree as pytree
 
 from paredown.core.errors import UserError
+from paredown.graph import pools
 from paredown.graph.edit import copy_ops, erase_counters, hand_over, is_unpacked
 from paredown.graph.functional import MUTATED, PLAIN, Untraceable, is_composite, make_functional
 from paredown.graph.model import Model
@@ -318,11 +319,16 @@ def _is_asked(node: fx.Node, table: Table) -> bool:
     op = node.target
     if not isinstance(op, OpOverload) or isinstance(_value(node), torch.SymInt):
         return False
-    return op in table or (is_composite(op) and not _is_preservable_cia_op(op))
+    return (
+        op in table
+        or pools.function_of(node) is not None
+        or (is_composite(op) and not _is_preservable_cia_op(op))
+    )
 
 
 def _trace(node: fx.Node, table: Table) -> tuple[fx.Graph, list[fx.Node]]:
     """What a node is made of, and the nodes that it reads."""
+    function: Any = pools.function_of(node) or node.target
     leaves, spec = pytree.tree_flatten((node.args, node.kwargs))
     arguments = list(dict.fromkeys(leaf for leaf in leaves if isinstance(leaf, fx.Node)))
 
@@ -331,7 +337,7 @@ def _trace(node: fx.Node, table: Table) -> tuple[fx.Graph, list[fx.Node]]:
         args, kwargs = pytree.tree_unflatten(
             [known[leaf] if isinstance(leaf, fx.Node) else leaf for leaf in leaves], spec
         )
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+        return function(*args, **kwargs)
 
     try:
         traced = make_fx(run, decomposition_table=table)(*map(_value, arguments))

@@ -1,7 +1,9 @@
 """Whether an exported file computes what the model computes.
 
 It is run on the example, on inputs of zeros and on large ones, and on real data where there are
-some: a constant that keeps a quotient from dividing by zero changes nothing on the example.
+some: a constant that keeps a quotient from dividing by zero changes nothing on the example. And it
+is run at other sizes than the example's where they vary: what writes a file may take the size of
+the example for a constant.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 from paredown.core.errors import UserError
 from paredown.core.progress import say
+from paredown.graph.doors.sizes import TRIED_ELEMENTS, resized
 from paredown.graph.interpret import Pass
 from paredown.graph.model import Model
 from paredown.graph.quantized import saturation
@@ -51,6 +54,7 @@ class Trial:
     leaves: list[Tensor]
     said: str  # in an error, behind what differs
     edge: bool  # made up: there a model may give no numbers, or nothing but rounding
+    resized: bool = False  # of other sizes than the example, which model and file may refuse
 
 
 def confirm(
@@ -85,12 +89,32 @@ def _trials(model: Model, data: Batches) -> Iterator[Trial]:
     yield Trial(example, "", edge=False)
     for leaves in data:
         yield Trial(list(leaves), " on the task's data", edge=False)
+    yield from _other_sizes(model)
     if not any(leaf.is_floating_point() for leaf in example):
         return
     yield Trial([_times(leaf, 0.0) for leaf in example], " on inputs of zeros", edge=True)
     if not _is_half(model):  # 16 bits end at 65504, inside the model as well
         large = [_times(leaf, LARGE) for leaf in example]
         yield Trial(large, f" on {LARGE:.0f} times the example's values", edge=True)
+
+
+def _other_sizes(model: Model) -> Iterator[Trial]:
+    """The example with all that varies larger, and smaller; dimensions of one name are of one
+    size."""
+    example = [item.example for item in model.inputs]
+    for grow in (lambda size: size + max(1, size // 3), lambda size: max(1, size // 2)):
+        sizes = {}
+        for place, item in enumerate(model.inputs):
+            for dim in item.dynamic:
+                least, most = item.limits.get(dim, (1, None))
+                size = max(least, grow(item.example.shape[dim]))
+                sizes[place, dim] = size if most is None else min(size, most)
+        made = resized(example, sizes)
+        if any(a.shape != b.shape for a, b in zip(made, example, strict=True)):
+            shapes = ", ".join(str(tuple(leaf.shape)) for leaf in made)
+            elements = sum(leaf.numel() for leaf in made)
+            if elements <= TRIED_ELEMENTS:
+                yield Trial(made, f" on inputs of {shapes}", edge=False, resized=True)
 
 
 def _times(leaf: Tensor, factor: float) -> Tensor:
@@ -114,10 +138,16 @@ def _confirm_on(
     try:
         expected = _run_graph(model, trial.leaves)
     except (RuntimeError, IndexError, ValueError):
-        if trial.edge:  # no input for this model
+        if trial.edge or trial.resized:  # no input for this model
             return
         raise
-    got = [np.asarray(each) for each in predictor(*[leaf.numpy() for leaf in trial.leaves])]
+    try:
+        given = predictor(*[leaf.numpy() for leaf in trial.leaves])
+    except UserError:
+        if trial.resized:  # which the file says of itself, to whoever runs it
+            return
+        raise
+    got = [np.asarray(each) for each in given]
     quantized = any(_rounds_values(node) for node in quantizers(model.graph))
     least_db = QUANTIZED_DB if quantized else _float_tolerance_db(model)
     ranked = _ranked(expected, got, predictor.output_names)

@@ -350,7 +350,7 @@ def _tidy(graph: Any, persistent: set[str]) -> fx.GraphModule:
 
 def _runs(graph: fx.GraphModule, leaves: list[Tensor]) -> bool:
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _quiet():  # a graph tells where it failed, before it raises
             graph(*[leaf.clone() for leaf in leaves])
     except Exception:  # whatever an op says of a size that is not its own
         return False

@@ -67,7 +67,8 @@ def shape_for_xnnpack(model: Model) -> Model:
     unroll(made)
     _part_shared_layers(made.graph)
     fold_batch_norm(made.graph)
-    for targets, rewrite in REWRITES:
+    fixed = all(set(item.dynamic) <= {0} for item in made.inputs)
+    for targets, rewrite in [*REWRITES, *(OF_FIXED_SIZES if fixed else ())]:
         for node in [node for node in made.graph.graph.nodes if node.target in targets]:
             rewrite(made.graph, node)
     made.graph.graph.eliminate_dead_code()
@@ -179,15 +180,20 @@ def _addend(graph: fx.GraphModule, node: fx.Node, mask: fx.Node) -> fx.Node:
 
 
 def _pool_by_mean(graph: fx.GraphModule, node: fx.Node) -> None:
-    """An adaptive mean over all places, or over windows of one size."""
+    """An adaptive mean over all places."""
     source, sizes = args_of(node)
     count = 3 if node.target is aten.adaptive_avg_pool3d.default else 2
-    sizes = sizes if len(sizes) == count else [*sizes] * count
-    places = shape_of(source)[-count:]
-    if all(size == 1 for size in sizes):
+    if all(isinstance(size, int) and size == 1 for size in sizes):
         dims = [2, 3] if len(shape_of(node)) == 4 and count == 2 else list(range(-count, 0))
         replace_by(node, add_before(node, aten.mean.dim, source, dims, True))
-    elif count == 2 and not any(n % size for n, size in zip(places, sizes, strict=True)):
+
+
+def _pool_by_windows(graph: fx.GraphModule, node: fx.Node) -> None:
+    """An adaptive mean over windows of one size."""
+    source, sizes = args_of(node)
+    sizes = sizes if len(sizes) == 2 else [*sizes] * 2
+    places = shape_of(source)[-2:]
+    if not any(n % size for n, size in zip(places, sizes, strict=True)):
         window = [n // size for n, size in zip(places, sizes, strict=True)]
         replace_by(node, add_before(node, aten.avg_pool2d.default, source, window, window))
 
@@ -274,4 +280,7 @@ REWRITES: list[tuple[tuple[Any, ...], Rewrite]] = [
     (CONVOLUTIONS, restore_weight),
     ((aten.cat.default, *MOVERS), share_scale),
     (tuple(LEAST_RATIO), leave_integers),
+]
+OF_FIXED_SIZES: list[tuple[tuple[Any, ...], Rewrite]] = [
+    ((aten.adaptive_avg_pool2d.default,), _pool_by_windows),
 ]
