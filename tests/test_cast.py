@@ -20,7 +20,8 @@ from tests.architectures.captured import captured
 
 torch.set_num_threads(1)
 TASK = Task(example=(torch.zeros(1, 8),), score=lambda out, y: out[:, 0])
-ERROR = {"fp16": 0.01, "bf16": 0.08}
+ERROR = {"fp16": 0.03, "bf16": 0.08}  # a processor may add what PyTorch multiplies in 16 bits
+FILE_ERROR = 0.01  # ONNX Runtime adds in 32
 BRIEF = ("resnet8", "vit", "llama", "lstm", "graph_net")  # the rest are slow
 
 
@@ -78,7 +79,7 @@ def check_file(model: Model, half: Model, batches: list, folder):
         with torch.no_grad():
             expected = list(model.graph(*[leaf.clone() for leaf in leaves]))
         got = [torch.from_numpy(a) for a in predictor(*[leaf.numpy() for leaf in leaves])]
-        check_outputs(expected, got, ERROR["fp16"])
+        check_outputs(expected, got, FILE_ERROR)
 
 
 def test_a_loaded_model_casts_to_the_same_bits(tmp_path):
