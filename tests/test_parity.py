@@ -215,3 +215,23 @@ def test_a_float_file_may_differ_by_what_rounding_makes(tmp_path):
     moved = exact + 10 ** ((15 - found) / 20) * exact.std() * noise
     with pytest.raises(UserError, match=r"'output' differs from the model's \(agreement"):
         parity.confirm(model, tmp_path / "file", File(Amplifying()))
+
+
+@pytest.mark.parametrize("apart", [4e-7, 4e-6])
+def test_what_a_sigmoid_gives_has_its_own_error(tmp_path, apart):
+    """Far from its middle it gives next to nothing, and kernels approximate it."""
+    net = nn.Sequential(nn.Linear(4, 3), nn.Sigmoid(), nn.Unflatten(1, (3, 1)))
+    net[0].bias.data -= 20
+    model = paredown.capture(net.eval(), (torch.randn(2, 4),))
+
+    class Approximated:
+        output_names = ("output",)
+
+        def __call__(self, x):
+            return [net(torch.tensor(x)).detach().numpy() + np.float32(apart)]
+
+    if apart < parity.UNIT_ERROR:
+        parity.confirm(model, tmp_path / "file", Approximated())
+    else:
+        with pytest.raises(UserError, match="differs from the model's"):
+            parity.confirm(model, tmp_path / "file", Approximated())

@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 from paredown.core.errors import UserError
 from paredown.core.progress import say
+from paredown.graph.bounded import between_0_and_1
 from paredown.graph.doors.sizes import TRIED_ELEMENTS, resized
 from paredown.graph.interpret import Pass
 from paredown.graph.model import Model
@@ -33,6 +34,7 @@ HALF_TOLERANCE = 5e-2
 QUANTIZED_DB = 20.0  # rounding ties fall differently in two implementations
 TIE = 0.02  # of a step: what lies as near to the middle of two steps may be rounded either way
 ROUNDING = 2.0  # of a float's last place: what sums added in another order differ by, and more
+UNIT_ERROR = 5e-7  # of a sigmoid or softmax, whatever it gives: some kernels approximate it
 TINIEST = 1e-30  # what may stand for a zero: equal values may be ranked either way
 LARGE = 1e3  # of the example's values
 # Where ties alone move the outputs by more than this, outputs tell nothing of a file.
@@ -150,7 +152,8 @@ def _confirm_on(
     got = [np.asarray(each) for each in given]
     quantized = any(_rounds_values(node) for node in quantizers(model.graph))
     least_db = QUANTIZED_DB if quantized else _float_tolerance_db(model)
-    ranked = _ranked(expected, got, predictor.output_names)
+    errors = [UNIT_ERROR * unit for unit in between_0_and_1(model.graph)]
+    ranked = _ranked(expected, got, predictor.output_names, errors)
     agrees = ranked[0][0] >= least_db
     if not (agrees and trial.edge) and pairs and quantized:
         agrees |= _saturates(model, path, trial, pairs, expected, got if not agrees else None)
@@ -160,7 +163,7 @@ def _confirm_on(
     others = _redrawn(model, trial.leaves, redraw)
     if trial.edge:
         expected, got = _where_all_are_finite([expected, *others], got)
-        ranked = _ranked(expected, got, predictor.output_names)
+        ranked = _ranked(expected, got, predictor.output_names, errors)
     if ranked[0][0] >= _redrawn_db(expected, others, quantized, trial.edge):
         return
     inner = worst_tensor(model, path) if worst_tensor and not trial.edge else None
@@ -174,12 +177,24 @@ def _confirm_on(
 
 
 def _ranked(
-    expected: Sequence[Tensor], got: Sequence[np.ndarray], names: Sequence[str]
+    expected: Sequence[Tensor],
+    got: Sequence[np.ndarray],
+    names: Sequence[str],
+    errors: Sequence[float],
 ) -> list[tuple[float, str]]:
     return sorted(
-        (agreement_db(ours.numpy(), theirs), name)
-        for ours, theirs, name in zip(expected, got, names, strict=True)
+        (
+            np.inf if _within(ours.numpy(), theirs, error) else agreement_db(ours.numpy(), theirs),
+            name,
+        )
+        for ours, theirs, name, error in zip(expected, got, names, errors, strict=True)
     )
+
+
+def _within(ours: np.ndarray, theirs: np.ndarray, error: float) -> bool:
+    """Whether no value is further from the other than that."""
+    alike = error > 0 and ours.shape == theirs.shape
+    return alike and bool(np.abs(ours.astype(np.float64) - theirs).max(initial=0.0) <= error)
 
 
 def _redrawn(model: Model, leaves: Sequence[Tensor], redraw: Redraw) -> list[list[Tensor]]:
