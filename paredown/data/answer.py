@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from paredown.core.errors import UserError
+from paredown.core.task import Task
 from paredown.data import fidelity, scores
 from paredown.data.fidelity import Found
 from paredown.graph import structure
@@ -23,7 +25,7 @@ class Answer:
     """The outputs that count, and how they are read.
 
     Attributes:
-        kind: of `paredown.graph.doors.opened.KINDS`.
+        kind: of `paredown.core.task.KINDS`.
         places: of the outputs among the model's tensors; of a detector boxes, scores and classes,
             the last only where it has them.
         dim: of the classes.
@@ -83,12 +85,12 @@ class Answer:
 # --- fidelity ----------------------------------------------------------------------------------
 
 MEANINGS = {
-    "classification": "the share of examples whose top class is the original's",
-    "segmentation": "the share of pixels whose class is the original's",
-    "tokens": "the share of tokens whose top class is the original's",
-    "embedding": "the cosine with the original's embedding",
-    "regression": "1 less the error relative to the original's output",
-    "detection": "the share of boxes that match the original's",
+    "classification": "same top class",
+    "segmentation": "pixels of the same class",
+    "tokens": "tokens of the same top class",
+    "embedding": "cosine",
+    "regression": "1 less the relative error",
+    "detection": "boxes that match",
 }
 
 
@@ -108,7 +110,7 @@ class Fidelity:
 
     @property
     def meaning(self) -> str:
-        return f"fidelity to the original, {MEANINGS[self.answer.kind]}"
+        return f"fidelity to the original: {MEANINGS[self.answer.kind]}"
 
     def __call__(self, output: Any, target: Any) -> Tensor:
         answer, got = self.answer, self.answer.of(output)
@@ -144,6 +146,35 @@ class FidelityLoss:
         scales = answer.scales or (1.0,) * len(got)
         pairs = [p for p in zip(got, wanted, scales, strict=True) if p[0].is_floating_point()]
         return torch.stack([F.mse_loss(a / s, b / s) for a, b, s in pairs]).mean()
+
+
+def answer_from(task: Task) -> Answer | None:
+    """The answer of a task that was made from samples; None of a user's own."""
+    return task.score.answer if isinstance(task.score, (Fidelity, LabelScore)) else None
+
+
+def notes_of(task: Task) -> tuple[str, ...]:
+    """What was done to make a task from samples, in sentences.
+
+    Example:
+        >>> notes_of(Task((torch.zeros(1),), score=scores.accuracy))
+        ()
+    """
+    return task.score.notes if isinstance(task.score, (Fidelity, LabelScore)) else ()
+
+
+def by_labels(task: Task) -> Task:
+    """The task with its score by labels, as they come late from outside, in place of fidelity.
+
+    Raises:
+        UserError: labels say nothing of such an answer.
+    """
+    if not isinstance(task.score, Fidelity):
+        return task
+    answer = task.score.answer
+    if answer.kind not in LABELLED:
+        raise UserError(f"task: outputs of {answer.kind} are not scored by labels.")
+    return replace(task, score=LabelScore(answer), loss=None)
 
 
 # --- labels ------------------------------------------------------------------------------------

@@ -9,8 +9,8 @@ import numpy as np
 from torch import Tensor
 
 from paredown.core.errors import UserError
+from paredown.core.task import KINDS
 from paredown.data.answer import Answer
-from paredown.graph.doors.opened import KINDS
 
 EMBEDDED = ("embed", "hidden", "pool", "feature", "representation")  # in an output's name
 LOGITS = ("logit", "score", "prob", "class")
@@ -148,10 +148,11 @@ def _by_labels(seen: Seen, labels: np.ndarray) -> tuple[str, str]:
 
 
 def _class_dim(output: Tensor, shape: tuple[int, ...]) -> int | None:
-    """The dimension of an output along which labels of a shape choose."""
-    wanted = [size for size in shape if size != 1]
+    """The dimension of an output along which labels of a shape choose; of both the batch is first,
+    and may be another."""
+    wanted = [size for size in shape[1:] if size != 1]
     for dim in range(1, output.dim()):
-        rest = [size for n, size in enumerate(output.shape) if n != dim and size != 1]
+        rest = [size for n, size in enumerate(output.shape) if n not in (0, dim) and size != 1]
         if rest == wanted:
             return dim
     return None

@@ -13,9 +13,10 @@ from torch.utils.data import Dataset
 
 from paredown.core.errors import UserError
 from paredown.core.settings import check_arguments, check_choice, check_seed
-from paredown.core.task import Task
+from paredown.core.source import Source
+from paredown.core.task import KINDS, Task
 from paredown.data import batches, feed, parting, splits
-from paredown.data.answer import LABELLED, Answer, Fidelity, FidelityLoss, LabelLoss, LabelScore
+from paredown.data.answer import LABELLED, Fidelity, FidelityLoss, LabelLoss, LabelScore
 from paredown.data.brought import Brought, brought, check_door, dynamic_of, example_of
 from paredown.data.files.read import read_splits
 from paredown.data.files.table import Table
@@ -26,7 +27,6 @@ from paredown.data.reading import Split
 from paredown.data.samples import LOOKED_AT, Labels, Samples, labels_of
 from paredown.graph import structure
 from paredown.graph.doors import python_file
-from paredown.graph.doors.opened import KINDS
 from paredown.graph.doors.other_files import NEEDS_SAMPLES
 from paredown.graph.model import Model
 
@@ -83,6 +83,18 @@ def load(
         raise UserError(f"{path}: {NEEDS_SAMPLES}")
     found = brought(path)
     return _made(found, _sources(found, Path(data), seed), task)
+
+
+def load_source(source: Source) -> tuple[nn.Module | Model, Task]:
+    """`load` of what a run was started from."""
+    return load(source.file, source.data or None, source.task or None, source.seed)
+
+
+def task_of(source: Source) -> Task:
+    """Its task; of a Python file alone without making the model."""
+    if source.is_python:
+        return python_file.load_task(Path(source.file))
+    return load_source(source)[1]
 
 
 # --- samples -------------------------------------------------------------------------------------
@@ -227,8 +239,3 @@ def _seen(model: Model, sources: _Sources, labels: Labels | None) -> Seen:
         inputs,
         None if labels is None else labels.some(),
     )
-
-
-def answer_from(task: Task) -> Answer | None:
-    """The answer of a task that was made from samples; None of a user's own."""
-    return task.score.answer if isinstance(task.score, (Fidelity, LabelScore)) else None
