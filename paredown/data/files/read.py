@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from paredown.core.errors import UserError
+from paredown.core.task import SPLITS
 from paredown.data.files.arrays import read_folder, read_npy, read_npz
 from paredown.data.files.lines import read_lines
 from paredown.data.files.pictures import has_pictures, read_pictures
@@ -96,7 +97,7 @@ def _named(path: Path, tables: dict[str, Table]) -> dict[str, Table]:
         if known in found:
             raise UserError(f"data: {path}: its {known} split is there twice.")
         found[known] = table
-    return found
+    return {name: found[name] for name in SPLITS if name in found}
 
 
 def _folder(path: Path) -> Table:
