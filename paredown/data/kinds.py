@@ -139,7 +139,9 @@ def _by_labels(seen: Seen, labels: np.ndarray) -> tuple[str, str]:
         return "regression", "labels are numbers"
     for kind, dims in (("classification", (2, 4)), ("tokens", (3,)), ("segmentation", (4, 5))):
         for place in seen.floats(*dims):
-            if _class_dim(seen.outputs[place], labels.shape) is not None:
+            one = labels[0].size == 1
+            fits = _class_dim(seen.outputs[place], labels.shape) is not None
+            if fits and one == (kind == "classification"):
                 return kind, f"labels are classes, {tuple(labels.shape[1:]) or 'one'} each"
     raise UserError(
         f"task: labels of shape {labels.shape[1:]} do not go with outputs ({seen.told()}, the "
