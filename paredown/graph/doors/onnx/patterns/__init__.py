@@ -1,0 +1,12 @@
+"""What exporters pull apart, put together again: one pattern, one small function."""
+
+from __future__ import annotations
+
+from paredown.graph.doors.onnx.patterns import linear, recurrent
+from paredown.graph.doors.onnx.patterns.match import Pattern
+
+_FILES = (linear, recurrent)
+PATTERNS: dict[str, tuple[Pattern, ...]] = {
+    op: tuple(pattern for file in _FILES for pattern in file.PATTERNS.get(op, ()))
+    for op in {op for file in _FILES for op in file.PATTERNS}
+}
