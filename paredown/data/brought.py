@@ -80,20 +80,15 @@ def model_of(file: Path) -> Model:
         UserError: as `brought`, or the file tells of no example.
     """
     check_door(file)
-    if file.suffix in CAPTURED:
-        return capture(file)
-    return _captured(files.open_file(file), None)
+    return capture(file)
 
 
-def _captured(opened: Opened, example: dict[str, Tensor] | None) -> Model:
-    given = opened.example if example is None else example
-    if given is None:
-        raise UserError("example: the file does not tell the sizes of its inputs; give --data.")
+def _captured(opened: Opened, example: dict[str, Tensor]) -> Model:
     dynamic = opened.dynamic
-    if isinstance(dynamic, dict) and isinstance(given, dict):
-        dynamic = {name: each for name, each in dynamic.items() if name in given} or None
+    if isinstance(dynamic, dict):
+        dynamic = {name: each for name, each in dynamic.items() if name in example} or None
     check_parameters(opened.module)
-    model = capture_module(opened.module, given, dynamic)
+    model = capture_module(opened.module, example, dynamic)
     return replace(model, notes=(*opened.notes, *model.notes))
 
 

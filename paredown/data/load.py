@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -191,7 +191,8 @@ def _made(found: Brought, sources: _Sources, asked: str | None) -> tuple[Model, 
         notes.append(f"the labels are not read: of {kind} the score is fidelity to the original")
         labels = None
         sources = replace(sources, splits=_unlabelled(sources.splits))
-    answer, note = answer_of(_seen(model, sources, labels), kind, why)
+    told = found.opened.outputs if found.opened else ()
+    answer, note = answer_of(_seen(model, sources, labels, told), kind, why)
     notes = [note, *notes]
     if labels is not None:
         score: Any = LabelScore(answer, tuple(notes))
@@ -221,21 +222,27 @@ def _task(model: Model, sources: _Sources, given: dict[str, Any], score: Any, lo
     )
 
 
-def _seen(model: Model, sources: _Sources, labels: Labels | None) -> Seen:
-    """The model's outputs for the first examples of one of its splits."""
+def _seen(model: Model, sources: _Sources, labels: Labels | None, outputs: Sequence[str]) -> Seen:
+    """The model's outputs for the first examples of one of its splits.
+
+    Args:
+        outputs: their names in the file.
+    """
+    names = tuple(structure.names(model.outputs))
+    names = tuple(outputs) if names == ("",) and len(outputs) == 1 else names
     name = "train" if "train" in sources.splits else "validation"
     split = Split(sources.splits[name], name, sources.preprocess)
     size = min(LOOKED_AT, splits.size(split))
     with torch.no_grad():
         batch = next(iter(feed.every(model, split, feed.size(model, size), 1)))
-        outputs = structure.flatten(batches.call(model, batch.inputs))[0]
+        made = structure.flatten(batches.call(model, batch.inputs))[0]
         leaves = model.bind(*splits.arguments(batch.inputs))
     inputs = {
         item.name: leaf[: batch.count] for item, leaf in zip(model.inputs, leaves, strict=True)
     }
     return Seen(
-        tuple(structure.names(model.outputs)),
-        tuple(batch.cut(outputs)),
+        names,
+        tuple(batch.cut(made)),
         inputs,
         None if labels is None else labels.some(),
     )
