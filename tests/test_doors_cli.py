@@ -100,9 +100,7 @@ def test_check_says_what_it_took_and_that_the_file_agrees(inside, paredown_cli):
     lines = out.splitlines()
     assert code == 0
     assert lines[0].startswith("note: the task is taken for classification (the output is 4 num")
-    assert any(
-        "the captured model and onnxruntime running the file agree" in each for each in lines
-    )
+    assert any("captured model and onnxruntime running the file agree" in each for each in lines)
     code, out, _ = paredown_cli("check", "net.onnx", "--data", "xy.npz")
     assert code == 0 and "labels are classes" in out
 
@@ -185,9 +183,8 @@ def test_explain_and_validate_take_what_the_run_was_started_from(ran, paredown_c
     code, out, _ = paredown_cli("validate", "r", *words)
     [found] = json.loads(out)["validations"]
     assert code == 0 and found["measured"]["compressed"]["score"] > 0.5 and found["notes"] == []
-    code, out, _ = paredown_cli(
-        "validate", "r/model.onnx", "--file", "net.onnx", "--data", "x.npz", *words
-    )
+    named = ("--file", "net.onnx", "--data", "x.npz")
+    code, out, _ = paredown_cli("validate", "r/model.onnx", *named, *words)
     [found] = json.loads(out)["validations"]
     assert code == 0 and found["measured"]["compressed"]["examples"] == 24
 

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 from paredown.core.errors import UserError
+from paredown.core.named import named
 from paredown.core.task import SPLITS
-from paredown.data.files.arrays import read_folder, read_npy, read_npz
-from paredown.data.files.lines import read_lines
+from paredown.data.files.arrays import read_folder
 from paredown.data.files.pictures import has_pictures, read_pictures
 from paredown.data.files.saved import is_saved, read_saved
 from paredown.data.files.table import Table
 
-READERS: dict[str, Callable[[Path], Table]] = {
-    ".npz": read_npz,
-    ".npy": read_npy,
-    ".jsonl": read_lines,
+READERS = {  # of files, by their ending
+    ".npz": "paredown.data.files.arrays:read_npz",
+    ".npy": "paredown.data.files.arrays:read_npy",
+    ".jsonl": "paredown.data.files.lines:read_lines",
 }
 EXPECTED = (
     "expected .npz, .npy or .jsonl, a folder of .npy files or of pictures (a folder for each "
@@ -55,7 +54,8 @@ def read(path: Path) -> Table:
     reader = READERS.get(path.suffix.lower())
     if reader is None:
         raise UserError(f"data: {path}: {EXPECTED}.")
-    return reader(path)
+    found: Table = named(reader)(path)
+    return found
 
 
 def read_splits(path: Path) -> dict[str, Table]:
