@@ -3,6 +3,7 @@
 import io
 import json
 import pickle
+import sys
 import zipfile
 
 import numpy as np
@@ -368,3 +369,56 @@ def test_splits_that_are_missing_are_cut_out():
     assert parting.completed({"validation": 3, "test": 3}, 0)[1] == ""
     with pytest.raises(UserError, match="and none to decide on"):
         parting.completed({"calibration": 20}, 0)
+
+
+# --- a dataset saved by Hugging Face -----------------------------------------------------------
+
+
+def test_a_saved_dataset_is_read(tmp_path):
+    hub = pytest.importorskip("datasets", reason="the datasets package is not installed")
+    classes = hub.ClassLabel(names=["no", "yes"])
+    features = hub.Features(
+        {
+            "x": hub.Sequence(hub.Value("float32")),
+            "image": hub.Image(),
+            "text": hub.Value("string"),
+            "label": classes,
+        }
+    )
+
+    def made(count):
+        images = [Image.new("RGB", (4, 3), (n, 0, 0)) for n in range(count)]
+        rows = {
+            "x": [[n, 1.0] for n in range(count)],
+            "image": images,
+            "text": [f"no {n}" for n in range(count)],
+            "label": [n % 2 for n in range(count)],
+        }
+        return hub.Dataset.from_dict(rows, features=features)
+
+    made(6).save_to_disk(tmp_path / "one")
+    table = read_splits(tmp_path / "one")[""]
+    assert table.classes == ("no", "yes") and len(table) == 6
+    row = table.row(3)
+    assert row["text"] == "no 3" and row["label"] == 1 and row["x"].tolist() == [3.0, 1.0]
+    assert row["image"].shape == (3, 4, 3) and row["image"][0, 0].tolist() == [3, 0, 0]
+    fitted = fit(table, [Wanted("x", "float32", (None, 2))])
+    assert fitted.inputs(2)["x"].tolist() == [2.0, 1.0]
+    several = hub.DatasetDict({"train": made(4), "validation": made(3), "test": made(2)})
+    several.save_to_disk(tmp_path / "several")
+    found = read_splits(tmp_path / "several")
+    assert {name: len(each) for name, each in found.items()} == {
+        "train": 4,
+        "validation": 3,
+        "test": 2,
+    }
+    (tmp_path / "one" / "state.json").write_text("{")
+    with pytest.raises(UserError, match="is no saved dataset, or a damaged one"):
+        read_splits(tmp_path / "one")
+
+
+def test_a_saved_dataset_needs_its_package(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    (tmp_path / "dataset_info.json").touch()
+    with pytest.raises(UserError, match=r"pip install 'paredown\[huggingface\]'"):
+        read_splits(tmp_path)
