@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import keyword
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -220,7 +221,9 @@ def free_name(name: str, taken: set[str]) -> str:
     """
     words = [word for word in name.replace("/", ".").replace("\\", ".").split(".") if word]
     reserved = set(dir(nn.Module)) | {"program", "places", "only_batch", "_statistics"}
-    words = [f"{word}_" if word in reserved else word for word in words] or ["constant"]
+    words = [
+        f"{word}_" if word in reserved or keyword.iskeyword(word) else word for word in words
+    ] or ["constant"]
     wished = made = ".".join(words)
     parents = Counter(".".join(each.split(".")[:n]) for each in taken for n in range(1, 20))
     number = 0

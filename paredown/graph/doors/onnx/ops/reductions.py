@@ -36,6 +36,8 @@ def _alone(function: Function, x: Tensor) -> Tensor:
 
 
 def _sum(x: Tensor, axes: list[int], keep: bool) -> Tensor:
+    if x.is_floating_point():
+        return x.sum(axes, keepdim=keep)
     return x.sum(axes, keepdim=keep, dtype=x.dtype)
 
 

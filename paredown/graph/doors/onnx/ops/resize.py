@@ -30,9 +30,7 @@ class _Axis:
 def resize(call: Call) -> Tensor:
     x = call.tensor(0)
     axes = _axes(call, x)
-    changed = [
-        each for each in axes if symbolic(each.size) or each.size != each.length or _shifts(call)
-    ]
+    changed = [each for each in axes if _changes(each) or _shifts(call)]
     if not changed:
         return x
     made = _by_torch(call, x, axes, changed)
@@ -45,6 +43,13 @@ def resize(call: Call) -> Tensor:
             )
         x = _along(call, x, each)
     return x
+
+
+def _changes(axis: _Axis) -> bool:
+    """Whether the axis gets another size; those of images always may, where they vary."""
+    if axis.axis > 1 and (symbolic(axis.size) or symbolic(axis.length)):
+        return True
+    return bool(axis.size != axis.length)
 
 
 def _shifts(call: Call) -> bool:
