@@ -7,11 +7,13 @@ known arrays of the file, which become parameters or buffers only where an op as
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import numpy as np
+import onnx
 import torch
 from torch import Tensor
 
@@ -40,6 +42,39 @@ DTYPES: dict[int, torch.dtype] = {  # ONNX's number of a type -> what computes h
 }
 
 
+# Attributes that change no number, or repeat what the tensors tell.
+HARMLESS = frozenset(
+    {
+        *("auto_pad", "axes", "consumed_inputs", "kernel_shape", "mask_filter_value", "name"),
+        *("num_outputs", "precision", "qk_matmul_output_mode", "round_mode", "saturate", "seed"),
+        *("stash_type", "training_mode"),
+    }
+)
+
+
+@functools.cache
+def _schema(op: str, version: int) -> Any:
+    try:
+        return onnx.defs.get_schema(op, version)
+    except onnx.defs.SchemaError:
+        return None
+
+
+def usual(node: Node, name: str) -> Any:
+    """An attribute's value where a node does not have it; None where there is none.
+
+    Example:
+        >>> usual(Node("Gemm", (), (), {}, "", 13), "alpha")
+        1.0
+    """
+    schema = _schema(node.op, node.version)
+    if schema is None or name not in schema.attributes:
+        return None
+    default = schema.attributes[name].default_value
+    found = onnx.helper.get_attribute_value(default) if default.type else None
+    return found.decode() if isinstance(found, bytes) else found
+
+
 @dataclass(frozen=True)
 class Call:
     """A node with its inputs' values, on one way through the graph."""
@@ -48,14 +83,18 @@ class Call:
     values: tuple[Value | None, ...]
     tensor_of: Callable[[Known], Tensor]
     training: bool = False
+    asked: set[str | int] = field(default_factory=set)  # attributes and inputs that were looked at
 
     def attribute(self, name: str, default: Any = None) -> Any:
+        self.asked.add(name)
         return self.node.attributes.get(name, default)
 
     def has(self, place: int) -> bool:
+        self.asked.add(place)
         return place < len(self.values) and self.values[place] is not None
 
     def value(self, place: int) -> Value:
+        self.asked.add(place)
         found = self.values[place] if place < len(self.values) else None
         if found is None:
             raise self.node.refused(f"lacks its input {place}")
@@ -64,7 +103,7 @@ class Call:
     def tensor(self, place: int) -> Tensor:
         found = self.value(place)
         if isinstance(found, Known):
-            return self.tensor_of(found)
+            return filled(found) if is_number(found) else self.tensor_of(found)
         return found if isinstance(found, Tensor) else as_tensor(found)
 
     def maybe(self, place: int) -> Tensor | None:
@@ -95,6 +134,19 @@ class Call:
             raise self.node.refused(f"its input {place} has {len(found)} numbers instead of one")
         return found[0]
 
+    def check_all_asked(self) -> None:
+        """Refuse a node that says more than its op here looked at: else that would be left out.
+
+        Raises:
+            UserError: it has an attribute that is not the usual one, or an input, that none reads.
+        """
+        for name, value in self.node.attributes.items():
+            if name not in self.asked | HARMLESS and value != usual(self.node, name):
+                raise self.node.refused(f"has {name}={value!r}, which cannot be taken")
+        for place, given in enumerate(self.values):
+            if given is not None and place not in self.asked:
+                raise self.node.refused(f"has an input {place}, which cannot be taken")
+
     def axes(self, place: int, since: int) -> list[int] | None:
         """Axes that were an attribute before they became an input; None where there are none."""
         if self.node.version >= since and not self.node.op.startswith("com."):
@@ -111,6 +163,12 @@ class Call:
         if isinstance(found, np.ndarray) and found.size == 1 and found.ndim <= rank:
             return plain(found.reshape(-1)[0])
         return self.tensor(place)
+
+
+def filled(known: Known) -> Tensor:
+    """A number of a formula as a tensor, which the graph makes and no state holds."""
+    kind: torch.dtype = getattr(torch, known.array.dtype.name)
+    return torch.full(known.array.shape, known.array.reshape(-1)[0].item(), dtype=kind)
 
 
 def is_number(known: Known) -> bool:

@@ -16,6 +16,7 @@ from paredown.graph.doors.onnx.patterns import PATTERNS, linear
 from paredown.graph.doors.onnx.patterns.match import put_together
 from paredown.graph.doors.onnx.program import Program
 from paredown.graph.doors.onnx.read import Read, read
+from paredown.graph.doors.onnx.ties import tied
 from paredown.graph.doors.opened import Opened, Wanted
 
 
@@ -34,12 +35,12 @@ def open_onnx(path: Path) -> Opened:
 
 def opened(found: Read, path: Path) -> Opened:
     """The same of a file that is read."""
-    program = normalised(found.program)
+    program, names = tied(normalised(found.program))
     if not program.nodes:
         raise UserError(f"{path}: its outputs depend on no input; there is nothing to compress.")
     module = OnnxModule(program)
     example = _settled(module, found.inputs, path)
-    notes = list(found.notes)
+    notes = [*found.notes, *_tie_notes(names)]
     if example is not None:
         notes += _fix_batch(module, found.inputs, example)
     return Opened(
@@ -57,6 +58,16 @@ def normalised(program: Program) -> Program:
     """Weights turned as PyTorch has them, constants folded, patterns put together."""
     program = put_together(program.without_unused(), linear.PATTERNS)
     return put_together(fold(program), PATTERNS)
+
+
+def _tie_notes(names: list[tuple[str, str]]) -> list[str]:
+    """Which weights became one."""
+    if not names:
+        return []
+    return [
+        f"{len(names)} weights are in the file twice, such as {names[0][0]!r} and {names[0][1]!r}: "
+        "each is one parameter here"
+    ]
 
 
 def _settled(module: OnnxModule, inputs: tuple[Wanted, ...], path: Path) -> dict[str, Tensor]:

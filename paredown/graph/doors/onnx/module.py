@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import keyword
+import math
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -10,10 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from paredown.core.errors import UserError
+from paredown.graph import lazily
 from paredown.graph.doors.onnx.call import Call, Known, Value, as_tensor, is_host
 from paredown.graph.doors.onnx.ops import HOST, OPS
 from paredown.graph.doors.onnx.program import Node, Program, inner
 
+INFINITE = "_infinite"
+# Whatever PyTorch says of arguments that do not fit each other, of which a file may have any.
+FAILURES = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
 Env = dict[str, "Value | None"]
 
 
@@ -53,14 +59,19 @@ class OnnxModule(nn.Module):
                 return as_tensor(known.array)
             place = self._register(known)
         owner, _, last = place.rpartition(".")
-        return getattr(self.get_submodule(owner), last)  # type: ignore[no-any-return]
+        found: Tensor = getattr(self.get_submodule(owner), last)
+        beyond = getattr(self.get_submodule(owner), f"{last}{INFINITE}", None)
+        return found if beyond is None else torch.where(beyond == 0, found, math.inf * beyond)
 
     def _register(self, known: Known) -> str:
         place = free_name(known.name, set(self.places.values()))
         owner, _, last = place.rpartition(".")
         tensor = _tensor(known)
         module = _submodule(self, owner)
-        if tensor.is_floating_point() and known.name not in self._statistics:
+        if tensor.is_floating_point() and not lazily.finite(tensor):
+            module.register_buffer(f"{last}{INFINITE}", _signs(known, tensor))
+            module.register_buffer(last, torch.where(tensor.isfinite(), tensor, 0.0))
+        elif tensor.is_floating_point() and known.name not in self._statistics:
             module.register_parameter(last, nn.Parameter(tensor))
         else:
             module.register_buffer(last, tensor)
@@ -133,20 +144,27 @@ def compute(
     if node.op == "If":
         return _branch(Call(node, values, tensor_of, training), env or {})
     call = Call(node, values, tensor_of, training)
-    made: Any = NotImplemented
-    if node.op in HOST and values and all(map(is_host, values)):
-        made = HOST[node.op](call)
-    if made is NotImplemented:
-        if node.op not in OPS:
-            raise _unknown(node)
-        try:
-            made = OPS[node.op](call)
-        except UserError:
-            raise
-        except (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError) as error:
-            reason = str(error).strip().splitlines() or [type(error).__name__]
-            raise Failed(f"{node.told()}: {reason[0]}") from error
+    try:
+        made = _made(call)
+        call.check_all_asked()
+    except UserError:
+        raise
+    except FAILURES as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise Failed(f"{node.told()}: {reason[0]}") from error
     return made if isinstance(made, tuple) else (made,)
+
+
+def _made(call: Call) -> Any:
+    """By the op on the host where that can, else by that of tensors."""
+    op = call.node.op
+    if op in HOST and call.values and all(map(is_host, call.values)):
+        made = HOST[op](call)
+        if made is not NotImplemented:
+            return made
+    if op not in OPS:
+        raise _unknown(call.node)
+    return OPS[op](call)
 
 
 class Failed(RuntimeError):
@@ -205,6 +223,13 @@ _TORCH_KNOWS = {
 }
 
 
+def _signs(known: Known, tensor: Tensor) -> Tensor:
+    """-1, 0 or 1: where a mask is infinite, which no weight may be."""
+    if tensor.isnan().any():
+        raise UserError(f"tensor {known.name!r}: holds NaN; the file is damaged.")
+    return torch.where(tensor.isinf(), tensor.sign(), 0.0)
+
+
 def _statistics(program: Program) -> set[str]:
     """The names of batch norms' means and variances, which move and are not trained."""
     norms = (node for node in program.nodes if node.op == "BatchNormalization")
@@ -220,7 +245,9 @@ def free_name(name: str, taken: set[str]) -> str:
     """
     words = [word for word in name.replace("/", ".").replace("\\", ".").split(".") if word]
     reserved = set(dir(nn.Module)) | {"program", "places", "only_batch", "_statistics"}
-    words = [f"{word}_" if word in reserved else word for word in words] or ["constant"]
+    words = [
+        f"{word}_" if word in reserved or keyword.iskeyword(word) else word for word in words
+    ] or ["constant"]
     wished = made = ".".join(words)
     parents = Counter(".".join(each.split(".")[:n]) for each in taken for n in range(1, 20))
     number = 0

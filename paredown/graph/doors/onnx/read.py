@@ -16,10 +16,12 @@ from google.protobuf.message import DecodeError
 from paredown.core.errors import UserError
 from paredown.graph.doors.onnx import arrays
 from paredown.graph.doors.onnx.beside import weights_of
+from paredown.graph.doors.onnx.ops import OPS
 from paredown.graph.doors.onnx.program import Array, Node, Program, inner
 from paredown.graph.doors.opened import Wanted
 
 DEFAULT = ("", "ai.onnx")
+LARGEST_COPY = 1 << 28  # bytes of a file that is copied to write an op in others
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ def read_proto(proto: onnx.ModelProto, path: Path) -> Read:
     if proto.functions:
         proto = _inlined(proto, path)
         versions = {**versions, **_versions(proto, path)}
+    proto = _expanded(proto)
     if not proto.graph.node:
         raise UserError(f"{path}: its graph has no nodes; there is nothing to compress.")
     reader = _Reader(path, versions, Counter())
@@ -107,6 +110,25 @@ def _inlined(proto: onnx.ModelProto, path: Path) -> onnx.ModelProto:
         return inliner.inline_local_functions(proto)
     except Exception as error:  # whatever is wrong with them
         raise UserError(f"{path}: its functions cannot be put in place: {error}.") from error
+
+
+def _expanded(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """With ops that are unknown here as ONNX itself writes them in others, where it does."""
+    from onnx import inliner
+
+    unknown = {
+        ("", node.op_type)
+        for node in proto.graph.node
+        if node.domain in DEFAULT and node.op_type not in {*OPS, "Constant", "If"}
+    }
+    if not unknown or proto.ByteSize() > LARGEST_COPY:
+        return proto
+    try:
+        return inliner.inline_selected_functions(
+            proto, sorted(unknown), inline_schema_functions=True
+        )
+    except Exception:  # then the op is told when it is met
+        return proto
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from paredown.graph.doors.onnx.ops import (
     reductions,
     resize,
     shapes,
+    signals,
 )
 
 OPS: dict[str, Callable[[Call], Any]] = {
@@ -31,5 +32,6 @@ OPS: dict[str, Callable[[Call], Any]] = {
     **resize.TABLE,
     **recurrent.TABLE,
     **quantized.TABLE,
+    **signals.TABLE,
 }
 HOST: dict[str, Callable[[Call], Any]] = host.TABLE

@@ -86,9 +86,13 @@ def rms_norm(call: Call) -> Tensor:
 
 def group_norm(call: Call) -> Tensor:
     """Before opset 21 scale and bias were those of groups."""
-    x, scale, bias = (call.tensor(place) for place in range(3))
+    x, scale, bias = call.tensor(0), call.maybe(1), call.maybe(2)
     groups, eps = call.attribute("num_groups"), call.attribute("epsilon", 1e-5)
-    if call.node.version < 21 and not call.node.op.startswith("paredown"):
+    own = call.node.op.startswith("paredown")
+    shape = call.attribute("shape")
+    if shape is not None and len(shape) != x.dim():
+        raise call.node.refused(f"has a shape of {len(shape)} axes after it, and {x.dim()} before")
+    if call.node.version < 21 and not own and scale is not None and bias is not None:
         each = x.shape[1] // groups
         scale, bias = scale.repeat_interleave(each), bias.repeat_interleave(each)
     return F.group_norm(x, groups, scale, bias, eps)

@@ -53,8 +53,11 @@ def einsum(call: Call) -> Tensor:
 def attended(call: Call) -> Tensor:
     """What a softmax of products became: queries, keys, values (..., T, E), and a mask."""
     q, k, v = (call.tensor(place) for place in range(3))
-    mask = call.maybe(3)
-    return F.scaled_dot_product_attention(q, k, v, mask, scale=call.attribute("scale"))
+    mask, scale = call.maybe(3), call.attribute("scale")
+    if not q.dim() == k.dim() == v.dim():
+        scores = torch.matmul(q * scale, k.transpose(-1, -2))
+        return torch.matmul(torch.softmax(scores if mask is None else scores + mask, -1), v)
+    return F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
 
 
 def attention(call: Call) -> Any:

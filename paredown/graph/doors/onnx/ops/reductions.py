@@ -36,6 +36,8 @@ def _alone(function: Function, x: Tensor) -> Tensor:
 
 
 def _sum(x: Tensor, axes: list[int], keep: bool) -> Tensor:
+    if x.is_floating_point():
+        return x.sum(axes, keepdim=keep)
     return x.sum(axes, keepdim=keep, dtype=x.dtype)
 
 
@@ -99,9 +101,10 @@ def top_k(call: Call) -> tuple[Tensor, Tensor]:
     x = call.tensor(0)
     k = call.attribute("k") if call.node.version < 10 else call.number(1)
     axis = call.attribute("axis", -1)
-    largest, ordered = bool(call.attribute("largest", 1)), bool(call.attribute("sorted", 1))
-    found = torch.topk(x, k, axis, largest, ordered)
-    return found.values, found.indices
+    largest, _ = bool(call.attribute("largest", 1)), call.attribute("sorted", 1)
+    # In order whether asked for or not; of equal numbers the first, which torch.topk leaves open.
+    found = torch.sort(x, dim=axis, descending=largest, stable=True)
+    return found.values.narrow(axis, 0, k), found.indices.narrow(axis, 0, k)
 
 
 def running(function: Callable[..., Tensor], start: float) -> Callable[[Call], Tensor]:

@@ -15,6 +15,11 @@ from torch import Tensor
 from paredown.graph.doors.onnx.call import Call, symbolic
 from paredown.graph.doors.onnx.program import Array
 
+MEANT = (  # read where they matter
+    *("antialias", "axes", "coordinate_transformation_mode", "cubic_coeff_a", "exclude_outside"),
+    *("extrapolation_value", "keep_aspect_ratio_policy", "mode", "nearest_mode", "scales"),
+)
+
 
 @dataclass(frozen=True)
 class _Axis:
@@ -30,9 +35,9 @@ class _Axis:
 def resize(call: Call) -> Tensor:
     x = call.tensor(0)
     axes = _axes(call, x)
-    changed = [
-        each for each in axes if symbolic(each.size) or each.size != each.length or _shifts(call)
-    ]
+    if call.attribute("coordinate_transformation_mode") == "align_corners":
+        _check_corners(call, axes)
+    changed = [each for each in axes if _changes(each) or _shifts(call)]
     if not changed:
         return x
     made = _by_torch(call, x, axes, changed)
@@ -47,12 +52,30 @@ def resize(call: Call) -> Tensor:
     return x
 
 
+def _check_corners(call: Call, axes: list[_Axis]) -> None:
+    """Where the corners lie, ONNX's words and its runtimes say differently of broken sizes."""
+    for each in axes:
+        if not symbolic(each.scale) and not symbolic(each.size):
+            if abs(each.scale * each.length - each.size) > 1e-3:
+                raise call.node.refused("aligns corners at a scale that gives no whole size")
+
+
+def _changes(axis: _Axis) -> bool:
+    """Whether the axis gets another size; those of images always may, where they vary."""
+    if axis.axis > 1 and (symbolic(axis.size) or symbolic(axis.length)):
+        return True
+    return bool(axis.size != axis.length)
+
+
 def _shifts(call: Call) -> bool:
     return bool(call.attribute("coordinate_transformation_mode") == "tf_crop_and_resize")
 
 
 def _axes(call: Call, x: Tensor) -> list[_Axis]:
     upsample = call.node.op == "Upsample"
+    for name in MEANT:
+        call.attribute(name)
+    _ = call.has(1), call.has(2), call.has(3)
     places = (1, None) if upsample or call.node.version < 11 else (2, 3)
     wanted = call.attribute("axes") or list(range(x.dim()))
     wanted = [each % x.dim() for each in wanted]

@@ -17,12 +17,23 @@ from paredown.graph.doors.onnx.program import Array, Node, Program
 CLOSE = 1e-3  # of a number in a formula, beside its exact value
 
 
+def about(found: float | None, wanted: float) -> bool:
+    """Whether a number of a formula is this one, as exporters round it.
+
+    Example:
+        >>> about(0.70710677, 0.5**0.5), about(0.7, 0.5**0.5), about(None, 1.0)
+        (True, False, False)
+    """
+    return found is not None and abs(found - wanted) <= CLOSE * abs(wanted)
+
+
 @dataclass(frozen=True)
 class Change:
     """What stands in place of a node, and arrays that are other than they were."""
 
     node: Node
     known: Mapping[str, Array] = field(default_factory=dict)
+    before: tuple[Node, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -54,11 +65,6 @@ class View:
         array = self.known(name)
         return None if array is None else [int(each) for each in array.reshape(-1)]
 
-    def is_about(self, name: str, wanted: float) -> bool:
-        """Whether a value is this number."""
-        found = self.number(name)
-        return found is not None and abs(found - wanted) <= CLOSE * max(abs(wanted), 1e-9)
-
     def other(self, node: Node, *ops: str) -> tuple[Node, str] | None:
         """Of a node with two operands: the one that one of these ops gives, and the other."""
         if len(node.inputs) != 2:
@@ -69,15 +75,33 @@ class View:
                 return made, node.inputs[1 - place]
         return None
 
-    def times(self, node: Node | None, wanted: float) -> str | None:
-        """What a product with this number, or a division by its inverse, is a product of."""
-        if node is None or len(node.inputs) != 2:
+    def factors(self, name: str) -> tuple[float, list[str]]:
+        """The numbers in a product of any depth as one, and its other factors, sorted."""
+        number, found, left = 1.0, [], [name]
+        while left:
+            here = left.pop()
+            value = self.number(here)
+            node = self.maker(here, "Mul", "Div")
+            if value is not None:
+                number *= value
+            elif node is not None and node.op == "Mul":
+                left += node.inputs
+            elif node is not None and self.number(node.inputs[1]):
+                number /= self.number(node.inputs[1]) or 1.0
+                left.append(node.inputs[0])
+            else:
+                found.append(here)
+        return number, sorted(found)
+
+    def plus(self, name: str) -> tuple[str, float] | None:
+        """What a sum with a number is a sum of, and the number."""
+        node = self.maker(name, "Add")
+        if node is None:
             return None
         for place in (0, 1):
-            if node.op == "Mul" and self.is_about(node.inputs[place], wanted):
-                return node.inputs[1 - place]
-        if node.op == "Div" and self.is_about(node.inputs[1], 1 / wanted):
-            return node.inputs[0]
+            value = self.number(node.inputs[place])
+            if value is not None:
+                return node.inputs[1 - place], value
         return None
 
     def axes(self, node: Node, since: int = 18) -> list[int] | None:
@@ -108,7 +132,7 @@ def put_together(program: Program, patterns: Mapping[str, tuple[Pattern, ...]]) 
             if isinstance(change, Node):
                 nodes.append(change)
             else:
-                nodes.append(change.node)
+                nodes += [*change.before, change.node]
                 known.update(change.known)
         if not found:
             return program
