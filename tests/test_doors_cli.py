@@ -305,3 +305,70 @@ def test_a_folder_of_pictures_with_its_own_splits(inside, paredown_cli):
     Path("pictures/train/a/0.png").write_bytes(b"\x89PNG no more")
     code, out, err = paredown_cli("check", "net.safetensors", "--data", "pictures")
     assert code == 1 and "train/a/0.png: the picture cannot be read" in out + err
+
+
+# --- every kind -----------------------------------------------------------------------------------
+
+
+class Tokens(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.table, self.head = nn.Embedding(20, 16), nn.Linear(16, width)
+
+    def forward(self, ids, attention_mask):
+        return {"logits": self.head(self.table(ids) * attention_mask[..., None])}
+
+
+class Boxes(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(6, 32), nn.ReLU())
+        self.where, self.rated = nn.Linear(32, 5 * 4), nn.Linear(32, 5 * 4)
+
+    def forward(self, x):
+        x = self.body(x)
+        logits = 4 * self.rated(x).unflatten(1, (5, 4))
+        return {"logits": logits, "pred_boxes": self.where(x).unflatten(1, (5, 4)).sigmoid()}
+
+
+def several(**columns):
+    return {name: each.astype(np.float32) for name, each in columns.items()}
+
+
+def every_kind():
+    rng = np.random.default_rng(0)
+    x, images = rng.normal(size=(60, 6)), rng.normal(size=(60, 1, 8, 8))
+    ids, mask = rng.integers(0, 20, (60, 7)), np.tile(np.arange(7) < 5, (60, 1)).astype(np.int64)
+    body = nn.Linear(6, 256), nn.ReLU()
+    spots = nn.Sequential(nn.Conv2d(1, 64, 5, padding=2), nn.ReLU(), nn.Conv2d(64, 3, 5, padding=2))
+    return {
+        "regression": (nn.Sequential(*body, nn.Linear(256, 1)), several(input=x)),
+        "embedding": (nn.Sequential(*body, nn.Linear(256, 128)), several(input=x)),
+        "segmentation": (spots, several(input=images)),
+        "tokens": (Tokens(20), {"ids": ids, "attention_mask": mask}),
+        "detection": (Boxes(), several(x=x)),
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["regression", "embedding", "segmentation", "tokens", "detection"])
+def test_a_run_of_every_kind_bounds_what_differs(tmp_path, kind):
+    torch.manual_seed(0)
+    module, columns = every_kind()[kind]
+    example = {name: torch.tensor(each[:1]) for name, each in columns.items()}
+    given = tuple(example.values()) if "input" in example else example
+    paredown.capture(module.eval(), given).save(tmp_path / "net.safetensors")
+    np.savez(tmp_path / "x.npz", **columns)
+    model, task = paredown.load(tmp_path / "net.safetensors", tmp_path / "x.npz")
+    assert task.score.answer.kind == kind
+    target, steps = paredown.Target(rounds=2), [paredown.Quantize("int8")]
+    goals = paredown.Goals(size="0.9x")
+    run = paredown.compress(model, task, goals, target, steps, tmp_path / "r")
+    told = run.details["fidelity"]
+    assert told["kind"] == kind and told["disagreement"] < told["bound"] <= 1
+    assert run.on_device["original"].score > 0.999
+    assert run.on_device["compressed"].score == pytest.approx(1 - told["disagreement"])
+    bounded = "drops by no more than that" in run.verdict
+    assert bounded == (kind in ("segmentation", "tokens"))
+    assert (kind == "embedding") == ("nearest neighbours" in run.verdict)
+    assert ("within_reach" in told) == (kind in ("segmentation", "tokens"))

@@ -62,6 +62,7 @@ KINDS = {
     "detection": [
         seen({"boxes": drawn(4, 9, 4), "scores": drawn(4, 9), "labels": torch.ones(4, 9).long()}),
         seen({"logits": drawn(4, 9, 6), "pred_boxes": drawn(4, 9, 4)}),
+        seen({"logits": drawn(4, 9, 4), "pred_boxes": drawn(4, 9, 4)}),
     ],
 }
 
@@ -103,6 +104,15 @@ def test_what_was_guessed_is_said_and_what_does_not_count():
 def test_what_cannot_be_scored_is_told(given, kind, said):
     with pytest.raises(UserError, match=said):
         answer_of(given, kind)
+
+
+def test_four_classes_are_no_boxes():
+    logits, boxes = 4 * drawn(4, 9, 4), drawn(4, 9, 4).sigmoid()
+    answer, _ = answer_of(seen({"logits": logits, "pred_boxes": boxes}), None)
+    assert (answer.places, answer.corners, answer.probabilities) == ((1, 0), False, False)
+    corners = torch.cat([boxes[..., :2], boxes[..., :2] + 1], -1)
+    answer, _ = answer_of(seen({"a": logits, "b": corners}), None)
+    assert (answer.places, answer.corners) == ((1, 0), True)
 
 
 # --- scores --------------------------------------------------------------------------------------

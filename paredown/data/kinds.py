@@ -265,6 +265,7 @@ def _regression(seen: Seen) -> Answer:
 def _boxes(seen: Seen) -> tuple[int, ...]:
     """The places of boxes (B, N, 4), scores (B, N) or (B, N, C), and classes (B, N) if any."""
     boxes = [n for n in seen.floats(3) if seen.outputs[n].shape[2] == 4]
+    boxes.sort(key=lambda n: not _is_boxes(seen, n))  # four classes have that shape too
     for box in boxes:
         like = seen.outputs[box].shape[:2]
         rest = [n for n in range(len(seen.outputs)) if n != box]
@@ -276,6 +277,13 @@ def _boxes(seen: Seen) -> tuple[int, ...]:
             flat = seen.outputs[rated[0]].dim() == 2
             return (box, rated[0], *(classes[:1] if flat else ()))
     return ()
+
+
+def _is_boxes(seen: Seen, place: int) -> bool:
+    """Whether an output is called so, or is corners in their order."""
+    named = [n for n, name in enumerate(seen.names) if "box" in name.lower()]
+    values = seen.outputs[place]
+    return place in named if named else bool((values[..., 2:] >= values[..., :2]).all())
 
 
 def _detection(seen: Seen) -> Answer:

@@ -16,7 +16,7 @@ from paredown.core.settings import check_arguments, check_choice, check_seed
 from paredown.core.source import Source
 from paredown.core.task import KINDS, Task
 from paredown.data import batches, feed, parting, splits
-from paredown.data.answer import LABELLED, Fidelity, FidelityLoss, LabelLoss, LabelScore
+from paredown.data.answer import LABELLED, Answer, Fidelity, FidelityLoss, LabelLoss, LabelScore
 from paredown.data.brought import Brought, brought, check_door, dynamic_of, example_of
 from paredown.data.files.read import read_splits
 from paredown.data.files.table import Table
@@ -31,6 +31,7 @@ from paredown.graph.doors.other_files import NEEDS_SAMPLES
 from paredown.graph.model import Model
 
 BATCH = 64
+UNTRAINED = "rounding in the model lets no gradient reach its weights"
 
 
 def load(
@@ -158,7 +159,11 @@ def _inputs(found: Brought, table: Table) -> tuple[Any, Any, Any, list[str]]:
     raw = [name for name in opened.columns if name in table.columns] if opened else []
     prepare = opened.preprocess if opened else None
     if prepare is None or not raw:
-        made = fit(table, found.wanted)
+        try:
+            made = fit(table, found.wanted)
+        except UserError as error:
+            also = f" Or bring {' or '.join(opened.columns)}." if opened and opened.columns else ""
+            raise UserError(f"{error}{also}") from error
         return lambda row: found.nest(made.inputs(row)), made.inputs, None, list(made.notes)
 
     def given(row: int) -> dict[str, Any]:
@@ -194,15 +199,28 @@ def _made(found: Brought, sources: _Sources, asked: str | None) -> tuple[Model, 
     told = found.opened.outputs if found.opened else ()
     answer, note = answer_of(_seen(model, sources, labels, told), kind, why)
     notes = [note, *notes]
-    if labels is not None:
-        score: Any = LabelScore(answer, tuple(notes))
-        return model, _task(model, sources, dict(sources.splits), score, LabelLoss(answer))
-    targets: dict[str, Dataset[Any]] = {
-        name: taught(model, each, Split(each, name, sources.preprocess), answer, BATCH)
-        for name, each in sources.splits.items()
-    }
-    score = Fidelity(answer, tuple(notes))
-    return model, _task(model, sources, targets, score, FidelityLoss(answer))
+    given: dict[str, Dataset[Any]] = dict(sources.splits)
+    loss: Any = LabelLoss(answer)
+    if labels is None:
+        given = {
+            name: taught(model, each, Split(each, name, sources.preprocess), answer, BATCH)
+            for name, each in sources.splits.items()
+        }
+        loss = FidelityLoss(answer)
+    if not _trains(model, answer):
+        notes.append(f"{UNTRAINED}, so train serves as calibration, and nothing is trained")
+        loss, train = None, given.pop("train", None)
+        if train is not None:
+            given.setdefault("calibration", train)
+    score = (Fidelity if labels is None else LabelScore)(answer, tuple(notes))
+    return model, _task(model, sources, given, score, loss)
+
+
+def _trains(model: Model, answer: Answer) -> bool:
+    """Whether a gradient of the answer reaches the model's weights."""
+    with torch.enable_grad():
+        leaves = model.graph(*[item.example for item in model.inputs])
+    return any(leaves[place].requires_grad for place in answer.places)
 
 
 def _unlabelled(given: dict[str, Samples]) -> dict[str, Samples]:
