@@ -21,6 +21,7 @@ from paredown.graph.doors.onnx.program import Array, Node, Program
 
 DEQUANTIZE = ("DequantizeLinear", "com.microsoft.DequantizeLinear")
 QUANTIZE = ("QuantizeLinear", "com.microsoft.QuantizeLinear")
+MOVERS = ("Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Slice", "MaxPool", "Gather")
 POSITIVE = ("Relu", "Sigmoid", "HardSigmoid", "Softmax")
 LEAST = {"uint8": 0, "int8": -128, "uint16": 0, "int16": -32768}
 # QLinear op -> the float op, and the places of its tensors: each with scale and zero point.
@@ -115,6 +116,18 @@ def pair(view: View, node: Node) -> Node | None:
     )
 
 
+def moved(view: View, node: Node) -> Change | None:
+    """Integers that are only moved before they come back to float: moved as floats."""
+    mover = view.maker(node.inputs[0], *MOVERS)
+    scale = view.known(node.inputs[1])
+    if mover is None or scale is None or scale.size != 1:
+        return None
+    name = f"{node.outputs[0]}_before"
+    before = replace(node, inputs=(mover.inputs[0], *node.inputs[1:]), outputs=(name,))
+    after = replace(mover, inputs=(name, *mover.inputs[1:]), outputs=node.outputs)
+    return Change(after, {}, (before,))
+
+
 def _alike(view: View, one: Node, other: Node, place: int) -> bool:
     """Whether both have the same scale, or zero point."""
     if len(other.inputs) <= place:
@@ -173,14 +186,8 @@ def few_bits(view: View, node: Node) -> Change | None:
 def notes(before: Program, after: Program) -> list[str]:
     """What became of a quantized file."""
     there, here = (Counter(node.op for node in p.nodes) for p in (before, after))
-    names = [
-        *DEQUANTIZE,
-        *JOINED,
-        "com.microsoft.QLinearConcat",
-        "MatMulInteger",
-        "ConvInteger",
-        "com.microsoft.MatMulNBits",
-    ]
+    whole = ("com.microsoft.QLinearConcat", "MatMulInteger", "ConvInteger")
+    names = [*DEQUANTIZE, *JOINED, *whole, "com.microsoft.MatMulNBits"]
     found = {name: there[name] for name in names if there[name]}
     if not found:
         return []
@@ -189,8 +196,8 @@ def notes(before: Program, after: Program) -> list[str]:
     rest = f"; {left} of these ops stay, and round as in the file" if left else ""
     return [
         f"the file is quantized ({told}): its weights are what their integers stand for, and "
-        f"values that it rounds on the way are not rounded here, by which its outputs differ{rest}; "
-        "Quantize rounds them anew"
+        "values that it rounds on the way are not rounded here, by which its outputs "
+        f"differ{rest}; Quantize rounds them anew"
     ]
 
 
