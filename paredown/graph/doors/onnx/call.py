@@ -140,7 +140,8 @@ class Call:
         Raises:
             UserError: it has an attribute that is not the usual one, or an input, that none reads.
         """
-        for name, value in self.node.attributes.items():
+        own = self.node.op.startswith("paredown.")
+        for name, value in () if own else self.node.attributes.items():
             if name not in self.asked | HARMLESS and value != usual(self.node, name):
                 raise self.node.refused(f"has {name}={value!r}, which cannot be taken")
         for place, given in enumerate(self.values):

@@ -12,7 +12,7 @@ from paredown.graph import structure
 from paredown.graph.doors.onnx import examples
 from paredown.graph.doors.onnx.fold import fold
 from paredown.graph.doors.onnx.module import Failed, OnnxModule
-from paredown.graph.doors.onnx.patterns import PATTERNS, linear
+from paredown.graph.doors.onnx.patterns import PATTERNS, linear, quantized
 from paredown.graph.doors.onnx.patterns.match import put_together
 from paredown.graph.doors.onnx.program import Program
 from paredown.graph.doors.onnx.read import Read, read
@@ -40,7 +40,7 @@ def opened(found: Read, path: Path) -> Opened:
         raise UserError(f"{path}: its outputs depend on no input; there is nothing to compress.")
     module = OnnxModule(program)
     example = _settled(module, found.inputs, path)
-    notes = [*found.notes, *_tie_notes(names)]
+    notes = [*found.notes, *quantized.notes(found.program, program), *_tie_notes(names)]
     if example is not None:
         notes += _fix_batch(module, found.inputs, example)
     return Opened(
@@ -56,7 +56,8 @@ def opened(found: Read, path: Path) -> Opened:
 
 def normalised(program: Program) -> Program:
     """Weights turned as PyTorch has them, constants folded, patterns put together."""
-    program = put_together(program.without_unused(), linear.PATTERNS)
+    program = put_together(program.without_unused(), quantized.PATTERNS)
+    program = put_together(program, linear.PATTERNS)
     return put_together(fold(program), PATTERNS)
 
 
