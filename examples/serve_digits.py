@@ -162,7 +162,7 @@ def main(run: Path) -> None:
             asyncio.run(day(address, images, labels, "promoted"))
         bad, task = without_nines(run, Path(folder))
         print("A file that never says 9, tested on digits without any:")
-        with serving(bad, "--state", f"{folder}/state", "--task", str(task)) as address:
+        with serving(bad, "--state", f"{folder}/state", "--file", str(task)) as address:
             asyncio.run(day(address, images, labels, "rolled back"))
 
 

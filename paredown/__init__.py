@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from paredown.core.task import Target as Target
     from paredown.core.task import Task as Task
     from paredown.core.units import Limit as Limit
+    from paredown.data.load import load as load
     from paredown.data.scores import accuracy as accuracy
     from paredown.data.scores import multilabel_accuracy as multilabel_accuracy
     from paredown.data.scores import squared_error as squared_error
@@ -66,6 +67,7 @@ NAMES = {
     "capture": "paredown.graph.capture:capture",
     "compress": "paredown.run.compress:compress",
     "export": "paredown.targets.artifact:export",
+    "load": "paredown.data.load:load",
     "measure": "paredown.measure.measure:measure",
     "multilabel_accuracy": "paredown.data.scores:multilabel_accuracy",
     "open": "paredown.ship.open:open",

@@ -199,13 +199,12 @@ def test_a_file_must_be_there_and_python(user, paredown_cli):
 @pytest.mark.parametrize(
     ("name", "said"),
     {
-        "net.onnx": "a file that a runtime runs: paredown.open runs it",
+        "net.pte": "a file that a runtime runs: paredown.open runs it",
         "net.pth": r"holds weights without their module; load them in model\(\)",
-        "net.pt2": r"is a model without its task, .* paredown\.capture back from model\(\)",
-        "net.keras": "is a Keras or TensorFlow model, which cannot be compressed",
+        "net.tflite": "is a TensorFlow model; convert it by tf2onnx",
+        "net.npz": "is no model; samples are named by --data",
         "run/run.json": "is a run's folder, for paredown report",
-        "face/config.json": "is a folder as Hugging Face has them; load it with from_pretrained",
-        "tf/saved_model.pb": "is a TensorFlow model, which cannot be compressed",
+        "tf/saved_model.pb": "is a TensorFlow model; convert it by tf2onnx",
     }.items(),
 )
 def test_what_is_no_python_file_is_told_for_what_it_is(user, paredown_cli, name, said):
@@ -214,15 +213,27 @@ def test_what_is_no_python_file_is_told_for_what_it_is(user, paredown_cli, name,
     where = name.partition("/")[0]
     for verb in ("run", "check", "inspect", "baseline", "plan"):
         code, out, err = paredown_cli(verb, where)
-        if (verb, name) != ("inspect", "net.pt2"):  # which it opens, and finds empty
-            assert re.search(said, out + err) and "expected a Python file" in out + err
+        assert re.search(said, out + err) and "expected a Python file" in out + err
         assert code == 1
     if "/" not in name:
         for verb in ("report", "explain", "replay"):
             code, _, err = paredown_cli(verb, name)
             assert code == 1 and f"{name}: is a file, so it holds no finished run" in err
-    if name in ("net.pt2", "net.keras"):
-        with pytest.raises(UserError, match=rf"opens \{Path(name).suffix} files; expected an arti"):
+
+
+@pytest.mark.parametrize("name", ["net.pt2", "net.safetensors"])
+def test_a_model_without_its_task_needs_samples(user, paredown_cli, name):
+    Path(name).touch()
+    for verb in ("run", "check", "baseline", "plan"):
+        code, out, err = paredown_cli(verb, name)
+        assert (
+            code == 1 and "is a model without its task: check, baseline, plan and run" in out + err
+        )
+        assert "--data samples.npz" in out + err
+    code, out, err = paredown_cli("inspect", name)
+    assert code == 1 and "--data" not in out + err
+    if name == "net.pt2":
+        with pytest.raises(UserError, match=r"opens \.pt2 files; expected an arti"):
             paredown.open(name)
 
 

@@ -21,10 +21,10 @@ from paredown import Target
 from paredown.core import cache
 from paredown.core.errors import UserError
 from paredown.core.results import Run
+from paredown.graph.doors.onnx import wire
 from paredown.graph.model import Model
 from paredown.steps import recipe
 from paredown.targets import foreign
-from paredown.targets.formats.onnx import wire
 from paredown.targets.runtimes import RUNTIMES, runtime
 
 MUTATIONS = 100 * int(os.environ.get("PAREDOWN_SOAK", "0")) or 25

@@ -430,7 +430,9 @@ def test_every_section_is_two_files_and_stands_in_its_place() -> None:
     for suffix in (".py", ".html"):
         assert sorted(path.stem for path in folder.glob(f"[a-z]*{suffix}")) == sorted(names)
     shown = re.findall(r'<section id="(\w+)"', render(met_run()))
-    assert shown == [name for name in names if name not in ("head", "mixed", "explained")]
+    assert shown == [
+        name for name in names if name not in ("head", "mixed", "explained", "fidelity")
+    ]
 
 
 def test_every_template_comes_with_the_package() -> None:

@@ -735,7 +735,7 @@ def test_a_file_that_is_of_no_use_is_never_met_in_silence(user, paredown_cli):
     assert code == 0 and load("r").outcome == "open"
     assert "The file is of no use as far as this data can tell: on " in out
     assert "test examples it scores 25.00%" in out
-    assert "does model() load its trained weights?" in load("r").verdict
+    assert "are its weights the trained ones?" in load("r").verdict
 
 
 def test_compress_writes_the_report_and_again_where_it_is_gone(user, here):

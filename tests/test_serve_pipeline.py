@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import paredown
+from paredown.core.source import Source
 from paredown.ship.serve import examples, pipeline_worker, scoring
 from paredown.ship.serve.child import Opening
 from paredown.ship.serve.refused import Refused
@@ -55,7 +56,7 @@ def objects(*texts):
 
 def test_a_pipeline_takes_texts_and_gives_what_the_task_makes(tmp_path, task_file):
     file = model(tmp_path / "model.onnx")
-    made = pipeline_worker.Model(str(file), "", 1, str(task_file))
+    made = pipeline_worker.Model(str(file), "", 1, Source(str(task_file)).to_json())
     made.warm_up()
     assert made.signature["inputs"] == [
         {"name": "input", "dtype": "str", "shape": [["batch", 1, None]]}
@@ -75,11 +76,11 @@ def test_a_pipeline_takes_texts_and_gives_what_the_task_makes(tmp_path, task_fil
 
 @pytest.mark.slow
 def test_raw_examples_are_read_of_the_task(tmp_path, task_file):
-    kept = examples.Examples(tmp_path, task_file, raw=True)
+    kept = examples.Examples(tmp_path, Source(str(task_file)), raw=True)
     kept.make(["input"])
     rows = kept.read()
     assert len(rows) == 40 and len(rows[0][0].item().split()) == 4
-    ready = examples.Examples(tmp_path, task_file)
+    ready = examples.Examples(tmp_path, Source(str(task_file)))
     ready.make(["x"])
     values = [float(word) for word in rows[7][0].item().split()]
     assert ready.read()[7][0].shape == (1, 4) and np.allclose(ready.read()[7][0], values)
@@ -88,8 +89,8 @@ def test_raw_examples_are_read_of_the_task(tmp_path, task_file):
 def test_a_task_that_fails_is_told(tmp_path):
     (tmp_path / "wrong.py").write_text("def task():\n    return 3\ndef model(): pass\n")
     with pytest.raises(paredown.UserError, match=r"not a paredown\.Task"):
-        examples.Examples(tmp_path, tmp_path / "wrong.py").make(["x"])
-    with pytest.raises(paredown.UserError, match="--task"):
+        examples.Examples(tmp_path, Source(str(tmp_path / "wrong.py"))).make(["x"])
+    with pytest.raises(paredown.UserError, match="--file"):
         examples.Examples(tmp_path, None).make(["x"])
 
 
@@ -112,7 +113,7 @@ def test_a_golden_set_does_where_there_is_no_task(tmp_path):
 @pytest.mark.slow
 def test_a_server_runs_end_to_end(tmp_path, task_file):
     folder = run_folder(tmp_path / "run")
-    with Served(folder, "--task", task_file, "--end-to-end") as served:
+    with Served(folder, "--file", task_file, "--end-to-end") as served:
         served.until(lambda status: status["stage"] == "shadow", 60)
         tensor = {
             "name": "input",
@@ -139,7 +140,7 @@ def test_late_labels_are_scored_by_the_task(tmp_path):
     (tmp_path / "late.py").write_text(text)
 
     async def scored():
-        score = scoring.ByTask(tmp_path / "late.py", ["y"], None)
+        score = scoring.ByTask(Source(str(tmp_path / "late.py")), ["y"], None)
         outputs = {"y": np.float32([[1.5, 0], [3.5, 0]])}
         try:
             with pytest.raises(Refused, match="does not score it"):

@@ -22,6 +22,7 @@ from onnx import TensorProto, helper, numpy_helper
 from paredown.core.errors import UserError
 from paredown.core.measurement import Measurement
 from paredown.core.results import Artifact, Run
+from paredown.core.source import Source
 from paredown.core.task import Target
 from paredown.ship.serve import examples
 from paredown.ship.serve.running import Serving
@@ -293,8 +294,8 @@ def test_a_port_in_use_is_told(tmp_path):
         ({"threads": 0}, "threads"),
         ({"deadline_ms": 0}, "deadline-ms"),
         ({"max_wait_ms": -1}, "max-wait-ms"),
-        ({"task": Path("none.py")}, "no such file"),
-        ({"end_to_end": True}, "name it with --task"),
+        ({"source": Source("none.py")}, "no such file"),
+        ({"end_to_end": True}, "name it with --file"),
     ],
 )
 def test_wrong_options_are_told(given, said):

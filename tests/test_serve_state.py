@@ -136,7 +136,7 @@ def test_an_abort_during_validation_stays(tmp_path, room):
 
 def test_the_file_of_the_task_that_is_not_there_is_named(tmp_path):
     made = Examples(
-        tmp_path, None, lacking="serve: jobs/digits.py: no such file here; name it with --task."
+        tmp_path, None, lacking="serve: jobs/digits.py: no such file here; name it with --file."
     )
     with pytest.raises(UserError, match=r"validate on\. serve: jobs/digits.py: no such file"):
         made.make(["x"])
@@ -151,8 +151,8 @@ def test_where_the_state_has_no_room_its_folder_is_named_and_not_the_task(tmp_pa
     made = Examples(tmp_path / "gone", None, golden=golden(tmp_path / "golden.npz"))
     with pytest.raises(UserError, match=r"gone/examples\.npz: the examples cannot be kept"):
         made.make(["x"])
-    task = tmp_path / "digits.py"
-    task.write_text(
+    task = source.Source(str(tmp_path / "digits.py"))
+    Path(task.file).write_text(
         "import torch, paredown\n"
         "rows = torch.utils.data.TensorDataset(torch.zeros(4, 2), torch.zeros(4))\n"
         "def task():\n"
@@ -199,7 +199,7 @@ TASKS = {
 def test_a_file_without_a_task_is_refused_before_the_start(tmp_path, text):
     (tmp_path / "mine.py").write_text(text)
     try:
-        Serving(tmp_path, score_task=tmp_path / "mine.py")
+        Serving(tmp_path, scoring=source.Source(str(tmp_path / "mine.py")))
     except UserError as told:
         assert not TASKS[text] and "expected a Python file with task()" in str(told)
     else:
@@ -246,18 +246,19 @@ def test_the_status_says_the_last_reason_and_what_is_not_on_the_disk(monkeypatch
 def test_the_runs_own_file_is_looked_for_where_it_would_be(tmp_path, monkeypatch):
     folder = run_folder(tmp_path / "run")
     told = json.loads((folder / "run.json").read_text())
-    told["command"] = "paredown compress 'my digits.py' --out runs/tiny"
+    told["details"]["source"] = {"file": "my digits.py"}
     (folder / "run.json").write_text(json.dumps(told))
     monkeypatch.chdir(tmp_path)
     file = tmp_path / "my digits.py"
-    assert source.found(folder, "serve", "--task")[1] == (
-        "serve: my digits.py: no such file here; name it with --task."
+    assert source.found(folder, "serve")[1] == (
+        "serve: my digits.py: no such file here; name it with --file."
     )
     file.write_text("x = 1\n")
-    assert source.found(folder, "serve", "--task") == (Path("my digits.py"), "")
-    told["details"]["source_sha256"] = source.digest(told["command"])
+    assert source.found(folder, "serve") == (source.Source("my digits.py"), "")
+    kept = source.Source.of(Path("my digits.py"), source.Samples())
+    told["details"]["source"] = json.loads(kept.to_json())
     (folder / "run.json").write_text(json.dumps(told))
-    assert source.found(folder, "serve", "--task") == (Path("my digits.py"), "")
+    assert source.found(folder, "serve") == (kept, "")
     file.write_text("x = 2\n")
-    assert "is not the file that the run was started from" in source.found(folder, "s", "--task")[1]
-    assert "no such folder" in source.found(tmp_path / "none", "serve", "--task")[1]
+    assert "is not the file that the run was started from" in source.found(folder, "s")[1]
+    assert "no such folder" in source.found(tmp_path / "none", "serve")[1]

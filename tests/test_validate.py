@@ -152,7 +152,7 @@ def test_what_is_missing_is_told(validated):
     code, [found], _ = validated("--isa", "none")
     assert code == 0 and found["measured"]["compressed"]["score"] is None
     assert found["measured"]["compressed"]["latency_ms_p50"] > 0
-    assert any("name its file with --task" in note for note in found["notes"])
+    assert any("name its file with --file" in note for note in found["notes"])
     Path("r/model.onnx").write_bytes(b"other")
     code, _, err = validated()
     assert code == 1 and "is damaged, or not the file of the run" in err
@@ -163,7 +163,7 @@ def test_what_is_missing_is_told(validated):
 def test_other_test_data_are_told(validated):
     text = Path("net.py").read_text().replace('"test": images(2)', '"test": images(3)')
     Path("net.py").write_text(text)
-    _, [found], _ = validated("--isa", "none", "--task", "net.py")
+    _, [found], _ = validated("--isa", "none", "--file", "net.py")
     assert any("The test split is not the one of the run" in note for note in found["notes"])
 
 
@@ -197,7 +197,7 @@ def test_a_single_file_is_held_against_what_there_is(validated):
     shutil.copy("r/model.onnx", "alone")
     code, _, err = validated(what="alone/model.onnx")
     assert code == 1 and "there is nothing to hold it against" in err
-    code, [found], _ = validated("--task", "net.py", what="alone/model.onnx")
+    code, [found], _ = validated("--file", "net.py", what="alone/model.onnx")
     assert code == 0 and found["golden"] is None
     assert found["measured"]["compressed"]["score"] > 0.9
     code, _, err = validated(what="net.py")

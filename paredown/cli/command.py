@@ -10,6 +10,8 @@ from typing import Annotated
 import typer
 
 from paredown.core.goals import Goals
+from paredown.core.source import Samples
+from paredown.core.task import KINDS
 from paredown.targets.options import gathered
 
 FAILED, MISSED, DIFFERS, UNPROVEN, INTERRUPTED = 1, 3, 4, 5, 130
@@ -22,7 +24,8 @@ app = typer.Typer(
     help="""Pare a trained model down to a budget, and prove it.
 
 A model comes in a Python file that defines [bold]model()[/] (an nn.Module) and [bold]task()[/]
-(a paredown.Task: example inputs, splits, score, loss); a run is kept in a folder.
+(a paredown.Task: example inputs, splits, score, loss), or without its source (.onnx, a Hugging Face
+folder, Keras, .pt2, .safetensors) and with samples, [bold]--data[/]; a run is kept in a folder.
 Start with [bold]check[/], then [bold]run[/].
 
 Exit codes: 0 done and every goal met; 1 a problem, told in plain words; 2 wrong usage;
@@ -32,7 +35,26 @@ Exit codes: 0 done and every goal met; 1 a problem, told in plain words; 2 wrong
 """,
 )
 
-File = Annotated[Path, typer.Argument(help="Python file with model() and task().")]
+File = Annotated[
+    Path, typer.Argument(help="Python file with model() and task(), or a model without source.")
+]
+BESIDE = {  # the fields of Samples, as every verb that takes a model has them
+    "data": Annotated[
+        Path | None,
+        typer.Option(
+            help="Samples of a model without source: .npz, .npy, .jsonl, a folder of arrays or "
+            "pictures, a saved Hugging Face dataset."
+        ),
+    ],
+    "task": Annotated[
+        str | None,
+        typer.Option(help=f"Kind of task: {', '.join(KINDS)}; by default it is found out."),
+    ],
+}
+OtherFile = Annotated[
+    Path | None, typer.Option("--file", help="The file, where it is not where the run found it.")
+]
+NO_SAMPLES = Samples()
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, for machines.")]
 ASKING = {  # the fields of Goals, as every verb that asks for some has them
     "max_drop": Annotated[
@@ -54,6 +76,11 @@ Quiet = Annotated[bool, typer.Option("--quiet", help="Print the result only.")]
 def asks(verb: Callable[..., None]) -> Callable[..., None]:
     """A verb with the options of Goals in place of its ``goals``."""
     return gathered("goals", Goals, ASKING)(verb)
+
+
+def brings(verb: Callable[..., None]) -> Callable[..., None]:
+    """A verb with the options of Samples in place of its ``samples``."""
+    return gathered("samples", Samples, BESIDE)(verb)
 
 
 def _say_version(asked: bool) -> None:

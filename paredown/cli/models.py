@@ -8,10 +8,21 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from paredown.cli.command import FAILED, NO_GOALS, File, Json, RecipeFile, app, asks
+from paredown.cli.command import (
+    FAILED,
+    NO_GOALS,
+    NO_SAMPLES,
+    File,
+    Json,
+    RecipeFile,
+    app,
+    asks,
+    brings,
+)
 from paredown.core.console import print_json, wide, working
 from paredown.core.errors import UserError
 from paredown.core.goals import Goals
+from paredown.core.source import Samples
 from paredown.core.task import Target, Task
 from paredown.targets.options import DEFAULT, Runtime, measures
 
@@ -19,18 +30,20 @@ if TYPE_CHECKING:
     from paredown.graph.model import Model
 
 
-def _captured(file: Path) -> tuple[Model, Task]:
+def _captured(file: Path, samples: Samples) -> tuple[Model, Task]:
+    from paredown.data.load import load
     from paredown.graph.capture import capture
-    from paredown.graph.doors import python_file
 
-    module, task = python_file.load(file)
+    module, task = load(file, samples.data, samples.task)
     return capture(module, task.example, task.dynamic), task
 
 
 @app.command()
 @asks
+@brings
 def check(
     file: File,
+    samples: Samples = NO_SAMPLES,
     goals: Goals = NO_GOALS,
     runtime: Runtime = "onnxruntime",
     recipe_file: Annotated[
@@ -45,7 +58,7 @@ def check(
     from paredown.run import preflight, words
 
     with working(as_json):
-        found = preflight.check_file(file, Target(runtime=runtime), recipe_file, goals)
+        found = preflight.check_file(file, Target(runtime=runtime), recipe_file, goals, samples)
     if as_json:
         print_json(dataclasses.asdict(found))
     else:
@@ -56,8 +69,10 @@ def check(
 
 @app.command()
 @measures
+@brings
 def baseline(
     file: File,
+    samples: Samples = NO_SAMPLES,
     target: Target = DEFAULT,
     as_json: Json = False,
 ) -> None:
@@ -65,7 +80,7 @@ def baseline(
     from paredown.run import preflight, words
 
     with working(as_json):
-        model, task = _captured(file)
+        model, task = _captured(file, samples)
         measurement, _ = preflight.baseline(model, task, target)
     if as_json:
         print_json(dataclasses.asdict(measurement))
@@ -74,10 +89,10 @@ def baseline(
 
 
 @app.command("inspect")
+@brings
 def inspect_verb(
-    file: Annotated[
-        Path, typer.Argument(help="Python file, exported .pt2 or saved .safetensors model.")
-    ],
+    file: File,
+    samples: Samples = NO_SAMPLES,
     attention: Annotated[
         str, typer.Option(help='Units in attention: "heads", or "head_dim", those of every head.')
     ] = "heads",
@@ -94,7 +109,7 @@ def inspect_verb(
     from paredown.graph.coupling.coupling import analyze
 
     with working(as_json):
-        model = _captured(file)[0] if file.suffix == ".py" else _opened(file)
+        model = _opened(file, samples)
         coupling = analyze(model, attention, group_norm)
     if parameter is not None:
         dims = coupling.explain(parameter)
@@ -112,20 +127,21 @@ def inspect_verb(
             console.print(part, highlight=False)
 
 
-def _opened(file: Path) -> Model:
-    from paredown.graph.capture import capture
-    from paredown.graph.doors.other_files import told
+def _opened(file: Path, samples: Samples) -> Model:
+    from paredown.data.brought import model_of
 
-    if file.suffix not in (".pt2", ".safetensors"):
-        raise UserError(told(file))
-    return capture(file)
+    if file.suffix == ".py" or samples.data is not None:
+        return _captured(file, samples)[0]
+    return model_of(file)
 
 
 @app.command("plan")
 @asks
 @measures
+@brings
 def plan_verb(
     file: File,
+    samples: Samples = NO_SAMPLES,
     goals: Goals = NO_GOALS,
     target: Target = DEFAULT,
     recipe_file: RecipeFile = None,
@@ -140,7 +156,7 @@ def plan_verb(
 
     steps = recipe.load(recipe_file) if recipe_file else None
     with working(as_json):
-        model, task = _captured(file)
+        model, task = _captured(file, samples)
         asked = steps or []
         lacking = recipe.problems(asked, task, target) or recipe.unfit(asked, model, task)
         if lacking:

@@ -16,18 +16,21 @@ from paredown.cli.command import (
     FAILED,
     MISSED,
     NO_GOALS,
+    NO_SAMPLES,
     UNPROVEN,
     File,
     Json,
+    OtherFile,
     Quiet,
     RecipeFile,
     app,
     asks,
+    brings,
 )
 from paredown.core.console import output, print_json, wide, working
 from paredown.core.goals import Goals
 from paredown.core.results import Run
-from paredown.core.source import source_of
+from paredown.core.source import Samples, Source, source_of
 from paredown.core.task import Target
 from paredown.targets.options import DEFAULT, DEVICE_HELP, measures
 
@@ -35,8 +38,10 @@ from paredown.targets.options import DEFAULT, DEVICE_HELP, measures
 @app.command()
 @asks
 @measures
+@brings
 def run(
     file: File,
+    samples: Samples = NO_SAMPLES,
     goals: Goals = NO_GOALS,
     target: Target = DEFAULT,
     recipe_file: RecipeFile = None,
@@ -55,7 +60,8 @@ def run(
 
     The same command goes on where it was interrupted.
     """
-    from paredown.graph.doors import python_file
+    from paredown.data.load import load
+    from paredown.run import arrival
     from paredown.run.compress import compress
     from paredown.run.words import print_run
     from paredown.steps import recipe
@@ -63,9 +69,11 @@ def run(
     goals = dataclasses.replace(goals, proof=proof)
     steps = recipe.load(recipe_file) if recipe_file else None
     with working(as_json, quiet):
-        module, task = python_file.load(file)
+        source = Source.of(file, samples, seed)
+        module, task = load(file, samples.data, samples.task, seed)
+        arrival.told(file, module, task)
         command = shlex.join(["paredown", *sys.argv[1:]])
-        finished = compress(module, task, goals, target, steps, out, seed, command)
+        finished = compress(module, task, goals, target, steps, out, seed, command, source)
     if as_json:
         print(finished.to_json())
     else:
@@ -89,11 +97,11 @@ def report_verb(
 
 
 @app.command("explain")
+@brings
 def explain_verb(
     folder: Annotated[Path, typer.Argument(help="Run folder.")],
-    file: Annotated[
-        Path | None, typer.Option(help="The Python file, where it is not where the run found it.")
-    ] = None,
+    file: OtherFile = None,
+    samples: Samples = NO_SAMPLES,
     top: Annotated[int, typer.Option(min=1, help="Layers shown of each table.")] = 10,
     as_json: Json = False,
 ) -> None:
@@ -101,14 +109,14 @@ def explain_verb(
 
     The report is written again with the explanation.
     """
+    from paredown.data.load import task_of
     from paredown.explain.words import shown
-    from paredown.graph.doors import python_file
     from paredown.report.page import report
     from paredown.run.explain import explain
 
     run = Run.load(folder)
     with working(as_json):
-        found = explain(folder, python_file.load_task(file or source_of(run, "explain")))
+        found = explain(folder, task_of(source_of(run, "explain", file, samples)))
         report(Run.load(folder), folder / "report.html")
     if as_json:
         print_json(found.to_json())
@@ -119,21 +127,24 @@ def explain_verb(
 
 
 @app.command("replay")
+@brings
 def replay_verb(
     folder: Annotated[Path, typer.Argument(help="Run folder.")],
-    file: Annotated[
-        Path | None, typer.Option(help="The Python file, where it is not where the run found it.")
-    ] = None,
+    file: OtherFile = None,
+    samples: Samples = NO_SAMPLES,
     as_json: Json = False,
 ) -> None:
     """Make a run's artifact again from its recipe, and compare the two files' SHA-256."""
-    from paredown.graph.doors import python_file
+    from paredown.data.load import load_source
+    from paredown.graph import machine
     from paredown.run.replay import replay
     from paredown.run.words import print_replay
 
     run = Run.load(folder)
     with working(as_json):
-        artifact, digest = replay(folder, *python_file.load(file or source_of(run, "replay")))
+        with machine.threads(run.details.get("threads")):  # as many add sums in the same order
+            made = load_source(source_of(run, "replay", file, samples))
+        artifact, digest = replay(folder, *made)
     same = digest == artifact.sha256
     if as_json:
         print_json({"kept": artifact.sha256, "replayed": digest, "same": same})
@@ -144,12 +155,14 @@ def replay_verb(
 
 
 @app.command("validate")
+@brings
 def validate_verb(
     what: Annotated[Path, typer.Argument(help="Run folder, or a single artifact.")],
-    task: Annotated[
+    file: Annotated[
         Path | None,
-        typer.Option(help="The Python file with model() and task(), where the run names none."),
+        typer.Option("--file", help="The file of the original, where the run names none."),
     ] = None,
+    samples: Samples = NO_SAMPLES,
     devices: Annotated[
         list[str] | None, typer.Option("--device", help=f"{DEVICE_HELP} May be repeated.")
     ] = None,
@@ -173,22 +186,22 @@ def validate_verb(
 
     Ends with 3 where a goal is missed or outputs are others, and with 1 where a device failed.
     """
-    from paredown.graph.doors import python_file
+    from paredown.data.load import task_of
+    from paredown.run import validate_words as words
     from paredown.run.validate import FAILED as NOT_DONE
     from paredown.run.validate import PASSED, validate
-    from paredown.run.validate_words import check_out, print_validations, targets_of, task_of, write
 
     with working(as_json):
-        check_out(out)
-        targets = targets_of(what, devices, runtimes, threads, rounds)
-        file = task or task_of(what)
-        loaded = python_file.load_task(file) if file and what.is_dir() else None
-        subject, found = validate(what, loaded, targets, isa, power_csv, task)
-        pages = write(subject, found, out or subject.folder)
+        words.check_out(out)
+        targets = words.targets_of(what, devices, runtimes, threads, rounds)
+        source = words.source_for(what, file, samples)
+        loaded = task_of(source) if source and what.is_dir() else None
+        subject, found = validate(what, loaded, targets, isa, power_csv, source)
+        pages = words.write(subject, found, out or subject.folder)
     if as_json:
         print_json({"validations": [each.to_json() for each in found]})
     else:
-        print_validations(found, pages)
+        words.print_validations(found, pages)
     outcomes = {each.outcome for each in found}
     if outcomes != {PASSED}:
         raise typer.Exit(FAILED if NOT_DONE in outcomes else MISSED)

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from paredown.cli.command import Json, app
+from paredown.cli.command import NO_SAMPLES, Json, app, brings
 from paredown.core.console import output, print_json
 from paredown.core.errors import UserError
+from paredown.core.results import Run
 from paredown.core.settings import require
-from paredown.core.source import found
+from paredown.core.source import Samples, found, source_of
 
 if TYPE_CHECKING:
     from http.client import HTTPResponse
@@ -45,7 +46,8 @@ Deadline = Annotated[
 ]
 PolicyFile = Annotated[Path | None, typer.Option(help="Numbers of the rollout, as TOML.")]
 TaskFile = Annotated[
-    Path | None, typer.Option(help="Python file with task(), which then also scores late labels.")
+    Path | None,
+    typer.Option("--file", help="File of the task, in the run's place; it scores late labels too."),
 ]
 EvenSo = Annotated[bool, typer.Option("--even-so", help="Serve a run whose goals were missed.")]
 EndToEnd = Annotated[
@@ -57,6 +59,7 @@ State = Annotated[Path | None, typer.Option(help="Folder of the state; RUN/serve
 
 
 @app.command("serve")
+@brings
 def serve_verb(
     run: Annotated[Path, typer.Argument(help="Run folder.")],
     host: Host = "127.0.0.1",
@@ -66,7 +69,8 @@ def serve_verb(
     threads: Threads = 1,
     deadline_ms: Deadline = 1000.0,
     policy: PolicyFile = None,
-    task: TaskFile = None,
+    file: TaskFile = None,
+    samples: Samples = NO_SAMPLES,
     even_so: EvenSo = False,
     end_to_end: EndToEnd = False,
     token_file: OwnToken = None,
@@ -82,7 +86,9 @@ def serve_verb(
     check_extra()
     from paredown.ship.serve.running import Serving, serve
 
-    file, lacking = (task, "") if task else found(run, "serve", "--task")
+    named = file is not None or samples != Samples()
+    own = source_of(Run.load(run), "serve", file, samples) if named else None
+    source, lacking = (own, "") if own else found(run, "serve")
     asked = Serving(
         run=run,
         host=host,
@@ -92,9 +98,9 @@ def serve_verb(
         threads=threads,
         deadline_ms=deadline_ms,
         policy=Policy.from_toml(policy) if policy else Policy(),
-        task=file,
+        source=source,
         lacking=lacking,
-        score_task=task,
+        scoring=own,
         even_so=even_so,
         end_to_end=end_to_end,
         token_file=token_file,

@@ -66,6 +66,7 @@ class _Details(TypedDict, total=False):
     classes: list[dict[str, Any]]
     classes_by: str
     explanation: dict[str, Any]
+    fidelity: dict[str, Any]
     files: dict[str, str]
     finished: str
     flip_counts: dict[str, int]
@@ -83,7 +84,7 @@ class _Details(TypedDict, total=False):
     packed_bytes: dict[str, int]
     reproduce: list[str]
     score: str
-    source_sha256: str
+    source: dict[str, Any]
     stage_sha256: str
     threads: int
     useless: str

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.utils.data import Dataset
 
+KINDS = ("classification", "regression", "embedding", "segmentation", "tokens", "detection")
 SPLITS = ("train", "calibration", "validation", "test")
 
 

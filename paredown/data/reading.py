@@ -245,6 +245,18 @@ def tensors(data: Any) -> tuple[Tensor, ...] | None:
     return data.tensors if plain else None
 
 
+def derived(data: Any) -> bool:
+    """Whether its targets are what the model itself says of its inputs.
+
+    Example:
+        >>> derived(TensorDataset(torch.zeros(3)))
+        False
+    """
+    while isinstance(data, (Split, Subset)):
+        data = data.data if isinstance(data, Split) else data.dataset
+    return bool(getattr(data, "derived", False))
+
+
 def one_by_one(data: Any) -> bool:
     """Whether its examples do not depend on those that are read with them."""
     if isinstance(data, Subset) and type(data).__getitems__ is Subset.__getitems__:  # type: ignore[attr-defined]

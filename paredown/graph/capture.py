@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ from paredown.core.errors import UserError
 from paredown.core.settings import check_arguments, described
 from paredown.core.task import Task
 from paredown.graph.doors.example import Example
+from paredown.graph.doors.files import ending, open_file
 from paredown.graph.doors.module import capture_module, check_parameters
+from paredown.graph.doors.opened import Opened
 from paredown.graph.doors.pt2 import capture_program
 from paredown.graph.doors.python_file import call_user, functions_of, load_file
 from paredown.graph.model import Model
@@ -61,9 +64,59 @@ def _capture_file(path: Path, example: Example | None, dynamic: Any) -> Model:
         return capture_program(path, example, dynamic)
     if path.suffix == ".safetensors":
         return Model.load(path)
+    if ending(path) is not None:
+        return _capture_opened(open_file(path), path, example, dynamic)
     if example is not None:
         (model,) = functions_of(path, ("model",))
         return capture(call_user(model, path), example, dynamic)
     model, task = load_file(path)
     made: Task = call_user(task, path)
     return capture(call_user(model, path), made.example, dynamic or made.dynamic)
+
+
+def _capture_opened(opened: Opened, path: Path, example: Example | None, dynamic: Any) -> Model:
+    """What a door made of a file without source, with what it told of it."""
+    chosen = example if example is not None else opened.example
+    if chosen is None:
+        raise UserError(f"{path}: tells of no example inputs; pass an example.")
+    names = [each.name for each in opened.inputs]
+    if isinstance(dynamic, (tuple, list)) and len(dynamic) == len(names):
+        dynamic = dict(zip(names, dynamic, strict=True))
+    check_parameters(opened.module)
+    named = _named(opened, chosen, path)
+    model = capture_module(opened.module, named, opened.dynamic if dynamic is None else dynamic)
+    made = () if example is not None else _made_note(opened, named)
+    return replace(model, notes=(*opened.notes, *made, *model.notes))
+
+
+def _made_note(opened: Opened, example: dict[str, Any]) -> tuple[str, ...]:
+    """Which sizes and values an example has that no file told."""
+    told = [
+        f"{each.name} {tuple(example[each.name].shape)}"
+        for each in opened.inputs
+        if not all(isinstance(size, int) for size in each.shape)
+    ]
+    sentence = (
+        f"the file leaves sizes of its inputs open: the example made for it is {', '.join(told)}, "
+        "whole numbers zero; give an example to have others"
+    )
+    return (sentence,) if told else ()
+
+
+def _named(opened: Opened, example: Example, path: Path) -> dict[str, Any]:
+    """An example by the names of the file's inputs, which is how the module is called."""
+    names = [each.name for each in opened.inputs]
+    if isinstance(example, dict):
+        missing = [name for name in names if name not in example]
+        if missing:
+            raise UserError(
+                f"example: lacks input {missing[0]!r} of {path.name}, which wants "
+                f"{', '.join(names)}."
+            )
+        return {name: example[name] for name in names}
+    if len(example) != len(names):
+        raise UserError(
+            f"example: has {len(example)} inputs, and {path.name} wants {len(names)}: "
+            f"{', '.join(names)}."
+        )
+    return dict(zip(names, example, strict=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -37,21 +38,30 @@ def score_files(
     probes: dict[str, Opened], model: Model, task: Task, split: str
 ) -> dict[str, Scoring]:
     """Score every file on the whole split, one batch in memory at a time."""
-    examples = splits.split(task, split)
-    count = splits.size(examples)
+    count = splits.size(splits.split(task, split))
     found = {name: Scoring(predictions=[] if count <= MAX_PREDICTIONS else None) for name in probes}
-    given = feed.every(model, examples, feed.size(model, task.batch_size))
-    with tempfile.TemporaryDirectory(prefix="paredown-") as folder:
-        read, made = Path(folder) / "inputs.npz", Path(folder) / "outputs.npz"
-        for batch in track(given, f"scoring {split}"):
-            leaves = inputs.leaves(model, batch.inputs, inputs.of_split(split))
-            write_batches(read, [inputs.arrays(model, leaves)])
-            for name, probe in probes.items():
-                [arrays] = probe.run(read, made)
-                outputs = batch.cut([torch.from_numpy(array) for array in arrays])
-                _add(found[name], outputs, model, task, batch)
+    for batch, outputs in ran(probes, model, task, split, f"scoring {split}"):
+        for name, each in outputs.items():
+            _add(found[name], each, model, task, batch)
     _check_finite(found, probes, count, split)
     return found
+
+
+def ran(
+    probes: dict[str, Opened], model: Model, task: Task, split: str, doing: str
+) -> Iterator[tuple[Batch, dict[str, list[Tensor]]]]:
+    """Each batch of a split with what every file makes of it."""
+    given = feed.every(model, splits.split(task, split), feed.size(model, task.batch_size))
+    with tempfile.TemporaryDirectory(prefix="paredown-") as folder:
+        read, made = Path(folder) / "inputs.npz", Path(folder) / "outputs.npz"
+        for batch in track(given, doing):
+            leaves = inputs.leaves(model, batch.inputs, inputs.of_split(split))
+            write_batches(read, [inputs.arrays(model, leaves)])
+            found = {}
+            for name, probe in probes.items():
+                [arrays] = probe.run(read, made)
+                found[name] = batch.cut([torch.from_numpy(array) for array in arrays])
+            yield batch, found
 
 
 def _check_finite(

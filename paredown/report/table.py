@@ -55,7 +55,28 @@ def comparison(run: Run) -> list[dict[str, Any]]:
         rows.insert(1, _row(run, "Packed for delivery", "size", values, None))
     if any(m and m.score is not None for m in (a, b)):
         rows.insert(1, _score_row(run, a, b, checks.get("max_drop")))
-    return rows
+    return rows[:2] + _fidelity_rows(run) + rows[2:]
+
+
+def _fidelity_rows(run: Run) -> list[dict[str, Any]]:
+    """How far the file is from the original, where the score is that; of all examples like these at
+    most so much, at the confidence that stands beside it."""
+    told = run.details.get("fidelity")
+    if not told:
+        return []
+    share, most = (f"{100 * told[name]:.3g}%" for name in ("disagreement", "bound"))
+    return [
+        {
+            "name": "Disagreement with the original",
+            "figures": ["–", share],
+            "notes": ["", told["method"]],
+            "change": f"≤ {most} at {told['confidence']:.0%}",
+            "interval": "",
+            "tone": "",
+            "goal": "",
+            "met": "",
+        }
+    ]
 
 
 def _row(

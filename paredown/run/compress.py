@@ -11,11 +11,12 @@ from typing import Any
 
 from torch import nn
 
-from paredown.core import progress, source
+from paredown.core import progress
 from paredown.core.errors import UserError
 from paredown.core.goals import Goals
 from paredown.core.results import Run, Trial
 from paredown.core.settings import check_arguments, check_seed
+from paredown.core.source import Source
 from paredown.core.task import Target, Task
 from paredown.data import splits
 from paredown.explain.explanation import within_run
@@ -23,10 +24,10 @@ from paredown.graph import machine
 from paredown.graph.capture import capture
 from paredown.graph.model import Model
 from paredown.measure.measure import Measured, compare
-from paredown.run import details, golden
+from paredown.run import details, fidelity, golden
 from paredown.run.conditions import same_conditions
 from paredown.run.folder import artifact, write
-from paredown.run.identity import identity_of, ignore_of, question_of
+from paredown.run.identity import identity_of, ignore_of, question_of, recorded
 from paredown.run.ledger import RUN, Ledger, finished_key, stage_key
 from paredown.run.outcome import in_reach, useless_file, verdict
 from paredown.run.preflight import problems
@@ -51,6 +52,7 @@ def compress(
     out: str | Path | None = None,
     seed: int = 0,
     command: str = "",
+    source: Source | None = None,
 ) -> Run:
     """Pare a model down to its goals and prove it on the exported file.
 
@@ -62,6 +64,7 @@ def compress(
             finished there. Default: a folder under ``runs/`` that is named after everything the run
             depends on.
         seed: of every random choice.
+        command, source: what the run was started by, and from, for the record.
 
     Returns:
         the Run that ``run.json`` and ``report.html`` in the folder tell of; ``run.met`` says
@@ -73,6 +76,7 @@ def compress(
     check_seed("seed", seed)
     check_arguments(task=(task, Task), goals=(goals, Goals), target=(target, Target | None))
     check_arguments(out=(out, str | Path | None), command=(command, str))
+    check_arguments(source=(source, Source | None))
     steps = None if steps is None else recipe.checked(steps)
     target, task = target or Target(), splits.prepared(task)
     with machine.free_threads():
@@ -94,7 +98,8 @@ def compress(
                 steps, task = students.named(steps, task, folder)
                 state = begun(ledger, captured, task, goals, target, seed, steps)
                 asked = identity | question | {"finished": key, "threads": threads}
-                text = _run(state, steps, asked, command).to_json()
+                asked |= {"command": command, "source": recorded(source, task)}
+                text = _run(state, steps, asked).to_json()
                 run = Run.from_json(text)  # as a later call finds it
                 ledger.finish(key, {"stage": ledger.put(text.encode(), RUN), "suffix": RUN})
             shutil.rmtree(folder / "scratch", ignore_errors=True)
@@ -205,7 +210,7 @@ def _shipped(trials: Sequence[Trial], best: Point) -> list[Trial]:
     return found
 
 
-def _run(state: State, steps: Sequence[Step] | None, asked: dict[str, Any], command: str) -> Run:
+def _run(state: State, steps: Sequence[Step] | None, asked: dict[str, Any]) -> Run:
     """All proposals, and then the claim: on the test split, which no decision has seen."""
     proposals = _proposals(state, steps)
     trials, best = _search(state, proposals)
@@ -218,10 +223,13 @@ def _run(state: State, steps: Sequence[Step] | None, asked: dict[str, Any], comm
     # the original itself loses nothing, which no data have to prove
     checks = state.goals.check(*figures, state.baseline, compared if best.stage else None)
     useless = useless_file(state, measured)
+    told = fidelity.facts(state, best, compressed) if best.steps else None
+    said = " ".join(filter(None, [fidelity.sentence(told), useless]))
+    went_on = bool(trials) and bool(state.unproven(best.standing))  # for the want of a proof alone
     return Run(
         name=state.ledger.folder.absolute().name,
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        command=command,
+        command=asked["command"],
         goals=asked["goals"],
         target=asked["target"],
         versions=asked["versions"],
@@ -236,24 +244,15 @@ def _run(state: State, steps: Sequence[Step] | None, asked: dict[str, Any], comm
         comparison=compared,
         checks=checks,
         met=all(check.met for check in checks),
-        verdict=verdict(
-            checks, bool(best.steps), bool(trials), compared, useless, _went_on(state, trials, best)
-        ),
+        verdict=verdict(checks, bool(best.steps), bool(trials), compared, said, went_on),
         details={
+            **{name: asked[name] for name in ("batch_size", "finished", "threads", "source")},
             "model_sha256": asked["model"],
-            "batch_size": asked["batch_size"],
-            "finished": asked["finished"],
-            "threads": asked["threads"],
             "useless": useless,
-            "source_sha256": source.digest(command),
+            "fidelity": told,
             **_details(state, trials, best, measured),
         },
     )
-
-
-def _went_on(state: State, trials: Sequence[Trial], best: Point) -> bool:
-    """Whether the search went through all there was, for the want of a proof alone."""
-    return bool(trials) and bool(state.unproven(best.standing))
 
 
 def _details(

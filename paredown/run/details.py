@@ -12,6 +12,7 @@ from torch import Tensor, fx
 
 from paredown.core.task import Target, Task
 from paredown.data import splits
+from paredown.data.answer import notes_of
 from paredown.graph import structure
 from paredown.graph.model import Model, made_from
 from paredown.graph.quantized.forms import Form
@@ -44,7 +45,7 @@ def collect(
         "census": dataclasses.asdict(runtime(target.runtime).census(file)),
         "instruction_sets": instruction_sets(compressed, task, target.runtime),
         "score": _meaning(task),
-        "notes": list(dict.fromkeys([*original.notes, *compressed.notes])),
+        "notes": list(dict.fromkeys([*notes_of(task), *original.notes, *compressed.notes])),
         "latency_samples_ms": {name: _sampled(m) for name, m in measured.items()},
         **_examples(task, before, after),
     }
@@ -61,6 +62,9 @@ MEANINGS = {
 def _meaning(task: Task) -> str:
     """What the task's score is, in words; the name of the user's own function, where that says
     more than that it is a score."""
+    told = getattr(task.score, "meaning", "")
+    if isinstance(told, str) and told:
+        return told
     name = getattr(task.score, "__name__", "")
     known = getattr(task.score, "__module__", "").startswith("paredown.")
     if known:

@@ -13,8 +13,10 @@ from typing import Any
 from paredown.core.errors import UserError
 from paredown.core.files import sync_folder, write_atomically
 from paredown.core.goals import Goals
+from paredown.core.source import Source
 from paredown.core.task import SPLITS, Target, Task
 from paredown.data import splits
+from paredown.data.answer import answer_from
 from paredown.graph import store
 from paredown.graph.model import Model
 from paredown.steps import recipe
@@ -45,6 +47,7 @@ def identity_of(
         },
         "batch_size": task.batch_size,
         **ignore_of(task),
+        **kind_of(task),
         "target": where(target),
         "seed": seed,
         "versions": versions(target.runtime),
@@ -76,6 +79,23 @@ def ignore_of(task: Task) -> dict[str, list[int]]:
     """What the task says of ignored labels, where it says something, as JSON has it."""
     given = splits.ignored(task)
     return {} if given is None else {"ignore": list(given)}
+
+
+def kind_of(task: Task) -> dict[str, Any]:
+    """How a task that was made from samples is scored, as JSON."""
+    answer = answer_from(task)
+    if answer is None:
+        return {}
+    return {"task": {"kind": answer.kind, "labels": bool(task.score.labelled)}}  # type: ignore[attr-defined]
+
+
+def recorded(source: Source | None, task: Task) -> dict[str, Any]:
+    """What a run was started from, with the kind of its task as it was found, as JSON."""
+    if source is None:
+        return {}
+    answer = answer_from(task)
+    known = source if answer is None else dataclasses.replace(source, task=answer.kind)
+    return dataclasses.asdict(known)
 
 
 def versions(name: str) -> dict[str, str]:

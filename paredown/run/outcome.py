@@ -23,40 +23,41 @@ def verdict(
     changed: bool,
     tried: bool,
     compared: Comparison | None = None,
-    useless: str = "",
+    besides: str = "",
     went_on: bool = False,
 ) -> str:
     """The outcome in a few sentences; every goal that is missed or not proven is named, and a drift
-    of the machine, and a file that is of no use.
+    of the machine, and what else is to be said.
 
     Args:
         changed: whether any step is in the artifact.
         tried: whether any step was tried.
         compared: the artifact beside the original.
+        besides: what else there is to say of the file: what its score bounds, that it is of no use.
         went_on: whether all that was planned was tried for the want of a proof alone.
     """
     drifted = "".join(f" {check.drifted}" for check in checks if check.drifted)
     kept = "The best file is kept." if changed else "No step paid; the original is kept."
-    useless = f" {useless}" if useless else ""
+    besides = f" {besides}" if besides else ""
     missed = [check for check in checks if not check.met]
     told = " ".join(check.sentence for check in missed)
     if any(not check.within for check in missed):
-        return f"Goals missed. {told}{drifted} {kept}{useless}"
+        return f"Goals missed. {told}{drifted} {kept}{besides}"
     if missed:
         searched = " All that was planned was tried for it." if went_on else ""
         reason = f"{_open(missed, compared)}{searched}{drifted}"
-        return f"Goals not proven. {told}{reason} {kept}{useless}"
+        return f"Goals not proven. {told}{reason} {kept}{besides}"
     if not tried:
-        return f"The original meets every goal already; nothing was changed.{useless}"
+        return f"The original meets every goal already; nothing was changed.{besides}"
     if not checks:
-        return f"No goal was set. {kept}{useless}"
+        return f"No goal was set. {kept}{besides}"
     unproven = [check for check in checks if check.unproven]
     found = "Every goal is met by the exported file"
     if unproven:
         goals = " and ".join(check.title for check in unproven)
         found += f" as it was measured, but this data cannot prove it for {goals}"
     rest = _open(unproven, compared) + drifted + ("" if changed else f" {kept}")
-    return f"{found}.{rest}{useless}"
+    return f"{found}.{rest}{besides}"
 
 
 def _open(unproven: Sequence[GoalCheck], compared: Comparison | None) -> str:
@@ -86,7 +87,7 @@ def useless_file(state: State, measured: dict[str, Measured]) -> str:
         f"{figures[0]}, and the same output for every input {figures[1]}."
     )
     if constant.as_good(original.scores):
-        return f"{told} Nor is the original: does model() load its trained weights?"
+        return f"{told} Nor is the original: are its weights the trained ones?"
     return told
 
 

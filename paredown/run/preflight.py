@@ -18,10 +18,13 @@ from paredown.core import progress
 from paredown.core.errors import UserError
 from paredown.core.goals import Goals
 from paredown.core.measurement import Measurement
+from paredown.core.source import Samples
 from paredown.core.task import SPLITS, Target, Task
 from paredown.core.units import human
 from paredown.data import batches, evaluate, feed, splits
+from paredown.data.answer import notes_of
 from paredown.data.feed import Batch
+from paredown.data.load import load
 from paredown.data.reading import Split
 from paredown.data.splits import Survey
 from paredown.graph import structure
@@ -31,6 +34,7 @@ from paredown.graph.holds import own_zeros
 from paredown.graph.model import Model
 from paredown.graph.sites import sites
 from paredown.measure import inputs
+from paredown.run import arrival
 from paredown.run.baseline import of_original
 from paredown.run.reach import exported_bytes, students, unreachable
 from paredown.steps import recipe
@@ -67,11 +71,23 @@ class Found:
 
 
 def check_file(
-    file: Path, target: Target, recipe_file: Path | None = None, goals: Goals | None = None
+    file: Path,
+    target: Target,
+    recipe_file: Path | None = None,
+    goals: Goals | None = None,
+    samples: Samples | None = None,
 ) -> Found:
-    """`check` of what a user's Python file makes, and of a recipe file."""
-    found = Found()
+    """`check` of what a user's Python file makes, or of a model with samples; and of a recipe."""
+    found, samples = Found(), samples or Samples()
     steps = found.tried("the recipe", lambda: recipe.load(recipe_file) if recipe_file else [])
+    if file.suffix != ".py" or samples != Samples():
+        loaded = found.tried(str(file), lambda: load(file, samples.data, samples.task))
+        if loaded is not None:
+            module, task = loaded
+            _check(found, module, task, target, steps or [], goals or Goals())
+            said = found.tried("parity", lambda: arrival.told(file, module, task))
+            found.facts += [said] if said else []
+        return found
     functions = found.tried(str(file), lambda: load_file(file))
     if functions is None:
         return found
@@ -108,6 +124,7 @@ def _check(
     if module is not None:
         model = found.tried("capture", lambda: capture(module, task.example, task.dynamic))
     _ask(found, model, task, target, steps)
+    found.notes += notes_of(task)
     found.notes += found.tried("the data", lambda: unrepeated(task)) or []
     if model is None:
         return

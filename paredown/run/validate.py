@@ -16,6 +16,7 @@ from paredown.core.errors import UserError
 from paredown.core.goals import GoalCheck
 from paredown.core.measurement import Comparison, Measurement
 from paredown.core.settings import check_arguments
+from paredown.core.source import Source
 from paredown.core.task import Target, Task
 from paredown.data import splits
 from paredown.measure import power, speedups, timing
@@ -81,7 +82,7 @@ def validate(
     targets: Sequence[Target] = (Target(),),
     isa: Sequence[str] | None = None,
     power_csv: Path | None = None,
-    task_file: Path | None = None,
+    source: Source | None = None,
 ) -> tuple[Subject, list[Validation]]:
     """Open an artifact on each target, and hold it against its golden set, its original, its goals.
 
@@ -92,7 +93,7 @@ def validate(
         isa: instruction sets that are forced on this machine; None is all that can be, and
             ``["none"]`` is none. See `ways`.
         power_csv: a power meter's readings while this goes on; see `paredown.measure.power`.
-        task_file: the Python file of a single file's model and task.
+        source: of a single file's original and task.
 
     Raises:
         UserError: nothing there can be validated. What goes wrong on one device is told in its
@@ -103,7 +104,7 @@ def validate(
     if power_csv is not None:
         power.read(power_csv, least=0)  # its readings come while this goes on
     task = task and splits.prepared(task)
-    subject = of_run(path, task) if path.is_dir() else of_file(path, task_file)
+    subject = of_run(path, task) if path.is_dir() else of_file(path, source)
     chosen = {target.runtime: ways(target.runtime, isa) for target in targets}
     found = []
     for target in targets:

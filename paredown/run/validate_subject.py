@@ -12,10 +12,11 @@ from paredown.core.errors import UserError
 from paredown.core.goals import Goals
 from paredown.core.measurement import Measurement
 from paredown.core.results import GOLDEN, Artifact, Run
+from paredown.core.source import Source
 from paredown.core.task import Task
 from paredown.core.units import GOALS, Limit
 from paredown.data import splits
-from paredown.graph.doors import python_file
+from paredown.data.load import load_source
 from paredown.graph.model import Model
 from paredown.measure.inputs import real_inputs
 from paredown.run import golden
@@ -101,7 +102,7 @@ def of_run(folder: Path, task: Task | None) -> Subject:
     with Ledger.reopen(folder) as ledger:
         model = _stage(ledger, run.detail("model_sha256"))
     if task is None:
-        notes.append("No task was read, so nothing is scored; name its file with --task.")
+        notes.append("No task was read, so nothing is scored; name its file with --file.")
     else:
         facts = run.data.get("test", {})
         found = task.test and splits.fingerprint(task.test)
@@ -135,7 +136,7 @@ def _stage(ledger: Ledger, sha256: str) -> Model:
     return Model.load(path)
 
 
-def of_file(file: Path, task_file: Path | None) -> Subject:
+def of_file(file: Path, source: Source | None) -> Subject:
     """A single file, whose runtime its ending tells; a golden.npz beside it is taken.
 
     Raises:
@@ -148,16 +149,17 @@ def of_file(file: Path, task_file: Path | None) -> Subject:
         raise UserError(f"{file}: no such file or folder.")
     there = file.with_name(GOLDEN)
     model, task = None, None
-    if task_file is not None:
-        module, task = python_file.load(task_file)
+    if source is not None:
+        module, task = load_source(source)
         task = splits.prepared(task)
         model = capture(module, task.example, task.dynamic)
     notes = [] if there.is_file() else [f"No {GOLDEN} lies beside it."]
     if task is None:
-        notes.append("No task is named (--task), so nothing is scored.")
+        notes.append("No task is named (--file, --data), so nothing is scored.")
     if task is None and not there.is_file():
         raise UserError(
-            f"{file}: there is nothing to hold it against: name its task with --task FILE.py, or "
+            f"{file}: there is nothing to hold it against: name its task with --file FILE.py, or "
+            "its samples with --data, or "
             f"put the run's {GOLDEN} beside it."
         )
     return Subject(

@@ -18,6 +18,7 @@ from paredown.core.console import output
 from paredown.core.errors import UserError
 from paredown.core.files import write_atomically
 from paredown.core.results import Run
+from paredown.core.source import Samples, Source
 from paredown.core.task import Target
 from paredown.core.units import human
 from paredown.report import validation
@@ -52,14 +53,21 @@ def targets_of(
     ]
 
 
-def task_of(what: Path) -> Path | None:
-    """The Python file that a run was started from, where it is the same still; else it is told."""
+def source_for(what: Path, file: Path | None, samples: Samples) -> Source | None:
+    """What a run was started from, where it is the same still, or what is named in its place; of a
+    single file what is named, the file being its own original where samples alone are.
+
+    What is lacking is told.
+    """
+    named = file is not None or samples != Samples()
     if not what.is_dir():
-        return None
-    file, lacking = source.found(what, "validate", "--task")
+        return Source.of(file or what, samples) if named else None
+    if named:
+        return source.source_of(Run.load(what), "validate", file, samples)
+    found, lacking = source.found(what, "validate")
     if lacking:
         progress.say(f"  note: {lacking}")
-    return file
+    return found
 
 
 def check_out(out: Path | None) -> None:

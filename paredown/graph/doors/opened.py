@@ -9,9 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from paredown.core.task import KINDS as KINDS  # those of an `Opened`
 from paredown.graph.doors.example import Example
-
-KINDS = ("classification", "regression", "embedding", "segmentation", "tokens", "detection")
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 
 KNOWN = (
-    "expected a Python file with model() and task(), a .pt2 program or a saved .safetensors model"
+    "expected a Python file with model() and task(), or a model: .onnx, a Hugging Face folder, "
+    ".keras or .h5, a .pt2 program or a saved .safetensors model"
 )
-PYTORCH_ALONE = "which cannot be compressed; bring it in PyTorch"
-EXPORTED = {".onnx", ".tflite", ".pte", ".xml", ".pare"}
-WEIGHTS = {".pt", ".pth", ".ckpt", ".bin", ".npz"}
-WITHOUT_TASK = {".pt2", ".safetensors"}
-KERAS = {".keras", ".h5", ".hdf5", ".pb"}
+NEEDS_SAMPLES = (
+    "is a model without its task: check, baseline, plan and run need samples: --data samples.npz, "
+    ".npy, .jsonl, or a folder of pictures; with a column of labels it is scored by these, without "
+    "one by fidelity to the original. paredown inspect needs none."
+)
+CONVERT = "convert it by tf2onnx (python -m tf2onnx.convert), and bring the .onnx file"
+EXPORTED = {".pte", ".xml", ".pare"}
+WEIGHTS = {".pt", ".pth", ".ckpt", ".bin"}
+TENSORFLOW = {".tflite", ".pb", ".hdf5"}
+SAMPLES = {".npz", ".npy", ".jsonl", ".csv"}
 
 
 def told(path: Path) -> str:
@@ -25,25 +31,14 @@ def told(path: Path) -> str:
         return f"{path}: {_folder(path)}; {KNOWN}."
     if not path.is_file():
         return f"{path}: no such file."
-    if path.suffix in WITHOUT_TASK:
-        return (
-            f"{path}: is a model without its task, which paredown inspect takes; here give its "
-            "paredown.capture back from model() of a Python file: expected a Python file with "
-            "model() and task()."
-        )
     return f"{path}: {_file(path.suffix.lower())}{KNOWN}."
 
 
 def _folder(path: Path) -> str:
     if (path / "run.json").is_file():
         return "is a run's folder, for paredown report, explain and replay"
-    if (path / "config.json").is_file():
-        return (
-            "is a folder as Hugging Face has them; load it with from_pretrained in model() of a "
-            "Python file"
-        )
     if (path / "saved_model.pb").is_file():
-        return f"is a TensorFlow model, {PYTORCH_ALONE}"
+        return f"is a TensorFlow model; {CONVERT}"
     return "is a folder"
 
 
@@ -55,6 +50,8 @@ def _file(suffix: str) -> str:
         )
     if suffix in WEIGHTS:
         return "holds weights without their module; load them in model() of a Python file; "
-    if suffix in KERAS:
-        return f"is a Keras or TensorFlow model, {PYTORCH_ALONE}; "
+    if suffix in TENSORFLOW:
+        return f"is a TensorFlow model; {CONVERT}; "
+    if suffix in SAMPLES:
+        return "is no model; samples are named by --data, beside the model; "
     return ""

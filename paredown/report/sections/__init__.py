@@ -15,6 +15,7 @@ from paredown.core.results import Run
 SECTIONS = (  # in the order of the page
     "paredown.report.sections.head:facts",
     "paredown.report.sections.comparison:facts",
+    "paredown.report.sections.fidelity:facts",
     "paredown.report.sections.trajectory:facts",
     "paredown.report.sections.undone:facts",
     "paredown.report.sections.mixed:facts",

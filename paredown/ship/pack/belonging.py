@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from paredown.graph.doors.onnx.beside import beside
+from paredown.graph.doors.onnx.wire import outside
 from paredown.targets.artifact import parts
-from paredown.targets.foreign import beside
-from paredown.targets.formats.onnx.wire import outside
 
 
 def belonging(path: Path) -> list[Path]:

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
+from paredown.graph.doors.onnx.wire import fields, tensor_protos, varint, varints
 from paredown.ship.pack.blocks import Layout
-from paredown.targets.formats.onnx.wire import fields, tensor_protos, varint, varints
 
 _BLOCK = 1 << 15  # bytes that are looked at together in an unknown file
 _ROW = 512  # bytes of it that share a spread

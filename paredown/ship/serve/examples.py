@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from paredown.core.errors import UserError
+from paredown.core.source import Source
 
 SPLITS = ("validation", "test")
 MOST, MOST_BYTES = 512, 2**28
@@ -30,14 +31,14 @@ class Examples:
     """The examples of a task, kept in a folder.
 
     Attributes:
-        task: the user's file; None where they are kept already.
+        task: where they come from; None where they are kept already.
         raw: before the task's preprocessing, as a server takes them that runs end to end.
         golden: the run's golden set, whose inputs do where there is no task; None for none.
         lacking: why there is no task, in a sentence; "" where there is one.
     """
 
     folder: Path
-    task: Path | None
+    task: Source | None
     raw: bool = False
     golden: Path | None = None
     lacking: str = ""
@@ -46,7 +47,11 @@ class Examples:
     def source(self) -> str:
         """Where they come from, in words."""
         gone = f" ({self.lacking.rstrip('.')})" if self.lacking else ""
-        return f"{self.task or self.golden or 'no task'}{gone}"
+        return f"{self._told or self.golden or 'no task'}{gone}"
+
+    @property
+    def _told(self) -> str:
+        return " with ".join(filter(None, [self.task.file, self.task.data])) if self.task else ""
 
     @property
     def file(self) -> Path:
@@ -77,22 +82,30 @@ class Examples:
             _keep(self.file, of_golden(self.golden))
             return
         if self.task is None:
-            why = self.lacking or "Name a file with --task."
+            why = self.lacking or "Name a file with --file."
             raise UserError(f"there are no examples to validate on. {why}")
         kind = "raw" if self.raw else "ready"
-        command = [sys.executable, "-m", __name__, str(self.task), str(self.file), kind, *names]
+        command = [
+            sys.executable,
+            "-m",
+            __name__,
+            self.task.to_json(),
+            str(self.file),
+            kind,
+            *names,
+        ]
         try:
             done = subprocess.run(
                 command, capture_output=True, text=True, timeout=READ_S, check=False
             )
         except subprocess.TimeoutExpired as error:
             said = f"reading its examples took more than {READ_S:g} s"
-            raise UserError(f"{self.task}: {said}.") from error
+            raise UserError(f"{self._told}: {said}.") from error
         if done.returncode:
             said = (done.stderr.strip().splitlines() or ["no word"])[-1]
             if done.returncode == NOT_KEPT:
                 raise UserError(said)
-            raise UserError(f"{self.task}: its examples cannot be read: {said}")
+            raise UserError(f"{self._told}: its examples cannot be read: {said}")
 
 
 def of_golden(path: Path) -> list[np.ndarray]:
@@ -167,11 +180,11 @@ def _flat(given: Mapping[Any, Any], prefix: str) -> dict[str, Any]:
     return found
 
 
-def _write(task: Path, made: Path, raw: bool, names: Sequence[str]) -> None:
+def _write(source: Source, made: Path, raw: bool, names: Sequence[str]) -> None:
     from paredown.data import reading, splits
-    from paredown.graph.doors import python_file
+    from paredown.data.load import task_of
 
-    loaded = python_file.load_task(task)
+    loaded = task_of(source)
     name = next((each for each in SPLITS if getattr(loaded, each) is not None), None)
     if name is None:
         raise UserError(f"its task has no {' or '.join(SPLITS)} split")
@@ -208,7 +221,7 @@ def main() -> None:
     """Write the examples of the task and to the file that the command line names."""
     task, made, kind, *names = sys.argv[1:]
     try:
-        _write(Path(task), Path(made), kind == "raw", names)
+        _write(Source.from_json(task), Path(made), kind == "raw", names)
     except _NotKept as error:
         print(error, file=sys.stderr)
         sys.exit(NOT_KEPT)

@@ -9,16 +9,16 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from paredown.core.errors import UserError
+from paredown.core.source import Source
 from paredown.data import evaluate, reading, splits
+from paredown.data.load import task_of
 from paredown.graph import structure
-from paredown.graph.doors import python_file
 from paredown.ship.open import open as open_artifact
 from paredown.ship.serve.nesting import of_names
 
@@ -35,14 +35,16 @@ class Model:
     """
 
     def __init__(
-        self, file: str, runtime_file: str, threads: int, task: str, outputs: Any = None
+        self, file: str, runtime_file: str, threads: int, source: str, outputs: Any = None
     ) -> None:
         self.predictor = open_artifact(file, threads)
-        self.task = python_file.load_task(Path(task))
+        self.task = task_of(Source.from_json(source))
         self._nesting = outputs or of_names(self.predictor.output_names)
         name = next((each for each in SPLITS if getattr(self.task, each) is not None), None)
         if name is None:
-            raise UserError(f"{task}: its task has no split that shows what comes in.")
+            raise UserError(
+                f"{Source.from_json(source).file}: its task has no split that shows what comes in."
+            )
         row = reading.examples(getattr(self.task, name), [0], 0)[0]
         self._example = named(reading.pair(row, name)[0], ALONE)
         self.signature: dict[str, Any] = {

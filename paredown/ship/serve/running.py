@@ -12,6 +12,7 @@ from paredown.core.errors import UserError
 from paredown.core.files import read_parts, sha256
 from paredown.core.results import GOLDEN, Artifact, Run
 from paredown.core.settings import MOST_THREADS, check_above_zero, check_count, require
+from paredown.core.source import Source
 from paredown.ship.guard.policy import Policy
 from paredown.ship.serve.child import Opening
 from paredown.ship.serve.compare import Agreement
@@ -39,9 +40,9 @@ class Serving:
 
     Attributes:
         run: the run's folder.
-        task: a Python file with the task, for validation; None where none is known.
+        source: of the task, for validation; None where none is known.
         lacking: why no task is known, in a sentence; "" where one is.
-        score_task: a Python file whose task scores late labels; None scores by the named class.
+        scoring: of the task that scores late labels; None scores by the named class.
         deadline_ms: the longest that a client waits for the candidate before the original answers.
         end_to_end: run the task's preprocessing and postprocessing around the models.
         even_so: serve a run whose goals were missed.
@@ -56,8 +57,8 @@ class Serving:
     threads: int = 1
     deadline_ms: float = 1000.0
     policy: Policy = field(default_factory=Policy)
-    task: Path | None = None
-    score_task: Path | None = None
+    source: Source | None = None
+    scoring: Source | None = None
     lacking: str = ""
     even_so: bool = False
     end_to_end: bool = False
@@ -70,12 +71,12 @@ class Serving:
         check_count("threads", self.threads, most=MOST_THREADS)
         check_above_zero("deadline-ms", self.deadline_ms)
         require("max-wait-ms", self.max_wait_ms, 0 <= self.max_wait_ms <= 1e4, "0 to 10000")
-        if self.task is not None and not self.task.is_file():
-            raise UserError(f"task: {self.task}: no such file.")
-        if self.score_task is not None:
-            check_task_file(self.score_task)
-        if self.end_to_end and self.task is None:
-            raise UserError("end-to-end: expected a Python file with task(); name it with --task.")
+        if self.source is not None and not Path(self.source.file).exists():
+            raise UserError(f"file: {self.source.file}: no such file.")
+        if self.scoring is not None and self.scoring.is_python:
+            check_task_file(Path(self.scoring.file))
+        if self.end_to_end and self.source is None:
+            raise UserError("end-to-end: expected the file of the task; name it with --file.")
 
     @property
     def folder(self) -> Path:
@@ -117,7 +118,8 @@ def _worker(asked: Serving, name: str, artifact: Artifact, outputs: Any) -> Work
     maker, beside = "", {}
     if asked.end_to_end:
         maker = str(Path(__file__).with_name("pipeline_worker.py"))
-        beside = {"task": str(asked.task), "outputs": outputs}
+        assert asked.source is not None
+        beside = {"source": asked.source.to_json(), "outputs": outputs}
     opening = Opening(
         Path(artifact.path),
         source(artifact.runtime),
@@ -162,7 +164,7 @@ async def _serve(asked: Serving, run: Run, file: Path, say: Callable[[str], None
     service = Service(run.name, Pair(original, candidate, None, Agreement(), Kept()))
     digests = (run.original.sha256, run.artifact.sha256 if run.artifact else "")
     golden = None if asked.end_to_end else _golden(asked.run, run)
-    source_of = Examples(asked.folder, asked.task, asked.end_to_end, golden, asked.lacking)
+    source_of = Examples(asked.folder, asked.source, asked.end_to_end, golden, asked.lacking)
     runner = Runner(service, asked.policy, asked.folder, digests, source_of, say, Known.of(run))
     runner.alone(lacking) if lacking else runner.open()
     workers = [each for each in (original, candidate) if each]
@@ -171,9 +173,9 @@ async def _serve(asked: Serving, run: Run, file: Path, say: Callable[[str], None
     try:
         if not await original.first_start():
             raise UserError(f"{file}: the original {original.why}.")
-        if asked.score_task and not asked.end_to_end and original.signature:
+        if asked.scoring and not asked.end_to_end and original.signature:
             names = [item["name"] for item in original.signature.outputs]
-            service.score = ByTask(asked.score_task, names, run.details.get("outputs"))
+            service.score = ByTask(asked.scoring, names, run.details.get("outputs"))
         runner.start()
         endpoint = app.made(app.Endpoint(service, secret))
 

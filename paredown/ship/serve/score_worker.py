@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from paredown.core.source import Source
 from paredown.data import evaluate
+from paredown.data.answer import by_labels
+from paredown.data.load import task_of
 from paredown.graph import structure
-from paredown.graph.doors import python_file
 from paredown.ship.serve.nesting import of_names
 
 
@@ -23,9 +24,15 @@ class Model:
     """``task.score`` of one model's outputs; the last array is the target, one for each row."""
 
     def __init__(
-        self, file: str, runtime_file: str, threads: int, names: Sequence[str], outputs: Any = None
+        self,
+        file: str,
+        runtime_file: str,
+        threads: int,
+        source: str,
+        names: Sequence[str],
+        outputs: Any = None,
     ) -> None:
-        self._task = python_file.load_task(Path(file))
+        self._task = by_labels(task_of(Source.from_json(source)))
         self._nesting = outputs or of_names(names)
         self.signature: dict[str, Any] = {}
 

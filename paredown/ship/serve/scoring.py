@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from paredown.core.source import Source
 from paredown.ship.serve.child import Child, Died, Opening
 from paredown.ship.serve.compare import Outputs, guess
 from paredown.ship.serve.refused import Refused
@@ -35,7 +36,7 @@ def exact(outputs: Outputs, target: Any) -> float:
     first = next(iter(outputs.values()))
     whole = first.dtype.kind in "iu"
     if not whole and (first.dtype.kind != "f" or first.ndim == 0 or first.shape[-1] < 2):
-        raise Refused(501, "feedback: these outputs name no class; start with --task FILE.py.")
+        raise Refused(501, "feedback: these outputs name no class; start with --file FILE.")
     found = first if whole else guess(first)
     wanted = target_of(target, "iu")
     if wanted.size != found.size:
@@ -64,15 +65,16 @@ class ByTask:
     """The task's score, computed in a process of its own that begins with the first label.
 
     Args:
-        task: the user's file.
+        source: of the task.
         names: of the outputs.
         outputs: their nesting; None reads it off the names.
     """
 
-    def __init__(self, task: Path, names: Sequence[str], outputs: Any) -> None:
+    def __init__(self, source: Source, names: Sequence[str], outputs: Any) -> None:
         maker = str(Path(__file__).with_name("score_worker.py"))
-        beside = {"names": list(names), "outputs": outputs}
-        self._opening = Opening(task, task, maker=maker, beside=beside)
+        beside = {"source": source.to_json(), "names": list(names), "outputs": outputs}
+        file = Path(source.file)
+        self._opening = Opening(file, file, maker=maker, beside=beside)
         self._child: Child | None = None
         self._turn = asyncio.Lock()
 
