@@ -9,7 +9,9 @@ from paredown.core.named import named
 from paredown.graph.doors.opened import Opened
 from paredown.graph.doors.other_files import told
 
-DOORS: dict[str, str] = {}  # the ending, or the file that makes a folder one -> its door
+DOORS: dict[str, str] = {  # the ending, or the file that makes a folder one -> its door
+    "config.json": "paredown.graph.doors.huggingface.door:open_folder",
+}
 
 
 def ending(path: Path) -> str | None:

@@ -1,0 +1,43 @@
+"""A model of transformers, called by the names of its inputs and giving plain tensors."""
+
+from __future__ import annotations
+
+import inspect
+import types
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+# What makes one vector of a text's tokens: (B, length, features), mask -> (B, features).
+Pool = Callable[[Tensor, Tensor | None], Tensor]
+SENTENCE = "sentence_embedding"
+NOT_OUTPUTS = ("loss", "past_key_values", "hidden_states", "attentions")
+
+
+def takes(model: nn.Module) -> tuple[str, ...]:
+    """The names of what a model can be called with."""
+    return tuple(inspect.signature(type(model).forward).parameters)[1:]
+
+
+def outputs(found: Any) -> dict[str, Tensor]:
+    """The tensors among a model's outputs by name; tuples of them, for looking inside, left out."""
+    items = found.items() if hasattr(found, "items") else vars(found).items()
+    return {
+        name: value
+        for name, value in items
+        if isinstance(value, Tensor) and name not in NOT_OUTPUTS
+    }
+
+
+def plainly(model: nn.Module, pool: Pool | None = None) -> nn.Module:
+    """The same model, with its own names of parameters, giving one tensor or a dict of them."""
+
+    def forward(self: Any, **inputs: Tensor) -> Any:
+        found = outputs(type(self).forward(self, **inputs))
+        if pool is not None:
+            return pool(found["last_hidden_state"], inputs.get("attention_mask"))
+        return found if len(found) > 1 else next(iter(found.values()))
+
+    model.forward = types.MethodType(forward, model)  # copied with its module
+    return model
