@@ -117,10 +117,10 @@ def _text(path: Path, model: nn.Module, takes: tuple[str, ...]) -> Before:
 
 def _vocabulary(model: Any) -> int:
     """How many tokens the model knows."""
-    table = model.get_input_embeddings()
-    known = getattr(table, "num_embeddings", None)
-    text = model.config.get_text_config()
-    return int(known if known is not None else getattr(text, "vocab_size", 2))
+    try:
+        return int(model.get_input_embeddings().num_embeddings)
+    except (NotImplementedError, AttributeError):  # such as one of texts and pictures
+        return int(getattr(model.config.get_text_config(), "vocab_size", 2))
 
 
 def _picture(path: Path, model: nn.Module, takes: tuple[str, ...]) -> Before:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 # What makes one vector of a text's tokens: (B, length, features), mask -> (B, features).
 Pool = Callable[[Tensor, Tensor | None], Tensor]
 SENTENCE = "sentence_embedding"
-NOT_OUTPUTS = ("loss", "past_key_values", "hidden_states", "attentions")
+INSIDE = ("last_hidden_state", "encoder_last_hidden_state", "pooler_output")  # of a head's model
+OF_A_BATCH = ("logits_per_image", "logits_per_text", "logits_per_audio")  # each with each
 
 
 def takes(model: nn.Module) -> tuple[str, ...]:
@@ -21,13 +22,20 @@ def takes(model: nn.Module) -> tuple[str, ...]:
 
 
 def outputs(found: Any) -> dict[str, Tensor]:
-    """The tensors among a model's outputs by name; tuples of them, for looking inside, left out."""
+    """The tensors among a model's outputs by name; what is for looking inside is left out.
+
+    Example:
+        >>> import torch
+        >>> inside = torch.zeros(1, 2)
+        >>> list(outputs({"logits": inside, "last_hidden_state": inside, "attentions": (inside,)}))
+        ['logits']
+    """
     items = found.items() if hasattr(found, "items") else vars(found).items()
-    return {
-        name: value
-        for name, value in items
-        if isinstance(value, Tensor) and name not in NOT_OUTPUTS
+    tensors = {
+        name: value for name, value in items if isinstance(value, Tensor) and name not in OF_A_BATCH
     }
+    heads = {name: value for name, value in tensors.items() if name not in INSIDE}
+    return heads or tensors
 
 
 def plainly(model: nn.Module, pool: Pool | None = None) -> nn.Module:

@@ -63,7 +63,7 @@ def offline() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def architecture(path: Path, config: dict[str, Any]) -> type[Any]:
+def architecture(path: Path, config: dict[str, Any]) -> Any:
     """The class of transformers that a config names.
 
     Raises:
@@ -84,13 +84,13 @@ def architecture(path: Path, config: dict[str, Any]) -> type[Any]:
             f"{path / CONFIG}: architectures: transformers {hf.__version__} has no model class "
             f"{name!r}; a newer transformers may have it, else load it in model() of a Python file."
         )
-    kind, expected = config.get("model_type"), getattr(found.config_class, "model_type", None)
+    chosen: Any = found
+    kind, expected = config.get("model_type"), getattr(chosen.config_class, "model_type", None)
     if kind != expected:
         raise UserError(
             f"{path / CONFIG}: model_type is {kind!r}, and {name} is of {expected!r}; one of the "
             "two is wrong."
         )
-    chosen: type[Any] = found
     return chosen
 
 
@@ -129,14 +129,14 @@ def load(path: Path, config: dict[str, Any]) -> tuple[nn.Module, list[str]]:
     return _settled(model), notes
 
 
-def _takes(kind: type[Any], argument: str) -> bool:
+def _takes(kind: Any, argument: str) -> bool:
     import inspect
 
     return argument in inspect.signature(kind.__init__).parameters
 
 
 def _from_pretrained(
-    kind: type[Any], path: Path, more: dict[str, Any]
+    kind: Any, path: Path, more: dict[str, Any]
 ) -> tuple[nn.Module, dict[str, Any]]:
     how: dict[str, Any] = {"attn_implementation": "sdpa" if kind._supports_sdpa else "eager"}
     if kind._can_set_experts_implementation():

@@ -15,8 +15,8 @@ from paredown.graph.doors.huggingface.loaded import library, offline
 COLUMN = "image"
 FILES = ("preprocessor_config.json", "processor_config.json")
 MISSING = (
-    "has no image processor (preprocessor_config.json); samples with pixel_values can be given, "
-    "pictures cannot: save the processor into the folder with its save_pretrained"
+    "the folder has no image processor (preprocessor_config.json); samples with pixel_values can "
+    "be given, pictures cannot: save the processor into the folder with its save_pretrained"
 )
 TORCHVISION = (
     "its image processor {} is written for torchvision, which paredown does not install; install "

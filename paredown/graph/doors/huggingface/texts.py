@@ -24,8 +24,8 @@ COLUMNS = (  # of a text, or of two
 )
 FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "spiece.model")
 MISSING = (
-    "has no tokenizer (tokenizer.json); samples with input_ids can be given, texts cannot: save "
-    "the tokenizer into the folder with its save_pretrained"
+    "the folder has no tokenizer (tokenizer.json); samples with input_ids can be given, texts "
+    "cannot: save the tokenizer into the folder with its save_pretrained"
 )
 SENTENCE = "The quick brown fox jumps over the lazy dog while the band plays on. "
 
