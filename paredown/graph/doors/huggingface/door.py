@@ -54,10 +54,10 @@ def _outputs(path: Path, model: nn.Module, made: Before) -> tuple[str, ...]:
         with torch.no_grad():
             found = called.outputs(model(**made.example))
     except Exception as error:
-        said = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"{path}: {type(model).__name__} fails on {', '.join(made.example)}: {said}; load it "
-            "in model() of a Python file, with an example of its inputs in task()."
+            f"{path}: {type(model).__name__} fails on {', '.join(made.example)}: "
+            f"{loaded.reason(error)}; load it in model() of a Python file, with an example of its "
+            "inputs in task()."
         ) from error
     if not found:
         raise UserError(f"{path}: {type(model).__name__} gives no tensor by a name of its own.")

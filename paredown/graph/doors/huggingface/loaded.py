@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import inspect
 import os
 import warnings
 from collections.abc import Iterator
@@ -17,7 +19,19 @@ from paredown.graph.doors.huggingface import weights
 from paredown.graph.doors.huggingface.folder import CONFIG
 
 EXTRA = "install it with: pip install 'paredown[huggingface]'"
-FLAGS = ("output_hidden_states", "output_attentions", "output_scores")  # more than the outputs
+SMALL = 1 << 20  # weights that do not matter
+LEFT_OUT = (
+    "output_hidden_states",
+    "output_attentions",
+    "output_router_logits",
+    "return_dict",
+    "torchscript",
+    "gradient_checkpointing",
+    "attn_implementation",
+    "_attn_implementation",
+    "experts_implementation",
+    "_experts_implementation",
+)
 POOLER = "add_pooling_layer"
 
 
@@ -103,10 +117,10 @@ def load(path: Path, config: dict[str, Any]) -> tuple[nn.Module, list[str]]:
     kind = architecture(path, config)
     parts = weights.files(path)
     notes = [said] if (said := weights.note(weights.dtypes(parts))) else []
-    model, info = _from_pretrained(kind, path, {})
+    model, info = _from_pretrained(kind, path, config, {})
     missing = sorted(info["missing_keys"])
     if missing and all("pooler" in name for name in missing) and _takes(kind, POOLER):
-        model, info = _from_pretrained(kind, path, {POOLER: False})
+        model, info = _from_pretrained(kind, path, config, {POOLER: False})
         missing = sorted(info["missing_keys"])
         notes.append("the file holds no weights for its pooler, which is left out")
     if missing:
@@ -126,57 +140,83 @@ def load(path: Path, config: dict[str, Any]) -> tuple[nn.Module, list[str]]:
     if more:
         what = f"{len(more)} weights" if more[1:] else "the weight"
         notes.append(f"{what} of the file that {kind.__name__} has no place for, such as {more[0]}")
-    return _settled(model), notes
+    return model.eval(), notes
 
 
 def _takes(kind: Any, argument: str) -> bool:
-    import inspect
-
     return argument in inspect.signature(kind.__init__).parameters
 
 
 def _from_pretrained(
-    kind: Any, path: Path, more: dict[str, Any]
+    kind: Any, path: Path, config: dict[str, Any], more: dict[str, Any]
 ) -> tuple[nn.Module, dict[str, Any]]:
-    how: dict[str, Any] = {"attn_implementation": "sdpa" if kind._supports_sdpa else "eager"}
-    if kind._can_set_experts_implementation():
-        how["experts_implementation"] = "batched_mm"  # the others are ops of transformers' own
     try:
         with offline():
+            made = _config(kind, config)
+            _refuse_larger(kind, made, path, more)
             model, info = kind.from_pretrained(
                 path.resolve(),
+                config=made,
                 local_files_only=True,
                 trust_remote_code=False,
                 use_safetensors=True,
                 dtype=torch.float32,
                 output_loading_info=True,
-                ignore_mismatched_sizes=True,  # told below, all of them
-                **how,
+                ignore_mismatched_sizes=True,  # told by the caller, all of them
                 **more,
             )
+    except UserError:
+        raise
     except Exception as error:
-        said = str(error).strip().splitlines()
-        reason = said[0] if said else type(error).__name__
-        raise UserError(f"{path}: {kind.__name__} cannot be built of it: {reason}") from error
+        raise UserError(
+            f"{path}: {kind.__name__} cannot be built of it: {reason(error)}."
+        ) from error
     return model, info
 
 
-def _settled(model: Any) -> nn.Module:
-    """Without what is for generating, or for looking inside."""
-    for config in {id(each): each for each in _configs(model)}.values():
-        config.return_dict = True
-        if getattr(config, "use_cache", None):
-            config.use_cache = False
-        for flag in FLAGS:
-            if getattr(config, flag, False):
-                setattr(config, flag, False)
-    settled: nn.Module = model.eval()
-    return settled
+def reason(error: Exception) -> str:
+    """What an error of transformers says, in a line.
+
+    Example:
+        >>> reason(ValueError("Wrong:\\n  too large\\n  see there"))
+        'Wrong: too large'
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    said = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    return said.rstrip(".")
 
 
-def _configs(model: nn.Module) -> Iterator[Any]:
-    """The config of each part; parts have copies of it, or parts of it."""
-    for module in model.modules():
-        config = getattr(module, "config", None)
-        if config is not None and hasattr(config, "to_dict"):
-            yield config
+def _config(kind: Any, config: dict[str, Any]) -> Any:
+    """Of a model that is called once and gives its outputs alone, by ops that can be captured."""
+    made = kind.config_class.from_dict(_once(config))
+    made._attn_implementation = "sdpa" if kind._supports_sdpa else "eager"
+    if kind._can_set_experts_implementation():
+        made._experts_implementation = "batched_mm"  # the others are ops of transformers' own
+    for part in (made, *(getattr(made, name, None) for name in made.sub_configs)):
+        if getattr(part, "use_cache", None):
+            part.use_cache = False
+    return made
+
+
+def _once(config: dict[str, Any]) -> dict[str, Any]:
+    """Without what is for generating, for looking inside, or for other machines."""
+    return {
+        name: _once(value) if isinstance(value, dict) and name.endswith("_config") else value
+        for name, value in config.items()
+        if name not in LEFT_OUT
+    }
+
+
+def _refuse_larger(kind: Any, config: Any, path: Path, more: dict[str, Any]) -> None:
+    """Refuse a config of a model that is much larger than its files, before it takes memory."""
+    with torch.device("meta"):
+        model = kind(copy.deepcopy(config), **more)
+    asked = sum(each.numel() for each in model.parameters())
+    there = sum(each.stat().st_size for each in weights.files(path))
+    if asked > there + SMALL:  # a weight has at least one byte
+        raise UserError(
+            f"{path}: {CONFIG} is of a model with {asked:,} weights, and the files have {there:,} "
+            "bytes; one of the two is of another model."
+        )

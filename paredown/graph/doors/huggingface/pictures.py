@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from paredown.core.errors import UserError
-from paredown.graph.doors.huggingface.loaded import library, offline
+from paredown.graph.doors.huggingface.loaded import library, offline, reason
 
 COLUMN = "image"
 FILES = ("preprocessor_config.json", "processor_config.json")
@@ -95,10 +95,9 @@ def processor(path: Path) -> Any | None:
                 path.resolve(), local_files_only=True, trust_remote_code=False, backend="pil"
             )
     except Exception as error:
-        said = (str(error).strip() or type(error).__name__).splitlines()[0]
         if "torchvision" in str(error).lower():
             raise UserError(f"{path}: {TORCHVISION.format('class')}.") from error
-        raise UserError(f"{path}: its image processor cannot be read: {said}") from error
+        raise UserError(f"{path}: its image processor cannot be read: {reason(error)}.") from error
     return made
 
 

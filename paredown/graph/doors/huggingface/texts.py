@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from paredown.core.errors import UserError
 from paredown.graph.doors.huggingface.folder import settings
-from paredown.graph.doors.huggingface.loaded import library, offline
+from paredown.graph.doors.huggingface.loaded import library, offline, reason
 
 LENGTH = 128  # tokens, where the model takes more
 COLUMNS = (  # of a text, or of two
@@ -22,7 +22,15 @@ COLUMNS = (  # of a text, or of two
     ("question1", "question2"),
     ("premise", "hypothesis"),
 )
-FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "spiece.model")
+VOCABULARY = (
+    "tokenizer.json",
+    "vocab.txt",
+    "vocab.json",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+)
+FILES = ("tokenizer_config.json", *VOCABULARY)
 MISSING = (
     "the folder has no tokenizer (tokenizer.json); samples with input_ids can be given, texts "
     "cannot: save the tokenizer into the folder with its save_pretrained"
@@ -81,8 +89,9 @@ def tokenizer(path: Path) -> Any | None:
                 path.resolve(), local_files_only=True, trust_remote_code=False
             )
     except Exception as error:
-        said = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path}: its tokenizer cannot be read: {said}") from error
+        if not any((path / name).is_file() for name in VOCABULARY):
+            return None
+        raise UserError(f"{path}: its tokenizer cannot be read: {reason(error)}.") from error
 
 
 def length_of(path: Path, found: Any, model: nn.Module) -> tuple[int, str]:
