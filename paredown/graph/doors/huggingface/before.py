@@ -30,12 +30,14 @@ class Before:
         example: of a batch of one.
         columns: the columns that ``preprocess`` reads, of which it takes those that are there.
         notes: sentences on what it does.
+        usage: Python that does the same without this package, and makes ``inputs``.
     """
 
     example: Made
     preprocess: Callable[[dict[str, Any]], Made]
     columns: tuple[str, ...]
     notes: tuple[str, ...] = ()
+    usage: str = ""
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,8 @@ def _text(path: Path, model: nn.Module, takes: tuple[str, ...]) -> Before:
             f"{path}: its tokenizer gives {IDS} up to {largest} and the model has "
             f"{_vocabulary(model)} embeddings: they do not belong together."
         )
-    return Before(example, made, columns, (said, *([pads] if pads else [])))
+    notes = (said, *([pads] if pads else []))
+    return Before(example, made, columns, notes, texts.usage(made))
 
 
 def _vocabulary(model: Any) -> int:
@@ -132,7 +135,8 @@ def _picture(path: Path, model: nn.Module, takes: tuple[str, ...]) -> Before:
     made, note = pictures.fixed(pictures.Pictures(found, (PIXELS,)))
     sample = made({pictures.COLUMN: pictures.grey()})
     example = {name: value.unsqueeze(0) for name, value in sample.items()}
-    return Before(example, made, (pictures.COLUMN,), (note,) if note else ())
+    notes = (note,) if note else ()
+    return Before(example, made, (pictures.COLUMN,), notes, pictures.usage(made))
 
 
 def _pixels(model: nn.Module) -> tuple[Made, tuple[str, ...]]:

@@ -45,6 +45,7 @@ def open_folder(path: Path) -> Opened:
         files=folder.travelling(path),
         card=folder.card(path, config) | {"architecture": name},
         notes=(*notes, *made.notes, *kinds.notes(read)),
+        usage=made.usage,
     )
 
 

@@ -80,6 +80,18 @@ def coloured(picture: np.ndarray) -> np.ndarray:
     return picture[..., :3]
 
 
+def usage(made: Pictures) -> str:
+    """The same in a few lines, for whoever has the folder and not this package."""
+    size = f", size={dict(zip(('height', 'width'), made.size, strict=True))}" if made.size else ""
+    return f"""import numpy as np
+from transformers import AutoImageProcessor
+
+processor = AutoImageProcessor.from_pretrained(".")
+picture = np.zeros((480, 640, 3), "uint8")  # height, width, colours
+inputs = dict(processor(images=picture, return_tensors="np"{size}))
+inputs = {{name: inputs[name] for name in {list(made.names)}}}"""
+
+
 def processor(path: Path) -> Any | None:
     """The folder's image processor; None where there is none.
 
