@@ -151,7 +151,14 @@ def flatten(layer: Any) -> Layer | None:
 
 def reshape(layer: Any) -> Layer:
     sizes = tuple(layer.target_shape)
+    if len(layer.input.shape) == 2 and all(size == 1 for size in sizes[:-1]) and sizes[1:]:
+        spatial = (1,) * (len(sizes) - 1)  # one pixel of all channels, whichever of them are first
+        return Layer(nn.Unflatten(1, (-1, *spatial)), _one_pixel)
     return last(lambda x: x.reshape(x.shape[0], *sizes))
+
+
+def _one_pixel(module: nn.Module, value: Value) -> Value:
+    return Value(module(value.tensor), True)
 
 
 def permute(layer: Any) -> Layer:
