@@ -90,7 +90,9 @@ def test_it_comes_in_through_tf2onnx_and_computes_the_same(given, made, tmp_path
     found = next(iter(found.values())) if isinstance(found, dict) else found
     np.testing.assert_allclose(found.detach().numpy(), wanted, rtol=1e-4, atol=1e-4)
     data = [({model.inputs[0].name: pixel}, 0) for pixel in pixels]
-    task = paredown.Task({model.inputs[0].name: pixels[:1]}, score=paredown.accuracy, calibration=data)
+    task = paredown.Task(
+        {model.inputs[0].name: pixels[:1]}, score=paredown.accuracy, calibration=data
+    )
     small = paredown.apply(model, [paredown.Quantize("int8")], task)
     file = paredown.export(small, paredown.Target(), tmp_path / "small.onnx")
     (got,) = paredown.open(file.path)(pixels.numpy())

@@ -85,7 +85,9 @@ def _where(run: Run) -> str:
     said = [
         _plain(found.where[name]) for name in ("device", "runtime", "system") if name in found.where
     ]
-    return ", ".join(said) or "the machine of the run"
+    threads = run.details.get("threads") or run.target.get("threads")
+    count = [f"{threads} thread{'s' if threads != 1 else ''}"] if threads else []
+    return ", ".join([*said, *count]) or "the machine of the run"
 
 
 def _done(artifact: Artifact, name: str) -> str:

@@ -16,6 +16,8 @@ from paredown.graph.doors.opened import Wanted
 
 IDS, PIXELS, WAVE = "input_ids", "pixel_values", "input_values"
 TEXT = (IDS, "attention_mask", "token_type_ids")
+# Heads over encoder and decoder that one call is for; it makes the decoder's input of the text.
+ONE_CALL = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
 SECOND = 16_000  # numbers of a sound
 SIDE = 224  # pixels, where nothing says how large pictures are
 
@@ -67,9 +69,12 @@ def before(path: Path, model: nn.Module) -> Before:
         UserError: the model takes something else than texts, pictures and sound.
     """
     takes = called.takes(model)
-    config: Any = model.config
-    if getattr(config, "is_encoder_decoder", False):
-        return _translator(path, model)
+    one_call = type(model).__name__.endswith(ONE_CALL)
+    if "decoder_input_ids" in takes and not one_call:
+        raise UserError(
+            f"{path}: {type(model).__name__} has an encoder and a decoder that are called in turn, "
+            "and a file holds one call; load the half that you deploy in model() of a Python file."
+        )
     parts = []
     if IDS in takes:
         parts.append(_text(path, model, takes))
@@ -115,7 +120,7 @@ def _text(path: Path, model: nn.Module, takes: tuple[str, ...]) -> Before:
             f"{_vocabulary(model)} embeddings: they do not belong together."
         )
     notes = (said, *([pads] if pads else []))
-    return Before(example, made, columns, notes, texts.usage(made))
+    return Before(example, made, columns, notes, texts.usage(made, bool(pads)))
 
 
 def _vocabulary(model: Any) -> int:
@@ -161,13 +166,6 @@ def _sound() -> Before:
     )
     note = f"sound is taken as {WAVE}; its example has {SECOND} numbers"
     return Before({WAVE: wave}, lacking, ("audio",), (note,))
-
-
-def _translator(path: Path, model: nn.Module) -> Before:
-    raise UserError(
-        f"{path}: {type(model).__name__} has an encoder and a decoder that are called in turn, and "
-        "a file holds one call; load the half that you deploy in model() of a Python file."
-    )
 
 
 def wanted(name: str, value: Tensor) -> Wanted:

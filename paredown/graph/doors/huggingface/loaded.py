@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import logging
 import os
 import warnings
 from collections.abc import Iterator
@@ -56,13 +57,14 @@ def offline() -> Iterator[None]:
     hf = library()
     from huggingface_hub import constants
 
-    logging = hf.utils.logging
-    before = constants.HF_HUB_OFFLINE, logging.get_verbosity(), logging.is_progress_bar_enabled()
+    own, said = hf.utils.logging, logging.root.manager.disable
+    before = constants.HF_HUB_OFFLINE, own.get_verbosity(), own.is_progress_bar_enabled()
     given = os.environ.get("HF_HUB_OFFLINE")
     constants.HF_HUB_OFFLINE = True
     os.environ["HF_HUB_OFFLINE"] = "1"
-    logging.set_verbosity(logging.CRITICAL)
-    logging.disable_progress_bar()
+    own.set_verbosity(own.CRITICAL)
+    logging.disable(max(said, logging.WARNING))  # also of what it imports
+    own.disable_progress_bar()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -72,9 +74,10 @@ def offline() -> Iterator[None]:
         os.environ.pop("HF_HUB_OFFLINE")
         if given is not None:
             os.environ["HF_HUB_OFFLINE"] = given
-        logging.set_verbosity(before[1])
+        own.set_verbosity(before[1])
+        logging.disable(said)
         if before[2]:
-            logging.enable_progress_bar()
+            own.enable_progress_bar()
 
 
 def architecture(path: Path, config: dict[str, Any]) -> Any:
@@ -92,7 +95,9 @@ def architecture(path: Path, config: dict[str, Any]) -> Any:
             "its head writes it."
         )
     name = named[0]
-    found: Any = getattr(hf, name, None) if name.isidentifier() and name[:1].isupper() else None
+    with offline():
+        is_class = name.isidentifier() and name[:1].isupper()
+        found: Any = getattr(hf, name, None) if is_class else None
     if not isinstance(found, type) or not issubclass(found, hf.PreTrainedModel):
         raise UserError(
             f"{path / CONFIG}: architectures: transformers {hf.__version__} has no model class "

@@ -75,14 +75,17 @@ class Texts:
         return {name: made[name][0] for name in self.names}
 
 
-def usage(made: Texts) -> str:
-    """The same in a few lines, for whoever has the folder and not this package."""
-    pads = made.tokenizer.pad_token
+def usage(made: Texts, pads: bool) -> str:
+    """The same in a few lines, for whoever has the folder and not this package.
+
+    Args:
+        pads: whether the tokenizer was given something to pad with.
+    """
+    padding = f"tokenizer.pad_token = {made.tokenizer.pad_token!r}\n" if pads else ""
     return f"""from transformers import AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained(".")
-tokenizer.pad_token = {pads!r}
-length = dict(padding="max_length", truncation=True, max_length={made.length})
+{padding}length = dict(padding="max_length", truncation=True, max_length={made.length})
 inputs = tokenizer(["A text."], **length, return_tensors="np")
 inputs = {{name: inputs[name].astype("int64") for name in {list(made.names)}}}"""
 
