@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
+from safetensors.torch import save_file
 
 import paredown
 from paredown.core.errors import UserError
@@ -76,6 +77,7 @@ def test_a_classifier_of_texts_runs_as_transformers_runs_it(sentiment):
     assert not model.notes
 
 
+@pytest.mark.slow
 def test_it_prunes_and_quantizes_as_any_module(sentiment, tmp_path):
     opened = open_file(sentiment)
     inputs = [(opened.preprocess({"text": text}), 0) for text in folders.CORPUS]
@@ -398,12 +400,50 @@ def test_an_encoder_with_a_decoder_is_told(tmp_path):
         open_file(folder)
 
 
-def test_layers_behind_the_pooling_are_told(tmp_path):
+def listed(place, path, kind):
+    return {
+        "idx": place,
+        "name": str(place),
+        "path": path,
+        "type": f"sentence_transformers.m.{kind}",
+    }
+
+
+def test_layers_behind_the_pooling_are_read(tmp_path):
+    folder = folders.encoder(tmp_path / "encoder")
+    layer = torch.nn.Linear(16, 6)
+    (folder / "2_Dense").mkdir()
+    held = {"linear.weight": layer.weight.data, "linear.bias": layer.bias.data}
+    save_file(held, folder / "2_Dense" / "model.safetensors")
+    settings = {"activation_function": "torch.nn.modules.activation.Tanh"}
+    folders.change(folder / "2_Dense" / "config.json", lambda _: settings)
+    dense = listed(2, "2_Dense", "Dense")
+    folders.change(folder / "modules.json", lambda modules: [*modules[:2], dense])
+    prompts = {"prompts": {"query": "that is "}, "default_prompt_name": "query"}
+    folders.change(folder / "config_sentence_transformers.json", lambda _: prompts)
+    opened = open_file(folder)
+    batch = {name: value[None] for name, value in opened.preprocess({"text": "a film"}).items()}
+    plain = hf.AutoTokenizer.from_pretrained(folder)("that is a film", return_tensors="pt")
+    assert batch["input_ids"][0, : plain.input_ids.shape[1]].tolist() == plain.input_ids[0].tolist()
+    tokens = as_transformers(folder, "BertModel", **plain).last_hidden_state
+    wanted = torch.tanh(layer(tokens.mean(dim=1))).detach()
+    model = captured(opened)
+    torch.testing.assert_close(model(**batch), wanted)
+    assert "behind_pooling.0.weight" in model.state_dict()
+    folders.change(
+        folder / "1_Pooling" / "config.json", lambda config: config | {"include_prompt": False}
+    )
+    with pytest.raises(
+        UserError, match=r"'that is ' before each text and its tokens are not to be"
+    ):
+        open_file(folder)
+
+
+def test_what_sentence_transformers_has_more_is_told(tmp_path):
     folder = folders.encoder(tmp_path / "encoder")
     kept = (folder / "modules.json").read_text()
-    more = {"idx": 3, "name": "3", "path": "3_Dense", "type": "sentence_transformers.models.Dense"}
-    folders.change(folder / "modules.json", lambda modules: [*modules, more])
-    with pytest.raises(UserError, match=r"has a layer 'Dense'; expected Transformer, Pooling"):
+    folders.change(folder / "modules.json", lambda modules: [*modules, listed(3, "3_CNN", "CNN")])
+    with pytest.raises(UserError, match=r"has a layer 'CNN'; expected Transformer, Pooling"):
         open_file(folder)
     for text in ("{}", kept.replace("1_Pooling", "../1_Pooling"), "[1]"):
         (folder / "modules.json").write_text(text)

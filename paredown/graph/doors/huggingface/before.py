@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from paredown.core.errors import UserError
-from paredown.graph.doors.huggingface import called, pictures, texts
+from paredown.graph.doors.huggingface import called, pictures, sentences, texts
 from paredown.graph.doors.opened import Wanted
 
 IDS, PIXELS, WAVE = "input_ids", "pixel_values", "input_values"
@@ -110,7 +110,7 @@ def _text(path: Path, model: nn.Module, takes: tuple[str, ...]) -> Before:
         return Before(example, Lacking(f"{path}: {texts.MISSING}."), columns, (texts.MISSING,))
     pads = texts.padded(found, model)
     names = texts.names(found, takes)
-    made = texts.Texts(found, names, length)
+    made = texts.Texts(found, names, length, *sentences.before_tokens(path))
     sample = made({"text": texts.SENTENCE * (length // 8 + 1)})
     example = {name: value.unsqueeze(0) for name, value in sample.items()}
     largest = int(example[IDS].max())

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import inspect
 import types
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 
-# What makes one vector of a text's tokens: (B, length, features), mask -> (B, features).
-Pool = Callable[[Tensor, Tensor | None], Tensor]
+from paredown.graph.doors.huggingface.sentences import Pool
+
 SENTENCE = "sentence_embedding"
+BEHIND = "behind_pooling"  # the name of what follows
 INSIDE = ("last_hidden_state", "encoder_last_hidden_state", "pooler_output")  # of a head's model
 OF_A_BATCH = ("logits_per_image", "logits_per_text", "logits_per_audio")  # each with each
 
@@ -44,8 +44,11 @@ def plainly(model: nn.Module, pool: Pool | None = None) -> nn.Module:
     def forward(self: Any, **inputs: Tensor) -> Any:
         found = outputs(type(self).forward(self, **inputs))
         if pool is not None:
-            return pool(found["last_hidden_state"], inputs.get("attention_mask"))
+            made = pool.of(found["last_hidden_state"], inputs.get("attention_mask"))
+            return getattr(self, BEHIND)(made)
         return found if len(found) > 1 else next(iter(found.values()))
 
+    if pool is not None:
+        model.add_module(BEHIND, pool.layers)
     model.forward = types.MethodType(forward, model)  # copied with its module
     return model

@@ -8,12 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from paredown.core.errors import UserError
+from paredown.graph.doors.huggingface import weights
 from paredown.graph.doors.huggingface.folder import settings
 
 MODULES = "modules.json"
+ENCODER, PROMPTS = "sentence_bert_config.json", "config_sentence_transformers.json"
+ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "Identity": nn.Identity,
+    "Tanh": nn.Tanh,
+    "ReLU": nn.ReLU,
+    "GELU": nn.GELU,
+}
 POOLINGS = ("cls", "mean", "max", "mean_sqrt_len_tokens")
 
 
@@ -21,21 +30,30 @@ POOLINGS = ("cls", "mean", "max", "mean_sqrt_len_tokens")
 class Pool:
     """Tokens (B, length, features) and their mask (B, length) -> one vector (B, features).
 
+    Attributes:
+        layers: what the vector goes through behind that.
+
     Example:
         >>> tokens = torch.tensor([[[3.0, 0.0], [1.0, 8.0], [9.0, 9.0]]])
-        >>> Pool(("mean",), normalized=False)(tokens, torch.tensor([[1, 1, 0]]))
+        >>> Pool(("mean",), nn.Sequential()).of(tokens, torch.tensor([[1, 1, 0]]))
         tensor([[2., 4.]])
     """
 
     ways: tuple[str, ...]
-    normalized: bool
+    layers: nn.Sequential
 
-    def __call__(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
+    def of(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
         if mask is None:
             mask = torch.ones_like(tokens[..., 0])
         kept = mask.to(tokens.dtype).unsqueeze(-1)  # (B, length, 1)
-        made = torch.cat([_pooled(way, tokens, kept) for way in self.ways], dim=1)
-        return torch.nn.functional.normalize(made, dim=1) if self.normalized else made
+        return torch.cat([_pooled(way, tokens, kept) for way in self.ways], dim=1)
+
+
+class Normalize(nn.Module):
+    """Vectors (B, features) of length one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.normalize(x, dim=1)
 
 
 def _pooled(way: str, tokens: Tensor, kept: Tensor) -> Tensor:
@@ -57,20 +75,45 @@ def pool_of(path: Path) -> Pool | None:
     if not file.is_file():
         return None
     ways: tuple[str, ...] = ()
-    normalized = False
+    layers: list[nn.Module] = []
     for name, where in _modules(file):
-        if name == "Pooling":
+        if name == "Pooling" and not layers:
             ways = _ways(path / where / "config.json")
         elif name == "Normalize":
-            normalized = True
+            layers.append(Normalize())
+        elif name == "Dense":
+            layers += _dense(path / where)
         elif name != "Transformer":
             raise UserError(
-                f"{file}: has a layer {name!r}; expected Transformer, Pooling and Normalize alone: "
-                "put it behind the model in model() of a Python file."
+                f"{file}: has a layer {name!r}; expected Transformer, Pooling, Dense and "
+                "Normalize: put it behind the model in model() of a Python file."
             )
     if not ways:
         raise UserError(f"{file}: has no Pooling, which makes one vector of a text's tokens.")
-    return Pool(ways, normalized)
+    return Pool(ways, nn.Sequential(*layers))
+
+
+def _dense(folder: Path) -> list[nn.Module]:
+    """A linear layer with its weights, and its activation."""
+    read = settings(folder / "config.json")
+    name = str(read.get("activation_function", "Identity")).rpartition(".")[2]
+    if name not in ACTIVATIONS or not (folder / weights.WHOLE).is_file():
+        what = f"activation {name}" if name not in ACTIVATIONS else f"no {weights.WHOLE}"
+        raise UserError(
+            f"{folder}: has {what}; expected {', '.join(ACTIVATIONS)} and weights in "
+            f"{weights.WHOLE}."
+        )
+    weights.dtypes((folder / weights.WHOLE,))
+    held = load_file(folder / weights.WHOLE)
+    weight, bias = held.get("linear.weight"), held.get("linear.bias")
+    if weight is None or weight.dim() != 2:
+        raise UserError(f"{folder / weights.WHOLE}: holds no linear.weight of a layer.")
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+    with torch.no_grad():
+        layer.weight.copy_(weight)
+        if bias is not None:
+            layer.bias.copy_(bias)
+    return [layer, ACTIVATIONS[name]()]
 
 
 def _modules(file: Path) -> list[tuple[str, str]]:
@@ -104,3 +147,27 @@ def _ways(file: Path) -> tuple[str, ...]:
         said = ", ".join(unknown) or "none"
         raise UserError(f"{file}: pools by {said}; expected {', '.join(POOLINGS)}.")
     return tuple(way for way in POOLINGS if way in ways)
+
+
+def before_tokens(path: Path) -> tuple[str, bool]:
+    """What is put before each text, and whether it is made lower case.
+
+    Raises:
+        UserError: the pooling leaves out the tokens of what is put before, which is not read.
+    """
+    lower = settings(path / ENCODER).get("do_lower_case") if (path / ENCODER).is_file() else False
+    prompts = settings(path / PROMPTS) if (path / PROMPTS).is_file() else {}
+    named, texts = prompts.get("default_prompt_name"), prompts.get("prompts") or {}
+    prompt = str(texts.get(named) or "") if named and isinstance(texts, dict) else ""
+    pooling = next((w for name, w in _listed(path) if name == "Pooling"), None)
+    if prompt and pooling is not None:
+        if settings(path / pooling / "config.json").get("include_prompt") is False:
+            raise UserError(
+                f"{path / PROMPTS}: puts {prompt!r} before each text and its tokens are not to be "
+                "pooled, which is not read; put the pooling into model() of a Python file."
+            )
+    return prompt, bool(lower)
+
+
+def _listed(path: Path) -> list[tuple[str, str]]:
+    return _modules(path / MODULES) if (path / MODULES).is_file() else []

@@ -45,11 +45,15 @@ class Texts:
     Attributes:
         names: the inputs that the model takes of the tokenizer's.
         length: tokens that a text is cut or padded to.
+        prompt: what is put before each text.
+        lower: whether texts are made lower case.
     """
 
     tokenizer: Any
     names: tuple[str, ...]
     length: int
+    prompt: str = ""
+    lower: bool = False
 
     def __call__(self, raw: dict[str, Any]) -> dict[str, Tensor]:
         columns = next((each for each in COLUMNS if all(name in raw for name in each)), None)
@@ -65,6 +69,7 @@ class Texts:
                     f"samples: {name}: expected a text, got {type(text).__name__} ({text!r:.40})."
                 )
         cut = "only_second" if columns == ("question", "context") else True
+        texts = [self.prompt + (text.lower() if self.lower else text) for text in texts]
         made = self.tokenizer(
             *texts,
             padding="max_length",
@@ -81,12 +86,14 @@ def usage(made: Texts, pads: bool) -> str:
     Args:
         pads: whether the tokenizer was given something to pad with.
     """
+    text = f'{made.prompt!r} + "A text."' if made.prompt else '"A text."'
+    text += ".lower()" if made.lower else ""
     padding = f"tokenizer.pad_token = {made.tokenizer.pad_token!r}\n" if pads else ""
     return f"""from transformers import AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained(".")
 {padding}length = dict(padding="max_length", truncation=True, max_length={made.length})
-inputs = tokenizer(["A text."], **length, return_tensors="np")
+inputs = tokenizer([{text}], **length, return_tensors="np")
 inputs = {{name: inputs[name].astype("int64") for name in {list(made.names)}}}"""
 
 
