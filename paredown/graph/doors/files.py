@@ -10,7 +10,11 @@ from paredown.graph.doors.opened import Opened
 from paredown.graph.doors.other_files import told
 
 DOORS: dict[str, str] = {  # the ending, or the file that makes a folder one -> its door
+    ".h5": "paredown.graph.doors.keras.door:open_keras",
+    ".hdf5": "paredown.graph.doors.keras.door:open_keras",
+    ".keras": "paredown.graph.doors.keras.door:open_keras",
     ".onnx": "paredown.graph.doors.onnx.door:open_onnx",
+    "config.json": "paredown.graph.doors.huggingface.door:open_folder",
 }
 
 

@@ -49,6 +49,8 @@ class Opened:
         files: that travel with the artifact, such as those of a tokenizer.
         card: what is known of the origin, for a model card: title -> text.
         notes: sentences on what was done with the file.
+        usage: Python that makes ``inputs``, arrays by name, of a sample, for a model card; the
+            files that travel lie in the folder that it runs in.
     """
 
     module: nn.Module
@@ -63,3 +65,4 @@ class Opened:
     files: tuple[Path, ...] = ()
     card: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    usage: str = ""
