@@ -379,6 +379,8 @@ def stretches(model: Model, values: dict[str, np.ndarray]) -> list[tuple[float, 
         if node.name not in values:
             return result
         theirs = values[node.name]
+        if not isinstance(result, Tensor):  # a size
+            return result
         found.append((agreement_db(result.detach().numpy(), theirs), node.name))
         return torch.from_numpy(theirs.copy()) if result.shape == theirs.shape else result
 
