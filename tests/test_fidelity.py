@@ -330,3 +330,18 @@ def test_a_task_of_samples_is_as_any_other(tmp_path):
     assert evaluate(small, task.test, task).mean() > 0.7
     taught = paredown.apply(model, [paredown.PruneChannels(0.5), paredown.Distill(epochs=2)], task)
     assert taught.size_bytes < model.size_bytes
+
+
+def test_what_no_gradient_reaches_is_not_trained(tmp_path):
+    class Rounded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net()
+
+        def forward(self, x):
+            return (16 * self.net(x)).to(torch.int32).float()
+
+    x = np.random.default_rng(0).normal(size=(50, 4)).astype(np.float32)
+    _, task = paredown.load(*saved(tmp_path, Rounded().eval(), (torch.zeros(1, 4),), x=x))
+    assert task.loss is None and task.train is None and len(task.calibration) == 15
+    assert "lets no gradient reach its weights" in task.score.notes[-1]

@@ -22,7 +22,7 @@ from paredown.cli.command import (
 from paredown.core.console import print_json, wide, working
 from paredown.core.errors import UserError
 from paredown.core.goals import Goals
-from paredown.core.source import Samples
+from paredown.core.source import Samples, Source
 from paredown.core.task import Target, Task
 from paredown.targets.options import DEFAULT, Runtime, measures
 
@@ -31,10 +31,10 @@ if TYPE_CHECKING:
 
 
 def _captured(file: Path, samples: Samples) -> tuple[Model, Task]:
-    from paredown.data.load import load
+    from paredown.data.load import load_told
     from paredown.graph.capture import capture
 
-    module, task = load(file, samples.data, samples.task)
+    module, task = load_told(Source.named(file, samples))
     return capture(module, task.example, task.dynamic), task
 
 

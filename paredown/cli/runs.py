@@ -60,7 +60,7 @@ def run(
 
     The same command goes on where it was interrupted.
     """
-    from paredown.data.load import load
+    from paredown.data.load import load_told
     from paredown.run import arrival
     from paredown.run.compress import compress
     from paredown.run.words import print_run
@@ -70,7 +70,7 @@ def run(
     steps = recipe.load(recipe_file) if recipe_file else None
     with working(as_json, quiet):
         source = Source.of(file, samples, seed)
-        module, task = load(file, samples.data, samples.task, seed)
+        module, task = load_told(source)
         arrival.told(file, module, task)
         command = shlex.join(["paredown", *sys.argv[1:]])
         finished = compress(module, task, goals, target, steps, out, seed, command, source)

@@ -56,10 +56,15 @@ class Source:
         return Path(self.file).suffix == PYTHON
 
     @staticmethod
+    def named(file: Path, samples: Samples, seed: int = 0) -> Source:
+        """A file, whatever it may hold."""
+        data = "" if samples.data is None else str(samples.data)
+        return Source(str(file), data, samples.task or "", seed)
+
+    @staticmethod
     def of(file: Path, samples: Samples, seed: int = 0) -> Source:
         """A file as it is now."""
-        data = "" if samples.data is None else str(samples.data)
-        return Source(str(file), data, samples.task or "", seed, digest(file))
+        return replace(Source.named(file, samples, seed), sha256=digest(file))
 
     @staticmethod
     def kept(run: Run) -> Source:
@@ -118,7 +123,8 @@ def source_of(
     """
     kept, now = Source.kept(run), samples or Samples()
     if file is not None:
-        kept = replace(kept, file=str(file), sha256=digest(file))
+        seed = kept.seed if kept.file else run.seed
+        kept = replace(kept, file=str(file), sha256=digest(file), seed=seed)
         if kept.is_python:
             kept = replace(kept, data="", task="")
     if now.data is not None:

@@ -163,6 +163,12 @@ def notes_of(task: Task) -> tuple[str, ...]:
     return task.score.notes if isinstance(task.score, (Fidelity, LabelScore)) else ()
 
 
+def fidelity_note(task: Task) -> tuple[str, ...]:
+    """That the score of a task is no accuracy, in a sentence; nothing where it is one."""
+    told = "The score is fidelity to the original, not accuracy."
+    return (told,) if isinstance(task.score, Fidelity) else ()
+
+
 def by_labels(task: Task) -> Task:
     """The task with its score by labels, as they come late from outside, in place of fidelity.
 

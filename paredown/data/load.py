@@ -11,12 +11,21 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from paredown.core import progress
 from paredown.core.errors import UserError
 from paredown.core.settings import check_arguments, check_choice, check_seed
 from paredown.core.source import Source
 from paredown.core.task import KINDS, Task
 from paredown.data import batches, feed, parting, splits
-from paredown.data.answer import LABELLED, Answer, Fidelity, FidelityLoss, LabelLoss, LabelScore
+from paredown.data.answer import (
+    LABELLED,
+    Answer,
+    Fidelity,
+    FidelityLoss,
+    LabelLoss,
+    LabelScore,
+    notes_of,
+)
 from paredown.data.brought import Brought, brought, check_door, dynamic_of, example_of
 from paredown.data.files.read import read_splits
 from paredown.data.files.table import Table
@@ -89,6 +98,14 @@ def load(
 def load_source(source: Source) -> tuple[nn.Module | Model, Task]:
     """`load` of what a run was started from."""
     return load(source.file, source.data or None, source.task or None, source.seed)
+
+
+def load_told(source: Source) -> tuple[nn.Module | Model, Task]:
+    """The same, saying how the task was made of samples."""
+    made = load_source(source)
+    for note in notes_of(made[1]):
+        progress.say(f"  note: {note}")
+    return made
 
 
 def task_of(source: Source) -> Task:

@@ -61,7 +61,7 @@ def _compared(file: Path, model: Model, task: Task, name: str) -> tuple[float, s
     given = feed.whole(model, split, "validation", size, most=-(-MOST // size))
     worst, where, count = 0.0, "an output", 0
     names = [each or "" for each in structure.names(model.outputs)]
-    target = Target(runtime=name)
+    target, types = Target(runtime=name), _types(file)
     with (
         tempfile.TemporaryDirectory(prefix="paredown-") as folder,
         timing.opened({"file": file}, target, fresh=False) as probes,
@@ -70,8 +70,10 @@ def _compared(file: Path, model: Model, task: Task, name: str) -> tuple[float, s
         order = _order([item.name for item in model.inputs], probe.input_names, file)
         for batch in given.bound():
             leaves = arrays(model, list(batch.inputs))
+            given_to = zip(probe.input_names, (leaves[place] for place in order), strict=True)
+            taken = [leaf.astype(types.get(name, leaf.dtype)) for name, leaf in given_to]
             read, made = Path(folder) / "inputs.npz", Path(folder) / "outputs.npz"
-            write_batches(read, [[leaves[place] for place in order]])
+            write_batches(read, [taken])
             [got] = probe.run(read, made)
             with torch.no_grad():
                 wanted = [tensor.numpy() for tensor in model.graph(*batch.inputs)]
@@ -81,6 +83,15 @@ def _compared(file: Path, model: Model, task: Task, name: str) -> tuple[float, s
                     worst, where = error, f"output {names[place] or probe.output_names[at]!r}"
             count += batch.count
     return worst, where, count
+
+
+def _types(file: Path) -> dict[str, np.dtype]:
+    """The types of an ONNX file's inputs: the capture takes floats of 32 bits, the file others."""
+    import onnx
+
+    graph = onnx.load(file, load_external_data=False).graph
+    told = onnx.helper.tensor_dtype_to_np_dtype
+    return {item.name: told(item.type.tensor_type.elem_type) for item in graph.input}
 
 
 def _order(ours: list[str], theirs: list[str], file: Path) -> list[int]:

@@ -16,6 +16,7 @@ from paredown.core.source import Source
 from paredown.core.task import Task
 from paredown.core.units import GOALS, Limit
 from paredown.data import splits
+from paredown.data.answer import fidelity_note
 from paredown.data.load import load_source
 from paredown.graph.model import Model
 from paredown.measure.inputs import real_inputs
@@ -104,6 +105,7 @@ def of_run(folder: Path, task: Task | None) -> Subject:
     if task is None:
         notes.append("No task was read, so nothing is scored; name its file with --file.")
     else:
+        notes += fidelity_note(task)
         facts = run.data.get("test", {})
         found = task.test and splits.fingerprint(task.test)
         if facts and facts["fingerprint"] != found:
@@ -154,6 +156,7 @@ def of_file(file: Path, source: Source | None) -> Subject:
         task = splits.prepared(task)
         model = capture(module, task.example, task.dynamic)
     notes = [] if there.is_file() else [f"No {GOLDEN} lies beside it."]
+    notes += fidelity_note(task) if task else ()
     if task is None:
         notes.append("No task is named (--file, --data), so nothing is scored.")
     if task is None and not there.is_file():

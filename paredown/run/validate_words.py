@@ -61,7 +61,7 @@ def source_for(what: Path, file: Path | None, samples: Samples) -> Source | None
     """
     named = file is not None or samples != Samples()
     if not what.is_dir():
-        return Source.of(file or what, samples) if named else None
+        return Source.named(file or what, samples) if named else None
     if named:
         return source.source_of(Run.load(what), "validate", file, samples)
     found, lacking = source.found(what, "validate")
