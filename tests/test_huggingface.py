@@ -171,6 +171,27 @@ def test_a_causal_language_model_in_bfloat16_with_no_padding_token(tmp_path):
     torch.testing.assert_close(found(input_ids=ids, attention_mask=torch.ones_like(ids)), wanted)
 
 
+@pytest.mark.parametrize("ends", [True, False])
+def test_padding_does_not_move_the_token_that_decides(ends, tmp_path):
+    sizes = dict(n_positions=24, n_embd=16, n_layer=1, n_head=2, num_labels=3)
+    config = hf.GPT2Config(vocab_size=120, bos_token_id=2, eos_token_id=3, **sizes)
+    words = folders.tokenizer(pad_token=None, eos_token="[SEP]" if ends else "[MASK]")
+    folder = folders.save(tmp_path, hf.GPT2ForSequenceClassification(config), words)
+    if ends:
+        with pytest.raises(
+            UserError, match=r"'\[SEP\]', which it could take, is part of every text"
+        ):
+            open_file(folder)
+        return
+    opened = open_file(folder)
+    made = opened.preprocess({"text": "a good film"})
+    plain = words("a good film", return_tensors="pt")
+    wanted = as_transformers(folder, "GPT2ForSequenceClassification", **plain).logits
+    with torch.no_grad():
+        found = opened.module(**{name: value[None] for name, value in made.items()})
+    torch.testing.assert_close(found, wanted)
+
+
 def test_weights_in_several_files(sentiment, tmp_path):
     model = hf.AutoModelForSequenceClassification.from_pretrained(sentiment)
     model.save_pretrained(tmp_path, max_shard_size="6KB")
@@ -241,6 +262,20 @@ def test_a_processor_that_keeps_proportions_gives_one_size(tmp_path):
     assert any("all are resized to 32 x 32" in note for note in opened.notes)
     wide = opened.preprocess({"image": np.zeros((20, 90, 3), np.uint8)})
     assert wide["pixel_values"].shape == (3, 32, 32)
+
+
+def test_a_processor_that_cannot_be_used_leaves_the_pixels(tmp_path):
+    folder = folders.pictures(tmp_path)
+    for settings, said in (
+        ({"image_processor_type": "GLPNImageProcessor"}, r"GLPN.* gives each picture a shape of"),
+        ({"image_processor_type": "Sam2ImageProcessor"}, r"is written for torchvision, which pare"),
+        ({"image_processor_type": "NoImageProcessor"}, r"its image processor cannot be read"),
+    ):
+        folders.change(folder / "preprocessor_config.json", lambda _, s=settings: s)
+        opened = open_file(folder)
+        assert opened.inputs[0].shape == (None, 3, 16, 16)
+        with pytest.raises(UserError, match=said):
+            opened.preprocess({"image": np.zeros((9, 9, 3), np.uint8)})
 
 
 def test_a_model_of_pictures_with_texts(tmp_path):

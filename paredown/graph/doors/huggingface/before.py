@@ -79,7 +79,7 @@ def before(path: Path, model: nn.Module) -> Before:
     if IDS in takes:
         parts.append(_text(path, model, takes))
     if PIXELS in takes:
-        parts.append(_picture(path, model, takes))
+        parts.append(_picture(path, model))
     if WAVE in takes:
         parts.append(_sound())
     if not parts:
@@ -131,13 +131,17 @@ def _vocabulary(model: Any) -> int:
         return int(getattr(model.config.get_text_config(), "vocab_size", 2))
 
 
-def _picture(path: Path, model: nn.Module, takes: tuple[str, ...]) -> Before:
-    found = pictures.processor(path)
-    if found is None:
+def _picture(path: Path, model: nn.Module) -> Before:
+    """Of pictures; where its processor cannot be used, samples may still have what it makes."""
+    try:
+        found = pictures.processor(path)
+        if found is None:
+            raise UserError(f"{pictures.MISSING}.")
+        made, note = pictures.fixed(pictures.Pictures(found, (PIXELS,)))
+    except UserError as error:
         example, said = _pixels(model)
-        lacking = Lacking(f"{path}: {pictures.MISSING}.")
-        return Before(example, lacking, (pictures.COLUMN,), (pictures.MISSING, *said))
-    made, note = pictures.fixed(pictures.Pictures(found, (PIXELS,)))
+        lacking = Lacking(f"{path}: {error}")
+        return Before(example, lacking, (pictures.COLUMN,), (str(error).rstrip("."), *said))
     sample = made({pictures.COLUMN: pictures.grey()})
     example = {name: value.unsqueeze(0) for name, value in sample.items()}
     notes = (note,) if note else ()

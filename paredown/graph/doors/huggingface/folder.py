@@ -131,12 +131,25 @@ def card(folder: Path, read: dict[str, Any]) -> dict[str, str]:
     name = about.get("model_name") or about.get("name") or read.get("_name_or_path") or ""
     named = str(name).strip()
     if not named or named.startswith(("/", ".", "~")) or "\\" in named:  # a path of some machine
-        named = folder.resolve().name
+        named = _named(folder.resolve())
     found = {"name": named}
     for key in ("license", "license_name", "license_link", "base_model", "language", "datasets"):
         if about.get(key):
             found[key] = about[key]
     return found
+
+
+def _named(folder: Path) -> str:
+    """What a folder is called; one in the hub's cache by its model.
+
+    Example:
+        >>> _named(Path("hub/models--someone--films/snapshots/0a1b")), _named(Path("x/films"))
+        ('someone/films', 'films')
+    """
+    of_hub = folder.parent.parent.name
+    if folder.parent.name == "snapshots" and of_hub.startswith("models--"):
+        return of_hub.removeprefix("models--").replace("--", "/")
+    return folder.name
 
 
 def front_matter(path: Path) -> dict[str, str]:

@@ -14,13 +14,14 @@ from paredown.graph.doors.huggingface.loaded import library, offline, reason
 
 COLUMN = "image"
 FILES = ("preprocessor_config.json", "processor_config.json")
+SHAPES = ((200, 300), (300, 200))  # of pictures that must come out alike
 MISSING = (
     "the folder has no image processor (preprocessor_config.json); samples with pixel_values can "
     "be given, pictures cannot: save the processor into the folder with its save_pretrained"
 )
 TORCHVISION = (
-    "its image processor {} is written for torchvision, which paredown does not install; install "
-    "the torchvision that fits your torch, or give pixel_values in the samples"
+    "its image processor is written for torchvision, which paredown does not install; install the "
+    "one that fits your torch, or give pixel_values in the samples"
 )
 
 
@@ -108,24 +109,35 @@ def processor(path: Path) -> Any | None:
             )
     except Exception as error:
         if "torchvision" in str(error).lower():
-            raise UserError(f"{path}: {TORCHVISION.format('class')}.") from error
-        raise UserError(f"{path}: its image processor cannot be read: {reason(error)}.") from error
+            raise UserError(f"{TORCHVISION}.") from error
+        raise UserError(f"its image processor cannot be read: {reason(error)}.") from error
     return made
 
 
 def fixed(made: Pictures) -> tuple[Pictures, str | None]:
-    """The same, giving one shape for all pictures; a sentence where that took something."""
-    shapes = {_shape(made, sides) for sides in ((200, 300), (300, 200))}
-    if len(shapes) == 1:
-        return made, None
-    sizes: Any = getattr(made.processor, "size", None) or {}
-    side = int(sizes.get("shortest_edge") or sizes.get("height") or 0)
-    if not side:
+    """The same, giving one shape for all pictures; a sentence where that took something.
+
+    Raises:
+        UserError: it makes no inputs of one picture, or none of one shape.
+    """
+    name = type(made.processor).__name__
+    try:
+        if len({_shape(made, sides) for sides in SHAPES}) == 1:
+            return made, None
+        sizes: Any = getattr(made.processor, "size", None) or {}
+        side = int(sizes.get("shortest_edge") or sizes.get("height") or 0)
+        square = Pictures(made.processor, made.names, (side, side))
+        one_shape = side > 0 and len({_shape(square, sides) for sides in SHAPES}) == 1
+    except Exception as error:
         raise UserError(
-            "image processor: gives each picture a shape of its own; give it one size "
+            f"its {name} makes no {made.names[0]} of one picture ({reason(error)}); give them in "
+            "the samples."
+        ) from error
+    if not one_shape:
+        raise UserError(
+            f"its {name} gives each picture a shape of its own; give it one size "
             '({"height": ..., "width": ...}) and save it into the folder.'
         )
-    square = Pictures(made.processor, made.names, (side, side))
     return square, (
         f"its image processor keeps the proportions of each picture; here all are resized to "
         f"{side} x {side}, which a file of one shape needs"

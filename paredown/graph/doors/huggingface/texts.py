@@ -143,7 +143,11 @@ def _most(path: Path, found: Any, model: nn.Module) -> int | None:
 
 
 def padded(found: Any, model: nn.Module) -> str | None:
-    """Give a tokenizer that pads nothing something to pad with; a sentence where it was so."""
+    """Give a tokenizer that pads nothing something to pad with; a sentence where it was so.
+
+    Raises:
+        UserError: it has nothing that could be taken for it.
+    """
     if found.pad_token is not None:
         return None
     found.pad_token = found.eos_token or found.unk_token
@@ -151,6 +155,12 @@ def padded(found: Any, model: nn.Module) -> str | None:
         raise UserError(
             "tokenizer: has no token to pad with, and no end of text to take for it; set "
             "tokenizer.pad_token and save it into the folder."
+        )
+    one_token = type(model).__name__.endswith("ForSequenceClassification")
+    if one_token and found.pad_token_id in found("a")["input_ids"]:
+        raise UserError(  # the last that is not padding decides, and would be another
+            f"tokenizer: has no token to pad with, and {found.pad_token!r}, which it could take, "
+            "is part of every text; set tokenizer.pad_token and save it into the folder."
         )
     config: Any = model.config
     if getattr(config, "pad_token_id", None) is None:
