@@ -46,7 +46,7 @@ CALLS = {  # what is right at each position
 LEGAL = {  # and what of the wrong ones is not
     ("apply", 3, "None"),
     ("capture", 2, "None"),
-    *(("compress", place, "None") for place in (3, 4, 5)),
+    *(("compress", place, "None") for place in (3, 4, 5, 8)),
     *(("compress", place, "text") for place in (5, 7)),
     ("compress", 6, "number"),
     ("compress", 8, "None"),
@@ -54,6 +54,7 @@ LEGAL = {  # and what of the wrong ones is not
     *(("load", place, what) for place in (0, 1) for what in ("None", "text")),
     ("load", 2, "None"),
     ("load", 3, "number"),
+    *(("load", place, "None") for place in (1, 2)),
     ("measure", 5, "number"),
     ("measure", 6, "None"),
     ("open", 1, "number"),

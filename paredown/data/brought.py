@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from paredown.core.errors import UserError
 from paredown.graph import structure
-from paredown.graph.capture import capture
+from paredown.graph.capture import capture, with_origin
 from paredown.graph.doors import files
 from paredown.graph.doors.module import capture_module, check_parameters
 from paredown.graph.doors.opened import Opened, Wanted
@@ -89,7 +89,7 @@ def _captured(opened: Opened, example: dict[str, Tensor]) -> Model:
         dynamic = {name: each for name, each in dynamic.items() if name in example} or None
     check_parameters(opened.module)
     model = capture_module(opened.module, example, dynamic)
-    return replace(model, notes=(*opened.notes, *model.notes))
+    return with_origin(model, opened)
 
 
 def _of_graph(model: Model) -> Brought:

@@ -11,6 +11,7 @@ from torch import nn
 from paredown.core.errors import UserError
 from paredown.core.settings import check_arguments, described
 from paredown.core.task import Task
+from paredown.graph import structure
 from paredown.graph.doors.example import Example
 from paredown.graph.doors.files import ending, open_file
 from paredown.graph.doors.module import capture_module, check_parameters
@@ -86,7 +87,15 @@ def _capture_opened(opened: Opened, path: Path, example: Example | None, dynamic
     named = _named(opened, chosen, path)
     model = capture_module(opened.module, named, opened.dynamic if dynamic is None else dynamic)
     made = () if example is not None else _made_note(opened, named)
-    return replace(model, notes=(*opened.notes, *made, *model.notes))
+    return with_origin(model, opened, made)
+
+
+def with_origin(model: Model, opened: Opened, made: tuple[str, ...] = ()) -> Model:
+    """The capture of what a door opened, with the door's notes and its name of the output."""
+    outputs = model.outputs
+    if outputs == "*" and len(opened.outputs) == 1:
+        outputs = structure.alone(opened.outputs[0])
+    return replace(model, outputs=outputs, notes=(*opened.notes, *made, *model.notes))
 
 
 def _made_note(opened: Opened, example: dict[str, Any]) -> tuple[str, ...]:

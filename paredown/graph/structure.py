@@ -1,8 +1,9 @@
 """The nesting of a model's inputs and outputs, apart from the tensors in it.
 
 A structure is JSON: ``"*"`` stands for a tensor, ``{"const": v}`` for a plain value,
-``{"tuple": [...]}``, ``{"list": [...]}`` and ``{"dict": {...}}`` for containers, and
-``{"object": "module:Class", "fields": {...}}`` for dataclasses and named tuples.
+``{"tuple": [...]}``, ``{"list": [...]}`` and ``{"dict": {...}}`` for containers,
+``{"object": "module:Class", "fields": {...}}`` for dataclasses and named tuples, and
+``{"alone": {"logits": "*"}}`` for a tensor that has a name and no container.
 """
 
 from __future__ import annotations
@@ -103,6 +104,9 @@ def _build(leaves: Iterator[Any], structure: Structure) -> Any:
         return structure["const"]
     if "opaque" in structure:
         return None
+    if "alone" in structure:
+        (part,) = structure["alone"].values()
+        return _build(leaves, part)
     if "tuple" in structure:
         return tuple(_build(leaves, part) for part in structure["tuple"])
     if "list" in structure:
@@ -153,7 +157,7 @@ def count(structure: Structure) -> int:
     for kind in ("tuple", "list"):
         if isinstance(structure.get(kind), list):
             return sum(count(part) for part in structure[kind])
-    fields = structure.get("dict", structure.get("fields"))
+    fields = structure.get("dict", structure.get("fields", structure.get("alone")))
     if not isinstance(fields, dict) or not isinstance(structure.get("object", ""), str):
         raise ValueError(f"not a structure: {structure!r}")
     return sum(count(part) for part in fields.values())
@@ -168,7 +172,7 @@ def names(structure: Structure, prefix: str = "") -> list[str]:
     """
     if structure == "*":
         return [prefix]
-    parts: Any = structure.get("dict") or structure.get("fields")
+    parts: Any = structure.get("dict") or structure.get("fields") or structure.get("alone")
     if parts is None:
         items = structure.get("tuple") or structure.get("list") or []
         parts = {str(index): part for index, part in enumerate(items)}
@@ -178,13 +182,36 @@ def names(structure: Structure, prefix: str = "") -> list[str]:
     return found
 
 
+def alone(name: str) -> Structure:
+    """That of a single tensor with a name, which its file gives it.
+
+    Example:
+        >>> names(alone("logits")), unflatten([1], alone("logits"))
+        (['logits'], 1)
+    """
+    return {"alone": {name: "*"}}
+
+
+def output_names(structure: Structure) -> list[str]:
+    """The names of a file's outputs: as they are, or the path to them where they are nested.
+
+    Example:
+        >>> output_names("*"), output_names({"dict": {"a.b": "*", "c": {"tuple": ["*"]}}})
+        (['output'], ['a.b', 'c_0'])
+    """
+    parts: Any = {} if structure == "*" else structure.get("dict") or structure.get("alone") or {}
+    whole = {name for name, part in parts.items() if part == "*"}
+    found = names(structure)
+    return [name if name in whole else name.replace(".", "_") or "output" for name in found]
+
+
 def opaque(structure: Structure, prefix: str = "") -> dict[str, str]:
     """Path -> type name of the parts that are neither tensors, plain values nor containers."""
     if structure == "*" or "const" in structure:
         return {}
     if "opaque" in structure:
         return {prefix or "output": structure["opaque"]}
-    parts: Any = structure.get("dict") or structure.get("fields")
+    parts: Any = structure.get("dict") or structure.get("fields") or structure.get("alone")
     if parts is None:
         items = structure.get("tuple") or structure.get("list") or []
         parts = {str(index): part for index, part in enumerate(items)}

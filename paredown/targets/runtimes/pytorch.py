@@ -46,9 +46,7 @@ class Predictor:
         self._model = model
         self.input_names = [item.name for item in model.inputs]
         self.signature = [_described(item) for item in model.inputs]
-        self.output_names = [
-            n.replace(".", "_") or "output" for n in structure.names(model.outputs)
-        ]
+        self.output_names = structure.output_names(model.outputs)
 
     def __call__(self, *arrays: np.ndarray) -> tuple[np.ndarray, ...]:
         import torch

@@ -201,7 +201,7 @@ def _signature(
         }
         for item, value in zip(model.inputs, values, strict=True)
     ]
-    names = [name.replace(".", "_") or "output" for name in structure.names(model.outputs)]
+    names = structure.output_names(model.outputs)
     results = next(node for node in program.graph.nodes if node.op == "output").args[0]
     shapes = [value.shape for value in [*values, *(node.meta["val"] for node in results)]]
     return {"inputs": inputs, "outputs": names, "parts": _in_parts(shapes, sizes)}

@@ -322,7 +322,7 @@ def _reason(error: BaseException) -> str:
 def names(model: Model) -> tuple[list[str], list[str]]:
     """The names of the inputs and of the outputs, none of them twice."""
     inputs = [item.name for item in model.inputs]
-    outputs = [name.replace(".", "_") or "output" for name in structure.names(model.outputs)]
+    outputs = structure.output_names(model.outputs)
     return inputs, [f"{name}_out" if name in inputs else name for name in outputs]
 
 

@@ -111,7 +111,7 @@ def _fake_quantize(x: Any, scale: float, zero_point: int, low: int, high: int) -
 
 
 def _export(model: Model) -> ir.Model:
-    outputs = [name.replace(".", "_") or "output" for name in structure.names(model.outputs)]
+    outputs = structure.output_names(model.outputs)
     inputs = [item.name for item in model.inputs]
     clash = set(inputs) & set(outputs)
     outputs = [f"{name}_out" if name in clash else name for name in outputs]
