@@ -14,6 +14,7 @@ from torch import nn
 import paredown
 from paredown.core.errors import UserError
 from paredown.graph.doors.onnx.door import open_onnx
+from paredown.graph.quantized.quantizers import quantizers
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -181,8 +182,9 @@ def test_sizes_that_the_file_leaves_open_stay_open(tmp_path):
         assert agrees(model, path, {"x": torch.randn(shape)})
 
 
-def test_pares_and_goes_out_again(tmp_path):
-    _, path = small_file(tmp_path / "model.onnx")
+def pare(folder):
+    """The model of a file, what four steps make of it, and inputs."""
+    _, path = small_file(folder / "model.onnx")
     x = torch.randn(64, 3, 16, 16)
     model = paredown.capture(path, {"x": x[:2]})
     with torch.no_grad():
@@ -202,16 +204,38 @@ def test_pares_and_goes_out_again(tmp_path):
         paredown.Quantize("int8"),
     ]
     made = paredown.apply(model, steps, task)
+    return model, made, x[:2]
+
+
+@pytest.fixture(scope="module")
+def pared(tmp_path_factory):
+    return pare(tmp_path_factory.mktemp("pared"))
+
+
+def test_it_is_pared_as_any_model(pared):
+    model, made, _ = pared
     count = sum(p.numel() for p in made.parameters())
     assert count < 0.7 * sum(p.numel() for p in model.parameters())
+    assert quantizers(made.graph)
+
+
+@pytest.mark.parametrize(
+    "name, ending",
+    [
+        ("onnxruntime", "onnx"),
+        ("openvino", "xml"),
+        pytest.param("executorch", "pte", marks=pytest.mark.slow),
+        pytest.param("litert", "tflite", marks=pytest.mark.slow),
+    ],
+)
+def test_it_goes_out_to_each_runtime(pared, tmp_path, name, ending):
+    _, made, x = pared
     with torch.no_grad():
-        wanted = made(x=x[:2]).numpy()
-    for runtime_name, ending in (("onnxruntime", "onnx"), ("openvino", "xml")):
-        target = paredown.Target(runtime_name)
-        artifact = paredown.export(made, target, tmp_path / f"out.{ending}")
-        got = paredown.open(artifact.path)(x=x[:2].numpy())
-        got = got[0] if isinstance(got, (list, tuple)) else outputs(got)[0]
-        np.testing.assert_allclose(got, wanted, 0.1, 0.1 * abs(wanted).max())
+        wanted = made(x=x).numpy()
+    artifact = paredown.export(made, paredown.Target(name), tmp_path / f"out.{ending}")
+    got = paredown.open(artifact.path)(x=x.numpy())
+    got = got[0] if isinstance(got, (list, tuple)) else outputs(got)[0]
+    np.testing.assert_allclose(got, wanted, 0.1, 0.1 * abs(wanted).max())
 
 
 class Attends(nn.Module):
