@@ -129,12 +129,14 @@ def _module(
 
 
 def _tensor(value: Any) -> torch.Tensor:
+    if isinstance(value, TensorProto):
+        value = onnx.numpy_helper.to_array(value)
     value = np.asarray(value) if isinstance(value, np.generic) else value
     if not isinstance(value, np.ndarray):
         raise UserError("an input is no tensor")
     if value.dtype.name == "bfloat16":
         value = value.astype(np.float32)
-    if value.dtype.kind not in "fiub":
+    if value.dtype.kind not in "fiub" or value.dtype.name.startswith("float8"):
         raise UserError(f"an input is {value.dtype}")
     return torch.from_numpy(np.array(value))
 

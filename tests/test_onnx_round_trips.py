@@ -29,10 +29,10 @@ OTHERWISE = {
     "speech_features": "its layers began alike, and are one in the file",
     "fnet": "the transform over two axes is two over one each in the file",
     "nbeats": "the backcast that nothing reads is not in the file",
-    "bloom": "its products have the bias of the distances in them",
-    "mamba": "its convolution's cut differs in the file",
+    "bloom": "its heads are not found through the sum with the distances, which is apart there",
+    "mamba": "its layers' A began alike, and is one in the file",
     "swin_v2": "its table of positions is computed in the file",
-    "gru_bidirectional": "",
+    "gru_bidirectional": "its two layers are two ops in the file, which are cut apart",
 }
 
 

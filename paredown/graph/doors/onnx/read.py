@@ -270,7 +270,8 @@ def _wanted(proto: onnx.ValueInfoProto, path: Path) -> Wanted:
             "value; export again with tensors."
         )
     number: Any = proto.type.tensor_type.elem_type
-    if number not in {*arrays.PLAIN, *arrays.FLOATING}:
+    eight_bits = arrays.FLOATING.get(number) == "float8"
+    if eight_bits or number not in {*arrays.PLAIN, *arrays.FLOATING}:
         raise UserError(
             f"{path}: input {proto.name!r} is {arrays.kind(number)}; expected floats, whole "
             "numbers or bool."
