@@ -107,7 +107,8 @@ def _run(case: Any, constants: set[str], capture: bool) -> str:
 
 
 def _trains(module: OnnxModule, tensors: dict[str, torch.Tensor]) -> bool:
-    return all(each.dim() for each in tensors.values())
+    other = (torch.uint16, torch.uint32, torch.uint64)  # of which PyTorch picks none
+    return all(each.dim() and each.dtype not in other for each in tensors.values())
 
 
 def _module(
@@ -128,12 +129,14 @@ def _module(
 
 
 def _tensor(value: Any) -> torch.Tensor:
+    if isinstance(value, TensorProto):
+        value = onnx.numpy_helper.to_array(value)
     value = np.asarray(value) if isinstance(value, np.generic) else value
     if not isinstance(value, np.ndarray):
         raise UserError("an input is no tensor")
     if value.dtype.name == "bfloat16":
         value = value.astype(np.float32)
-    if value.dtype.kind not in "fiub":
+    if value.dtype.kind not in "fiub" or value.dtype.name.startswith("float8"):
         raise UserError(f"an input is {value.dtype}")
     return torch.from_numpy(np.array(value))
 
