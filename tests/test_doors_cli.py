@@ -409,3 +409,12 @@ def test_a_file_of_other_floats_is_held_against_its_runtime(tmp_path, kind):
     assert "on 6 samples the captured model and onnxruntime running the file agree" in arrival.told(
         tmp_path / "net.onnx", model, task
     )
+
+
+def test_the_same_run_goes_on_with_another_number_of_threads(ran):
+    model, task = paredown.load("net.onnx", "x.npz", seed=3)
+    for name in ("train", "validation", "test"):  # sums in another order
+        getattr(task, name).outputs[0] += np.float32(1e-6)
+    steps, target = [paredown.Quantize("int8")], paredown.Target(rounds=2)
+    again = paredown.compress(model, task, paredown.Goals(size="0.9x"), target, steps, "r", 3)
+    assert again.artifact.sha256 == Run.load("r").artifact.sha256
