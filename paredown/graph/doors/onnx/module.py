@@ -248,6 +248,8 @@ def free_name(name: str, taken: set[str]) -> str:
     words = [
         f"{word}_" if word in reserved or keyword.iskeyword(word) else word for word in words
     ] or ["constant"]
+    if len(words) == 1 and _is_made(words[0]):
+        words = [f"{words[0]}_"]
     wished = made = ".".join(words)
     parents = Counter(".".join(each.split(".")[:n]) for each in taken for n in range(1, 20))
     number = 0
@@ -257,6 +259,13 @@ def free_name(name: str, taken: set[str]) -> str:
         if any(wished.startswith(f"{each}.") for each in taken):  # its owner is a tensor
             made = f"{wished.replace('.', '_')}" + (f"_{number}" if number > 1 else "")
     return made
+
+
+def _is_made(word: str) -> bool:
+    """Whether an exporter may give this name to a value of its own, when the model goes out."""
+    base, _, number = word.rpartition("_")
+    base = base if base and number.isdigit() else word
+    return base in ("val", "node") or hasattr(torch.ops.aten, base)
 
 
 def _submodule(module: nn.Module, path: str) -> nn.Module:

@@ -143,6 +143,8 @@ class _Reader:
             raise UserError(f"{self.path}: holds sparse tensors; export again with dense ones.")
         known: dict[str, Array] = {}
         for tensor in proto.initializer:
+            if not isinstance(tensor.name, str):
+                raise UserError(f"{self.path}: is damaged: the name of a tensor is no text.")
             if tensor.name in known:
                 raise UserError(f"{self.path}: two tensors are named {tensor.name!r}.")
             known[tensor.name] = self.array(tensor)
@@ -182,6 +184,10 @@ class _Reader:
         )
 
     def node(self, proto: onnx.NodeProto, names: frozenset[str]) -> Node:
+        told = [proto.op_type, proto.domain, proto.name, *proto.input, *proto.output]
+        told += [each.name for each in proto.attribute]
+        if not all(isinstance(each, str) for each in told):  # what is no UTF-8 comes as bytes
+            raise UserError(f"{self.path}: is no ONNX file, or a damaged one: a name is no text.")
         domain = "" if proto.domain in DEFAULT else proto.domain
         attributes = {}
         for each in proto.attribute:

@@ -42,6 +42,10 @@ def shortened(file: File) -> File:
     _share(file, model.graph)
     names = _short_names(model.graph)
     kept = {tensor.name for tensor in model.graph.initializer}
+    # What is told of a weight under its old name must not be read of what has that name now.
+    told = [each for each in model.graph.value_info if each.name not in set(names.values())]
+    del model.graph.value_info[:]
+    model.graph.value_info.extend(told)
     for graph in _graphs(model.graph):
         _rename(graph, names)
     numbers = {names.get(n, n): held for n, held in file.numbers.items() if n in kept}

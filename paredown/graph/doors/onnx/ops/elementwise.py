@@ -88,10 +88,11 @@ def _or(a: Any, b: Any) -> Any:
 
 def power(call: Call) -> Tensor:
     x = call.tensor(0)
-    exponent = call.operand(1, x)
+    few = not isinstance(call.value(1), Tensor) and call.host(1).size == 1
+    exponent = call.number(1) if few and call.host(1).ndim <= x.dim() else call.operand(1, x)
     if isinstance(exponent, Tensor):
         if x.is_floating_point() or not exponent.is_floating_point():
-            return torch.pow(x, exponent).to(x.dtype)
+            return _converted(torch.pow(x, exponent), x.dtype)
         return torch.pow(x.double(), exponent.double()).to(x.dtype)
     if isinstance(exponent, float) and exponent.is_integer() and abs(exponent) < 2**31:
         exponent = int(exponent)
@@ -131,8 +132,7 @@ def clip(call: Call) -> Tensor:
         if low == 0 and high == 6:
             return F.relu6(x)
         return torch.clamp(x, low, high)
-    low = call.operand(1, x) if call.has(1) else None
-    high = call.operand(2, x) if call.has(2) else None
+    low, high = (_bound(call, place) for place in (1, 2))
     if low is None and high is None:
         return x
     if not isinstance(low, Tensor) and not isinstance(high, Tensor) and (low, high) == (0, 6):
@@ -141,6 +141,12 @@ def clip(call: Call) -> Tensor:
         x = x if low is None else torch.maximum(x, torch.as_tensor(low, dtype=x.dtype))
         return x if high is None else torch.minimum(x, torch.as_tensor(high, dtype=x.dtype))
     return torch.clamp(x, low, high)
+
+
+def _bound(call: Call, place: int) -> Any:
+    if not call.has(place):
+        return None
+    return call.tensor(place) if isinstance(call.value(place), Tensor) else call.number(place)
 
 
 def where(call: Call) -> Tensor:
@@ -215,6 +221,22 @@ def thresholded_relu(call: Call) -> Tensor:
 
 def gelu(call: Call) -> Tensor:
     return F.gelu(call.tensor(0), approximate=call.attribute("approximate", "none"))
+
+
+def biased_gelu(approximate: str) -> Callable[[Call], Tensor]:
+    """ONNX Runtime's BiasGelu and FastGelu: with a bias before it."""
+
+    def run(call: Call) -> Tensor:
+        x = call.tensor(0)
+        x = x + call.tensor(1) if call.has(1) else x
+        return F.gelu(x, approximate=approximate)
+
+    return run
+
+
+def quick_gelu(call: Call) -> Tensor:
+    x = call.tensor(0)
+    return x * torch.sigmoid(call.attribute("alpha", 1.702) * x)
 
 
 def swish(call: Call) -> Tensor:
@@ -301,7 +323,6 @@ UNARY: dict[str, Callable[[Tensor], Tensor]] = {
     **{"Sqrt": torch.sqrt, "Tan": torch.tan, "Tanh": torch.tanh, "Relu": F.relu},
     **{"Softplus": F.softplus, "Softsign": F.softsign, "HardSwish": F.hardswish},
     **{"Mish": F.mish, "BitwiseNot": torch.bitwise_not, "Det": torch.linalg.det},
-    **{"com.microsoft.QuickGelu": lambda x: x * torch.sigmoid(1.702 * x)},
     **{"paredown.Silu": F.silu, "paredown.Identity": lambda x: x},
 }
 BINARY: dict[str, Callable[[Any, Any], Any]] = {
@@ -323,5 +344,8 @@ TABLE: dict[str, Callable[[Call], Any]] = {
     **{"com.microsoft.Gelu": gelu, "Swish": swish, "Shrink": shrink, "IsInf": is_inf},
     **{"BitShift": bit_shift, "Dropout": dropout, "Hardmax": softmax(hardmax)},
     **{"Softmax": softmax(torch.softmax), "LogSoftmax": softmax(torch.log_softmax)},
+    "com.microsoft.QuickGelu": quick_gelu,
+    "com.microsoft.BiasGelu": biased_gelu("none"),
+    "com.microsoft.FastGelu": biased_gelu("tanh"),
     "Identity": lambda call: call.value(0),
 }

@@ -142,7 +142,10 @@ def put_together(program: Program, patterns: Mapping[str, tuple[Pattern, ...]]) 
 
 def _first(view: View, node: Node, patterns: tuple[Pattern, ...]) -> Change | Node | None:
     for pattern in patterns:
-        found = pattern(view, node)
+        try:
+            found = pattern(view, node)
+        except (IndexError, KeyError, ValueError):
+            continue  # a node with fewer inputs than its op has, which is told when it runs
         if found is not None:
             return found
     return None

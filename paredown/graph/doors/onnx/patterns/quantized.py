@@ -202,7 +202,7 @@ def notes(before: Program, after: Program) -> list[str]:
 
 
 _APART: dict[str, tuple[Pattern, ...]] = dict.fromkeys(JOINED, (apart,))
-_PAIRS: dict[str, tuple[Pattern, ...]] = dict.fromkeys(DEQUANTIZE, (pair,))
+_PAIRS: dict[str, tuple[Pattern, ...]] = dict.fromkeys(DEQUANTIZE, (pair, moved))
 PATTERNS: dict[str, tuple[Pattern, ...]] = {
     **_APART,
     **_PAIRS,
