@@ -4,6 +4,7 @@ import io
 import json
 import pickle
 import sys
+import warnings
 import zipfile
 
 import numpy as np
@@ -142,7 +143,19 @@ def _lying(path):
         made.writestr("x.npy", header.getvalue() + bytes(16))
 
 
+def _twice(path):
+    _nothing(path)
+    with zipfile.ZipFile(path, "w") as made:
+        for _ in range(2):
+            data = io.BytesIO()
+            np.save(data, np.zeros((3, 2)))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                made.writestr("x.npy", data.getvalue())
+
+
 NPZ = {
+    _twice: "an array is there twice",
     _no_zip: "is no .npz file, or a damaged one",
     _cut: "is no .npz file, or a damaged one",
     _objects: r"'x': holds pickled objects, which are code and are not read",
@@ -422,3 +435,20 @@ def test_a_saved_dataset_needs_its_package(tmp_path, monkeypatch):
     (tmp_path / "dataset_info.json").touch()
     with pytest.raises(UserError, match=r"pip install 'paredown\[huggingface\]'"):
         read_splits(tmp_path)
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_a_damaged_file_is_read_or_refused_in_words(tmp_path, save):
+    save(tmp_path / "x.npz", x=np.arange(12.0).reshape(4, 3), label=np.arange(4))
+    whole = (tmp_path / "x.npz").read_bytes()
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        damaged = bytearray(whole)
+        for place in rng.integers(0, len(whole), 3):
+            damaged[place] = rng.integers(0, 256)
+        (tmp_path / "y.npz").write_bytes(damaged)
+        try:
+            table = read(tmp_path / "y.npz")
+            assert all(np.asarray(table.columns[name]).size for name in table.columns)
+        except UserError as error:
+            assert str(error).startswith(str(tmp_path / "y.npz"))

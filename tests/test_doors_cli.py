@@ -174,6 +174,8 @@ def test_replay_finds_model_and_samples_again(ran, paredown_cli):
     assert code == 1 and "x.npz: no such samples here; name them with --data" in err
     code, out, _ = paredown_cli("replay", "r", "--data", "moved.npz", "--json")
     assert code == 0 and json.loads(out)["same"]
+    code, _, err = paredown_cli("replay", "r", "--data", "moved.npz", "--task", "regression")
+    assert code == 1 and "the kind of the task is not the one of the run" in err
     np.savez("other.npz", input=pictures(61)[1:])
     code, _, err = paredown_cli("replay", "r", "--data", "other.npz")
     assert code == 1 and "is not the one of the run" in err
@@ -309,6 +311,10 @@ def test_a_folder_of_pictures_with_its_own_splits(inside, paredown_cli):
     assert [len(getattr(task, name)) for name in ("train", "validation", "test")] == [16, 12, 12]
     assert task.classes == ("a", "b", "c", "d")
     assert any("gets them as they are, as float32" in note for note in task.score.notes)
+    shutil.rmtree("pictures/test/b")
+    _, fewer = paredown.load("net.safetensors", "pictures")
+    assert sorted({int(target) for _, target in (fewer.test[n] for n in range(9))}) == [0, 2, 3]
+    assert any("0 is 'a', 3 is 'd'" in note for note in fewer.score.notes)
     Path("pictures/train/a/0.png").write_bytes(b"\x89PNG no more")
     code, out, err = paredown_cli("check", "net.safetensors", "--data", "pictures")
     assert code == 1 and "train/a/0.png: the picture cannot be read" in out + err
@@ -403,3 +409,12 @@ def test_a_file_of_other_floats_is_held_against_its_runtime(tmp_path, kind):
     assert "on 6 samples the captured model and onnxruntime running the file agree" in arrival.told(
         tmp_path / "net.onnx", model, task
     )
+
+
+def test_the_same_run_goes_on_with_another_number_of_threads(ran):
+    model, task = paredown.load("net.onnx", "x.npz", seed=3)
+    for name in ("train", "validation", "test"):  # sums in another order
+        getattr(task, name).outputs[0] += np.float32(1e-6)
+    steps, target = [paredown.Quantize("int8")], paredown.Target(rounds=2)
+    again = paredown.compress(model, task, paredown.Goals(size="0.9x"), target, steps, "r", 3)
+    assert again.artifact.sha256 == Run.load("r").artifact.sha256

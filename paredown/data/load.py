@@ -137,12 +137,12 @@ class _Sources:
 def _sources(found: Brought, data: Path, seed: int) -> _Sources:
     tables = read_splits(data)
     rows, said = _rows(tables, seed)
-    classes = found.opened.classes if found.opened else ()
+    classes, said_of_classes = _classes(found, tables)
     inputs = [each.name for each in found.wanted]
     given: dict[str, Callable[[int], Any]] = {}
     named: dict[str, Callable[[int], dict[str, Tensor]]] = {}
     labels: dict[str, Labels | None] = {}
-    notes = [said] if said else []
+    notes = [each for each in (said, said_of_classes) if each]
     preprocess = None
     for name, table in tables.items():
         labels[name], told = labels_of(table, inputs, classes)
@@ -162,6 +162,18 @@ def _sources(found: Brought, data: Path, seed: int) -> _Sources:
     return _Sources(made, preprocess, some, labels[first], names, tuple(dict.fromkeys(notes)))
 
 
+def _classes(found: Brought, tables: dict[str, Table]) -> tuple[tuple[str, ...], str]:
+    """Names of the model's classes, as its file tells them; else where the splits have others of
+    each other, those of all, in order, and that in a sentence."""
+    known = found.opened.classes if found.opened else ()
+    named = {table.classes for table in tables.values() if table.classes}
+    every = sorted({name for names in named for name in names})
+    if len(named) < 2 or set(every) <= set(known):
+        return known, ""
+    counted = f"0 is {every[0]!r}, {len(every) - 1} is {every[-1]!r}"
+    return tuple(every), f"classes of all splits are counted in the order of their names: {counted}"
+
+
 def _rows(tables: dict[str, Table], seed: int) -> tuple[dict[str, tuple[str, Any]], str]:
     if "" in tables:
         rows = parting.parted(len(tables[""]), seed)
@@ -173,18 +185,19 @@ def _inputs(found: Brought, table: Table) -> tuple[Any, Any, Any, list[str]]:
     """What makes the inputs of a row as a split gives them, and as the model takes them; the task's
     preprocessing between the two; and notes."""
     opened = found.opened
-    raw = [name for name in opened.columns if name in table.columns] if opened else []
+    there = [name for name in opened.columns if name in table.columns] if opened else []
     prepare = opened.preprocess if opened else None
-    if prepare is None or not raw:
+    if prepare is None or not there:
         try:
             made = fit(table, found.wanted)
         except UserError as error:
-            also = f" Or bring {' or '.join(opened.columns)}." if opened and opened.columns else ""
+            raw = opened.columns[0] if opened and opened.columns else ""
+            also = f" Or bring raw samples, in a column such as {raw!r}." if raw else ""
             raise UserError(f"{error}{also}") from error
         return lambda row: found.nest(made.inputs(row)), made.inputs, None, list(made.notes)
 
     def given(row: int) -> dict[str, Any]:
-        return {name: table.columns[name][row] for name in raw}
+        return {name: table.columns[name][row] for name in there}
 
     def prepared(row: int) -> dict[str, Tensor]:
         try:

@@ -11,6 +11,7 @@ from paredown.core.files import read_parts, write_atomically, write_together
 from paredown.core.results import GOLDEN, Artifact, Run
 from paredown.core.task import Target, Task
 from paredown.data import splits
+from paredown.data.answer import answer_from
 from paredown.report.page import report
 from paredown.run.identity import ignore_of
 from paredown.steps import recipe
@@ -47,6 +48,9 @@ def changed_task(run: Run, task: Task) -> Iterator[str]:
         yield "the task's batch_size"
     if ignore_of(task).get("ignore") != run.details.get("ignore"):
         yield "the task's ignore"
+    kept, now = (run.details.get("source") or {}).get("task"), answer_from(task)
+    if kept and (now is None or now.kind != kept):
+        yield "the kind of the task"
     for name, facts in run.data.items():
         found = getattr(task, name)
         if found is None or splits.fingerprint(found) != facts["fingerprint"]:

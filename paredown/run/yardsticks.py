@@ -9,7 +9,7 @@ from torch.utils.data import Subset
 
 from paredown.core.errors import UserError
 from paredown.core.task import Task
-from paredown.data import batches, evaluate, feed, splits
+from paredown.data import batches, evaluate, feed, reading, splits
 from paredown.graph import machine
 from paredown.graph.model import Model
 from paredown.run.ledger import Ledger, stage_key
@@ -55,8 +55,9 @@ def _found(model: Model, task: Task) -> dict[str, list[float]]:
 
 
 def _loss(model: Model, task: Task) -> list[float]:
-    """In a list, which is empty where there is nothing to train with."""
-    if task.loss is None or task.train is None:
+    """In a list, which is empty where there is nothing to train with, or where the targets are the
+    original's own outputs: then it is nothing but rounding."""
+    if task.loss is None or task.train is None or reading.derived(task.train):
         return []
     data, size = splits.split(task, "train"), feed.size(model, task.batch_size)
     batch: Any = next(iter(feed.every(model, data, size, 1)))

@@ -16,7 +16,10 @@ from paredown.graph import machine
 
 KINDS = "biufU"  # of NumPy's dtypes: booleans, whole numbers, floats and texts
 SHARE = 0.5  # of the free memory that what is packed may take once it is read
-BROKEN = (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error, NotImplementedError)
+BROKEN = (  # NotImplementedError is one too: a zip that is packed in another way, or has a password
+    *(OSError, EOFError, ValueError, RuntimeError),
+    *(zipfile.BadZipFile, zlib.error, LookupError, TypeError, OverflowError),
+)
 
 
 def read_npz(path: Path) -> Table:
@@ -29,7 +32,12 @@ def read_npz(path: Path) -> Table:
         with zipfile.ZipFile(path) as packed:
             members = packed.infolist()
             _check_memory(path, members)
-            columns = {_name(each.filename): _member(path, packed, each) for each in members}
+            names = [_name(each.filename) for each in members]
+            if len(set(names)) < len(names):
+                raise ValueError("an array is there twice")
+            columns = {
+                name: _member(path, packed, each) for name, each in zip(names, members, strict=True)
+            }
     except BROKEN as error:
         raise UserError(f"{path}: is no .npz file, or a damaged one: {error}.") from error
     return Table(str(path), columns, named=len(columns) > 1 or "arr_0" not in columns)
