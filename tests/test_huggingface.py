@@ -17,6 +17,7 @@ from paredown.graph.doors.files import open_file
 from paredown.graph.doors.huggingface import loaded
 from paredown.graph.doors.module import capture_module
 from tests import folders
+from tests.architectures import ARCHITECTURES, make
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -306,6 +307,42 @@ def test_sound_comes_as_numbers(tmp_path):
         opened.preprocess({"audio": [0.0]})
     with torch.no_grad():
         assert opened.module(**opened.example).shape == (1, 3)
+
+
+# --- many -------------------------------------------------------------------------------------
+
+
+TURNS = ("t5", "bart")  # an encoder and a decoder that are called in turn
+ALONE = ("whisper_encoder",)  # a part, which no config can name
+
+
+def of_transformers(name):
+    """The model of transformers among the architectures of that name; None where it is none."""
+    module, _ = make(name)
+    if isinstance(module, hf.PreTrainedModel):
+        return module
+    return next((each for each in module.children() if isinstance(each, hf.PreTrainedModel)), None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_model_of_transformers_computes_the_same(name, tmp_path):
+    model = of_transformers(name)
+    if model is None:
+        pytest.skip("is not of transformers")
+    folders.save(tmp_path, model)
+    if name in TURNS + ALONE:
+        with pytest.raises(UserError, match=r"called in turn|has no model class"):
+            open_file(tmp_path)
+        return
+    opened = open_file(tmp_path)
+    wide = {key: torch.cat([value, value.flip(-1)]) for key, value in opened.example.items()}
+    found = captured(opened)(**wide)
+    found = found if isinstance(found, dict) else {opened.outputs[0]: found}
+    with torch.no_grad():
+        wanted = model(**wide)
+    for key, value in found.items():
+        torch.testing.assert_close(value, wanted[key], rtol=1e-4, atol=1e-4)
 
 
 # --- what is refused -------------------------------------------------------------------------

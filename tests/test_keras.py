@@ -174,15 +174,16 @@ def test_what_keras_predicts_is_computed_in_torch_s_own_layers(make, tmp_path):
     assert analyze(captured).groups
 
 
-WORKED = {
-    conv: ("Conv", 2),
-    depthwise: ("Conv", 4),
-    transformer: ("MatMul", 6),
-}
+WORKED = (
+    (conv, "Conv", 2),
+    (depthwise, "Conv", 4),
+    (transformer, "MatMul", 6),
+    pytest.param(recurrent, "LSTM", 1, marks=pytest.mark.slow),
+)
 
 
-@pytest.mark.parametrize("make", WORKED)
-def test_it_is_cut_and_its_integers_fuse(make, tmp_path):
+@pytest.mark.parametrize(("make", "op", "least"), WORKED)
+def test_it_is_cut_and_its_integers_fuse(make, op, least, tmp_path):
     _, path = saved(make, tmp_path)
     opened = open_file(path)
     model = capture_module(opened.module, opened.example, opened.dynamic)
@@ -194,13 +195,41 @@ def test_it_is_cut_and_its_integers_fuse(make, tmp_path):
     assert count[1] < 0.75 * count[0]
     small = paredown.apply(halved, [paredown.Quantize("int8")], task)
     made = paredown.export(small, paredown.Target(), tmp_path / "net.onnx")
-    op, least = WORKED[make]
     census = onnxruntime.census(Path(made.path))
     assert sum(n for name, n in census.integer_ops.items() if op in name or "Gemm" in name) >= least
     assert not census.unfused, census
     got = paredown.open(made.path)(*(value.numpy() for value in rows.values()))
     wanted = flat_list(small(**rows))
     assert np.abs(got[0] - wanted[0]).max() <= 0.05 * max(np.abs(wanted[0]).max(), 1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "settings", "convolutions"),
+    [
+        ("MobileNetV2", {"alpha": 0.35}, 52),
+        ("EfficientNetB0", {}, 81),
+        ("ResNet50V2", {}, 53),
+    ],
+)
+def test_a_net_of_keras_applications(name, settings, convolutions, tmp_path):
+    def make():
+        kind = getattr(keras.applications, name)
+        return kind(input_shape=(32, 32, 3), weights=None, classes=4, **settings)
+
+    model, path = saved(make, tmp_path)
+    opened = open_file(path)
+    assert not any("Keras's own code" in note for note in opened.notes)
+    rows = some(opened, 4)
+    captured = capture_module(opened.module, opened.example, opened.dynamic)
+    assert not captured.notes
+    with torch.no_grad():
+        np.testing.assert_allclose(captured(**rows), predicted(model, rows)[0], atol=1e-4)
+    data = [({key: value[n] for key, value in rows.items()}, 0) for n in range(4)]
+    task = paredown.Task(opened.example, score=paredown.accuracy, calibration=data)
+    small = paredown.apply(captured, [paredown.PruneChannels(0.5), paredown.Quantize("int8")], task)
+    made = paredown.export(small, paredown.Target(), tmp_path / "net.onnx")
+    assert onnxruntime.census(Path(made.path)).integer_ops["QLinearConv"] == convolutions
 
 
 def test_names_are_keras_s_own(tmp_path):

@@ -134,6 +134,20 @@ def test_a_matrix_that_something_else_reads_too_stays_once_in_the_file():
     assert size < sum(t.nbytes for t in model.state_dict().values()) + 2500
 
 
+def test_biases_that_are_alike_in_both_directions_are_written(tmp_path):
+    """As of a net that came from Keras, which has one bias where torch has two."""
+    net = Tagger("lstm", bidirectional=True, batch_first=True).eval()
+    with torch.no_grad():
+        net.rnn.bias_hh_l0.zero_()
+        net.rnn.bias_hh_l0_reverse.zero_()
+    model = paredown.capture(net, (torch.randn(2, 5, 12),))
+    made = paredown.export(model, paredown.Target(), tmp_path / "net.onnx")
+    with torch.no_grad():
+        wanted = model(*example(model))
+    for mine, its in zip(paredown.open(made.path)(example(model)[0].numpy()), wanted, strict=True):
+        np.testing.assert_allclose(mine, its, rtol=1e-4, atol=1e-5)
+
+
 def test_a_projection_is_refused_in_words(tmp_path):
     model = paredown.capture(nn.LSTM(8, 8, proj_size=4), (torch.randn(3, 1, 8),))
     with pytest.raises(UserError, match="projection"):

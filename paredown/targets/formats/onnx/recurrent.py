@@ -266,7 +266,8 @@ class _Lowering:
             both = [[_ordered(array(v), GATES[self.kind]) for v in part] for part in parts]
             name = f"{_name(parts[0][0])}_gates"
             return self.held(name, np.concatenate([np.stack(each) for each in both], 1))
-        return self.add("Concat", [self._ordered(part, "") for part in parts], axis=1)
+        made = [self._ordered(part, f"{_name(part[0])}_gates") for part in parts]
+        return self.add("Concat", made, axis=1)
 
     def _ordered(self, part: Sequence[ir.Value | None], name: str) -> ir.Value:
         """Floats of all directions, one behind the other, in ONNX's order of gates: one constant,
