@@ -13,12 +13,14 @@ from paredown.core.errors import UserError
 from paredown.core.task import Target, Task
 from paredown.data import feed, splits
 from paredown.graph import structure
+from paredown.graph.bounded import between_0_and_1
 from paredown.graph.capture import capture
 from paredown.graph.model import Model
 from paredown.measure import timing
 from paredown.measure.inputs import arrays, deployed_batch
 from paredown.targets import foreign
 from paredown.targets.devices.device import write_batches
+from paredown.targets.parity import UNIT_ERROR
 
 RUNS = {".onnx": "onnxruntime"}  # a file's ending -> the runtime that opens it by itself
 MOST = 32  # examples
@@ -61,6 +63,7 @@ def _compared(file: Path, model: Model, task: Task, name: str) -> tuple[float, s
     given = feed.whole(model, split, "validation", size, most=-(-MOST // size))
     worst, where, count = 0.0, "an output", 0
     names = [each or "" for each in structure.names(model.outputs)]
+    least = [UNIT_ERROR / TOLERANCE * unit for unit in between_0_and_1(model.graph)]
     target, types = Target(runtime=name), _types(file)
     with (
         tempfile.TemporaryDirectory(prefix="paredown-") as folder,
@@ -78,7 +81,7 @@ def _compared(file: Path, model: Model, task: Task, name: str) -> tuple[float, s
             with torch.no_grad():
                 wanted = [tensor.numpy() for tensor in model.graph(*batch.inputs)]
             for place, at in enumerate(_places(names, probe.output_names)):
-                error = _difference(wanted[place], got[at])
+                error = _difference(wanted[place], got[at], least[place])
                 if error > worst:
                     worst, where = error, f"output {names[place] or probe.output_names[at]!r}"
             count += batch.count
@@ -115,8 +118,8 @@ def _places(ours: list[str], theirs: list[str]) -> list[int]:
     return [theirs.index(name) for name in ours]
 
 
-def _difference(one: np.ndarray, other: np.ndarray) -> float:
-    """The largest difference over the largest value.
+def _difference(one: np.ndarray, other: np.ndarray, least: float = 0.0) -> float:
+    """The largest difference over the largest value, which counts as that much at least.
 
     Example:
         >>> _difference(np.array([2.0, 1.0]), np.array([2.0, 1.5]))
@@ -127,5 +130,5 @@ def _difference(one: np.ndarray, other: np.ndarray) -> float:
     if not one.size:
         return 0.0
     a, b = one.astype(np.float64), other.astype(np.float64)
-    size = max(float(np.abs(a).max()), 1e-6)
+    size = max(float(np.abs(a).max()), least, 1e-6)
     return float(np.abs(a - b).max()) / size
