@@ -17,7 +17,7 @@ from paredown.core.errors import UserError
 from paredown.graph.doors.files import open_file
 from paredown.graph.doors.opened import Opened, Wanted
 from paredown.report.card import card
-from paredown.report.folder import write_folder
+from paredown.report.folder import as_taken, write_folder
 from tests import folders
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -171,6 +171,21 @@ def test_a_card_of_a_file_that_paredown_alone_opens(small):
     varied = dataclasses.replace(opened, inputs=(Wanted("x", "uint8", (None, 3, "width")),))
     assert "'x': np.zeros((1, 3, 1), 'uint8')" in card(run, varied)
     assert "| `x` | uint8 | batch x 3 x width |" in card(run, varied)
+
+
+def test_a_file_that_takes_less_than_the_door_told(small):
+    run, opened, _ = small
+    more = dataclasses.replace(
+        opened,
+        inputs=(Wanted("mask", "int64", (None, 8), optional=True), *opened.inputs),
+        usage='inputs = {"mask": 1, "input": 2}',
+    )
+    taken = as_taken(more, ["input"])
+    assert [each.name for each in taken.inputs] == ["input"]
+    text = card(run, taken, "model.onnx")
+    assert "inputs = {name: inputs[name] for name in ['input']}" in text
+    assert "predict(inputs['input'])" in text and "| `mask`" not in text
+    assert as_taken(more, ["other"]) is more
 
 
 def test_what_cannot_be_written_is_told(small, tmp_path):

@@ -29,7 +29,7 @@ FLOORS = (  # from the top; a room imports itself and the floors below it
 )
 ROOMS = [room for floor in FLOORS[2:] for room in floor]
 FAMILIES = ("steps", "targets.runtimes")  # the members that their dicts name never meet
-OPTIONAL = ["onnxruntime", "openvino", "transformers", "sklearn", "onnx", "scipy.stats"]
+OPTIONAL = ["onnxruntime", "openvino", "transformers", "keras", "sklearn", "onnx", "scipy.stats"]
 LONGEST_FILE, LONGEST_FUNCTION, NINE_OF_TEN = 420, 45, 20  # lines
 
 

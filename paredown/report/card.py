@@ -26,10 +26,6 @@ def card(run: Run, opened: Opened | None = None, file: str | None = None) -> str
     Args:
         opened: the folder or file that the model came from, where it came without source.
         file: the artifact's name beside the card; by default as the run has it.
-
-    Example:
-        >>> card.__name__
-        'card'
     """
     assert run.artifact is not None
     name = file or Path(run.artifact.path).name

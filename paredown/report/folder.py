@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from paredown.core.results import Artifact, Run
 from paredown.core.units import GOALS
 from paredown.graph.doors.opened import Opened
 from paredown.report.card import card
+from paredown.ship.open import open as open_file
 from paredown.targets.artifact import check_kept, parts
 
 CONFIG = "config.json"
@@ -51,8 +54,29 @@ def write_folder(run: Run, opened: Opened, out: str | Path) -> Path:
             write_atomically(out / each.name, read_parts(each))
     text = json.dumps(_config(opened) | {"paredown": done(run, name)}, indent=2, sort_keys=True)
     write_atomically(out / CONFIG, text.encode() + b"\n")
-    write_atomically(out / "README.md", card(run, opened, name).encode())
+    taken = as_taken(opened, open_file(out / name).input_names)
+    write_atomically(out / "README.md", card(run, taken, name).encode())
     return out
+
+
+def as_taken(opened: Opened, names: Sequence[str]) -> Opened:
+    """The same with the inputs that a file takes, in its order; samples may have lacked others.
+
+    Example:
+        >>> import torch
+        >>> from paredown.graph.doors.opened import Wanted
+        >>> inputs = tuple(Wanted(name, "int64", (None,)) for name in ("ids", "mask", "types"))
+        >>> opened = Opened(torch.nn.Identity(), inputs, usage="inputs = {}")
+        >>> [each.name for each in as_taken(opened, ["mask", "ids"]).inputs]
+        ['mask', 'ids']
+    """
+    known = {each.name: each for each in opened.inputs}
+    if not set(names) <= set(known):
+        return opened
+    usage = opened.usage
+    if usage and len(names) < len(known):
+        usage += f"\ninputs = {{name: inputs[name] for name in {list(names)}}}"
+    return replace(opened, inputs=tuple(known[name] for name in names), usage=usage)
 
 
 def shipped_name(file: Path) -> str:

@@ -121,7 +121,10 @@ def length_of(path: Path, found: Any, model: nn.Module) -> tuple[int, str]:
     most = _most(path, found, model)
     length = LENGTH if most is None else min(most, LENGTH)
     told = "takes any number" if most is None else f"takes up to {most}"
-    return length, f"texts are cut and padded to {length} tokens; the model {told}"
+    more = (
+        "; for longer ones write task() in a Python file" if most is None or most > length else ""
+    )
+    return length, f"texts are cut and padded to {length} tokens; the model {told}{more}"
 
 
 def _most(path: Path, found: Any, model: nn.Module) -> int | None:

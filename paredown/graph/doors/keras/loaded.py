@@ -2,43 +2,58 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from paredown.core.errors import UserError
 
-BACKEND, WANTED = "KERAS_BACKEND", "torch"
+WANTED = {"KERAS_BACKEND": "torch", "KERAS_TORCH_DEVICE": "cpu"}  # read when Keras is imported
 EXTRA = "install it with: pip install 'paredown[keras]'"
 
 
 def library() -> Any:
-    """The package keras, on the torch backend.
+    """The package keras, on the torch backend and the processor, where paredown's models are.
 
     Raises:
-        UserError: it is not installed, or was imported with another backend.
+        UserError: it is not installed, or was imported with another backend or for another device.
     """
-    given = os.environ.get(BACKEND)
-    if "keras" not in sys.modules:
-        os.environ[BACKEND] = WANTED
     try:
-        import h5py  # noqa: F401  # what the weights are in
-        import keras
+        with _environment():
+            import h5py  # noqa: F401  # what the weights are in
+            import keras
     except ImportError as error:
         raise UserError(
             f"a Keras file is read by keras and h5py, and {error.name} is not installed; {EXTRA}."
         ) from error
-    finally:
-        os.environ.pop(BACKEND, None)
-        if given is not None:
-            os.environ[BACKEND] = given
-    if keras.config.backend() != WANTED:
-        raise UserError(
-            f"keras was imported with its {keras.config.backend()} backend; expected torch: set "
-            f"{BACKEND}=torch before keras is imported."
-        )
+    found = {"KERAS_BACKEND": keras.config.backend()}
+    if found["KERAS_BACKEND"] == WANTED["KERAS_BACKEND"]:
+        from keras.src.backend.torch import core
+
+        found["KERAS_TORCH_DEVICE"] = core.get_device()
+    for name, value in found.items():
+        if value != WANTED[name]:
+            raise UserError(
+                f"keras was imported with {name}={value}; expected {WANTED[name]}: set "
+                f"{name}={WANTED[name]} before keras is imported."
+            )
     return keras
+
+
+@contextlib.contextmanager
+def _environment() -> Iterator[None]:
+    """Within it Keras is imported as is wanted here; the environment comes back."""
+    given = {name: os.environ.get(name) for name in WANTED}
+    os.environ.update(WANTED)
+    try:
+        yield
+    finally:
+        for name, value in given.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
 
 
 def load(path: Path) -> Any:
