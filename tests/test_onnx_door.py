@@ -22,6 +22,11 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 FLOAT, INT64 = TensorProto.FLOAT, TensorProto.INT64
 
 
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
 def file_of(path, nodes, inputs, outputs, known=(), opset=17, domains=(), **more):
     """An ONNX file of these nodes; inputs and outputs are (name, type, shape)."""
     graph = helper.make_graph(
