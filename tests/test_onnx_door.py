@@ -22,6 +22,11 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 FLOAT, INT64 = TensorProto.FLOAT, TensorProto.INT64
 
 
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
 def file_of(path, nodes, inputs, outputs, known=(), opset=17, domains=(), **more):
     """An ONNX file of these nodes; inputs and outputs are (name, type, shape)."""
     graph = helper.make_graph(
@@ -368,3 +373,27 @@ def test_an_example_must_fit_the_file(tmp_path):
         paredown.capture(path, {"other": torch.zeros(1, 4)})
     with pytest.raises(UserError, match=r"has 2 inputs, and model\.onnx wants 1: x"):
         paredown.capture(path, (torch.zeros(1, 4), torch.zeros(1)))
+
+
+def test_a_branch_reads_the_weights_around_it(tmp_path):
+    """One branch has a layer by a weight that is turned there, and not elsewhere."""
+
+    def branch(name, *nodes):
+        told = helper.make_tensor_value_info(name, FLOAT, None)
+        return helper.make_graph(list(nodes), name, [], [told])
+
+    node = helper.make_node
+    taken = branch("t", node("MatMul", ["x", "w"], ["t"]))
+    other = branch("e", node("Neg", ["x"], ["e"]))
+    nodes = [
+        node("Shape", ["x"], ["s"], start=1, end=2),
+        node("Equal", ["s", "four"], ["c"]),
+        node("If", ["c"], ["a"], then_branch=taken, else_branch=other),
+        node("ReduceSum", ["w"], ["b"]),
+        node("Add", ["a", "b"], ["y"]),
+    ]
+    known = {"four": np.array([4]), "w": np.random.RandomState(0).randn(4, 4).astype(np.float32)}
+    ends = [("x", FLOAT, ["n", 4])], [("y", FLOAT, None)]
+    path = file_of(tmp_path / "m.onnx", nodes, *ends, known)
+    model = paredown.capture(path)
+    assert agrees(model, path, {"x": torch.randn(3, 4)})

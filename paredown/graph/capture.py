@@ -1,4 +1,5 @@
-"""Anything a user brings -> Model: an ``nn.Module``, a Python file, a ``.pt2`` program."""
+"""Anything a user brings -> Model: an ``nn.Module``, a Python file, a ``.pt2`` program, a file
+without source by the doors of `paredown.graph.doors.files`."""
 
 from __future__ import annotations
 
@@ -34,8 +35,10 @@ def capture(
     Args:
         module: an ``nn.Module``, a Python file that defines ``model()`` and (unless ``example`` is
             given) ``task()``, or a ``.pt2`` file. Both files are code: name only those you trust.
+            A file without source, such as an ONNX file, is data; its model is called by keyword.
         example: inputs as deployed, batch dimension first; a tuple, or a dict of keyword inputs.
-            Comes from the task where ``module`` is a Python file, from the program for a ``.pt2``.
+            Comes from the task where ``module`` is a Python file, from the program for a ``.pt2``,
+            and is made from what it declares for a file without source.
         dynamic: dimensions besides the batch that vary: for each input ``{dim: "name"}`` or None.
 
     Raises:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,7 +16,7 @@ from paredown.graph.doors.onnx.fold import fold
 from paredown.graph.doors.onnx.module import Failed, OnnxModule
 from paredown.graph.doors.onnx.patterns import PATTERNS, linear, quantized
 from paredown.graph.doors.onnx.patterns.match import put_together
-from paredown.graph.doors.onnx.program import Program
+from paredown.graph.doors.onnx.program import Array, Node, Program, inner
 from paredown.graph.doors.onnx.read import Read, read
 from paredown.graph.doors.onnx.ties import tied
 from paredown.graph.doors.opened import Opened, Wanted
@@ -58,7 +60,36 @@ def normalised(program: Program) -> Program:
     """Weights turned as PyTorch has them, constants folded, patterns put together."""
     program = put_together(program.without_unused(), quantized.PATTERNS)
     program = put_together(program, linear.PATTERNS)
-    return put_together(fold(program), PATTERNS)
+    program = put_together(fold(program), PATTERNS)
+    if not any(map(inner, program.nodes)):
+        return program
+    return program.with_nodes([_with_branches(node, program.known) for node in program.nodes])
+
+
+def _with_branches(node: Node, known: Mapping[str, Array]) -> Node:
+    """The same for the graphs within a node, which read the arrays around them."""
+    attributes = {
+        name: _branch(value, known) if isinstance(value, Program) else value
+        for name, value in node.attributes.items()
+    }
+    return replace(node, attributes=attributes)
+
+
+def _branch(program: Program, known: Mapping[str, Array]) -> Program:
+    made = normalised(replace(program, known={**known, **program.known}))
+    # What was turned here alone has a name of its own.
+    other = {
+        name: f"{name}_inside"
+        for name, array in made.known.items()
+        if name in known and array is not known[name]
+    }
+    nodes = [
+        replace(node, inputs=tuple(other.get(name, name) for name in node.inputs))
+        for node in made.nodes
+    ]
+    arrays = {other.get(name, name): array for name, array in made.known.items()}
+    outputs = tuple(other.get(name, name) for name in made.outputs)
+    return replace(made, nodes=tuple(nodes), known=arrays, outputs=outputs)
 
 
 def _tie_notes(names: list[tuple[str, str]]) -> list[str]:

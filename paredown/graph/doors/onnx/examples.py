@@ -17,9 +17,10 @@ LARGEST = 1 << 26  # numbers of an input that is made; a larger one is left to t
 def tries(inputs: tuple[Wanted, ...]) -> Iterator[dict[str, Tensor]]:
     """Inputs at one size after another, a batch of one, until the model runs at one."""
     seen = set()
+    batches = frozenset(e.shape[0] for e in inputs if e.shape and isinstance(e.shape[0], str))
     images = any(len(each.shape) == 4 for each in inputs)
     for size in IMAGE_SIZES + SIZES if images else SIZES:
-        shapes = tuple(shape_of(each, size) for each in inputs)
+        shapes = tuple(shape_of(each, size, batches) for each in inputs)
         if shapes in seen:
             continue
         seen.add(shapes)
@@ -30,14 +31,18 @@ def tries(inputs: tuple[Wanted, ...]) -> Iterator[dict[str, Tensor]]:
             }
 
 
-def shape_of(wanted: Wanted, size: int) -> tuple[int, ...]:
-    """The declared shape with this size where there is none; the batch is 1.
+def shape_of(
+    wanted: Wanted, size: int, batches: frozenset[int | str | None] = frozenset()
+) -> tuple[int, ...]:
+    """The declared shape with this size where there is none; the batch, by its names, is 1.
 
     Example:
         >>> shape_of(Wanted("x", "float32", ("batch", 3, None)), 8)
         (1, 3, 8)
     """
-    sizes = [size if not isinstance(each, int) else each for each in wanted.shape]
+    sizes = [
+        each if isinstance(each, int) else 1 if each in batches else size for each in wanted.shape
+    ]
     if sizes and not isinstance(wanted.shape[0], int):
         sizes[0] = 1
     if (

@@ -199,11 +199,11 @@ def reduce(function: Callable[[Any, Any], Any], start: Any, since: int) -> Calla
     """Over all of an array of one axis."""
 
     def run(call: Call) -> Any:
-        axes = call.axes(1, since)
+        axes, alone = call.axes(1, since), call.attribute("noop_with_empty_axes", 0)
         data = call.host(0)
         if data.ndim != 1 or (axes is not None and [a % data.ndim for a in axes] != [0]):
             return NotImplemented
-        if axes is None and call.attribute("noop_with_empty_axes", 0):
+        if axes is None and alone:
             return NotImplemented
         found = start
         for place, each in enumerate(data.tolist()):

@@ -19,8 +19,9 @@ def reduce(function: Function, since: int = 18) -> Callable[[Call], Tensor]:
     def run(call: Call) -> Tensor:
         x, axes = call.tensor(0), call.axes(1, since)
         keep = bool(call.attribute("keepdims", 1))
+        alone = call.attribute("noop_with_empty_axes", 0)
         if not axes:
-            if call.attribute("noop_with_empty_axes", 0):
+            if alone:
                 return _alone(function, x)
             axes = list(range(x.dim()))
         if not axes:
