@@ -196,6 +196,10 @@ def test_explain_and_validate_take_what_the_run_was_started_from(ran, paredown_c
     code, out, _ = paredown_cli("validate", "r/model.onnx", *named, *words)
     [found] = json.loads(out)["validations"]
     assert code == 0 and found["measured"]["compressed"]["examples"] == 24
+    code, out, _ = paredown_cli("validate", "net.onnx", "--data", "x.npz", *words)
+    [found] = json.loads(out)["validations"]
+    assert code == 0 and found["measured"]["compressed"]["score"] == 1.0
+    assert "No original is named (--file): the file is held against itself." in found["notes"]
 
 
 def test_what_a_run_was_started_from_is_found_or_named(ran):

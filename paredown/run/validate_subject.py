@@ -157,6 +157,8 @@ def of_file(file: Path, source: Source | None) -> Subject:
         model = capture(module, task.example, task.dynamic)
     notes = [] if there.is_file() else [f"No {GOLDEN} lies beside it."]
     notes += fidelity_note(task) if task else ()
+    if source is not None and Path(source.file) == file:
+        notes.append("No original is named (--file): the file is held against itself.")
     if task is None:
         notes.append("No task is named (--file, --data), so nothing is scored.")
     if task is None and not there.is_file():
