@@ -63,6 +63,7 @@ def run(
     from paredown.data.load import load_told
     from paredown.run import arrival
     from paredown.run.compress import compress
+    from paredown.run.departure import as_folder
     from paredown.run.words import print_run
     from paredown.steps import recipe
 
@@ -74,6 +75,7 @@ def run(
         arrival.told(file, module, task)
         command = shlex.join(["paredown", *sys.argv[1:]])
         finished = compress(module, task, goals, target, steps, out, seed, command, source)
+        as_folder(finished, source)
     if as_json:
         print(finished.to_json())
     else:
