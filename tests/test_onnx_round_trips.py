@@ -78,7 +78,8 @@ def test_out_and_in_again(name, tmp_path):
         assert sizes(made) == sizes(model)
     again = back(made, tmp_path / "two.onnx")
     assert close(run(again), run(model))
-    assert sizes(again) == sizes(made)
+    if name not in OTHERWISE:
+        assert sizes(again) == sizes(made)
 
 
 @pytest.mark.parametrize("name", [case(name) for name in FUSED])
