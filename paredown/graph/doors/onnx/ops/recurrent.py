@@ -10,7 +10,7 @@ from torch import Tensor
 
 from paredown.graph.doors.onnx.call import Call
 
-USUAL = {"LSTM": ["Sigmoid", "Tanh", "Tanh"], "GRU": ["Sigmoid", "Tanh"], "RNN": ["Tanh"]}
+GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
 
 
 def layer(call: Call) -> tuple[Tensor, ...]:
@@ -27,6 +27,7 @@ def layer(call: Call) -> tuple[Tensor, ...]:
     states = [
         _state(call, x, 1 + count + n, ways, width) for n in range(2 if kind == "LSTM" else 1)
     ]
+    _check(kind, x, weights, states, (ways, width), biased)
     options = (biased, 1, 0.0, call.training, ways == 2, False)
     if kind == "LSTM":
         made, last, cell = torch.lstm(x, states, weights, *options)
@@ -44,6 +45,33 @@ def layer(call: Call) -> tuple[Tensor, ...]:
         found[0] = y.movedim(2, 0)
         found[1:] = [each.transpose(0, 1) for each in found[1:]]
     return tuple(found)
+
+
+def _check(
+    kind: str,
+    x: Tensor,
+    weights: list[Tensor],
+    states: list[Tensor],
+    size: tuple[int, int],
+    biased: bool,
+) -> None:
+    """PyTorch's own ops read beyond tensors of other sizes, and take the process with them.
+
+    Args:
+        size: directions, and the width of the state.
+    """
+    ways, width = size
+    rows = GATES[kind] * width
+    if x.dim() != 3:
+        raise ValueError(f"expected inputs of 3 dimensions, got {x.dim()}")
+    wanted: list[tuple[Any, ...]] = [(rows, x.shape[2]), (rows, width)]
+    wanted += [(rows,), (rows,)] if biased else []
+    wanted = [*wanted * ways, *[(ways, x.shape[1], width)] * len(states)]
+    for expected, each in zip(wanted, [*weights, *states], strict=True):
+        if len(each.shape) != len(expected) or any(
+            one != other for one, other in zip(each.shape, expected, strict=True)
+        ):
+            raise ValueError(f"expected a tensor of {expected}, got {tuple(each.shape)}")
 
 
 def _state(call: Call, x: Tensor, place: int, ways: int, width: int) -> Tensor:
