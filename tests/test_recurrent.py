@@ -239,3 +239,26 @@ def test_openvino_opens_recurrent_layers_beside_static_ranges(tmp_path):
     small = paredown.apply(net, [paredown.Quantize()], given, paredown.Target("openvino"))
     path = paredown.export(small, paredown.Target("openvino"), tmp_path / "net.xml").path
     assert cosine(paredown.open(path)(x[:1].numpy())[0], net(x[:1])[0].detach().numpy()) > 0.999
+
+
+class Stateful(nn.Module):
+    """Its first states are inputs, (B, 1, H)."""
+
+    def __init__(self):
+        super().__init__()
+        self.rnn = nn.LSTM(8, 16, batch_first=True)
+
+    def forward(self, x, h, c):
+        first = h.transpose(0, 1).contiguous(), c.transpose(0, 1).contiguous()
+        return self.rnn(x, first)[0]
+
+
+@pytest.mark.parametrize("examples", [2, 5])
+def test_states_of_another_batch_are_refused(examples):
+    """PyTorch's op would read beyond them, and end the process."""
+    given = torch.randn(2, 5, 8), torch.randn(2, 1, 16), torch.randn(2, 1, 16)
+    model = paredown.capture(Stateful().eval(), given, ({1: "length"}, None, None))
+    states = torch.randn(examples, 1, 16), torch.randn(examples, 1, 16)
+    with pytest.raises(UserError, match=rf"'h': its dimension 0 \(batch\) is {examples}, and 3"):
+        model(torch.randn(3, 7, 8), *states)
+    assert model(torch.randn(3, 7, 8), *torch.randn(2, 3, 1, 16)).shape == (3, 7, 16)

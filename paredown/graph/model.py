@@ -17,6 +17,7 @@ from paredown.core.settings import check_arguments
 from paredown.graph import lazily, mode, store, structure
 from paredown.graph.holds.sharing import Sharing
 from paredown.graph.parts import Input, told
+from paredown.graph.sites import RECURRENT
 from paredown.graph.state import owner_of
 
 
@@ -74,6 +75,8 @@ class Model:
             )
         for item, leaf in zip(self.inputs, leaves, strict=True):
             check_shape(item, leaf)
+        if any(node.target in RECURRENT for node in self.graph.graph.nodes):
+            check_alike(self.inputs, leaves)
         return leaves
 
     @property
@@ -153,6 +156,24 @@ class Model:
             UserError: they are damaged, or not a paredown model.
         """
         return store.decode(data, where, Model)
+
+
+def check_alike(inputs: tuple[Input, ...], tensors: list[Tensor]) -> None:
+    """Refuse sizes of one name that differ: recurrent ops read beyond a state of fewer examples
+    than their input has, and take the process with them.
+
+    Raises:
+        UserError: says which inputs, and their sizes.
+    """
+    seen: dict[str, tuple[str, int]] = {}
+    for item, tensor in zip(inputs, tensors, strict=True):
+        for dim, name in item.dynamic.items():
+            first, size = seen.setdefault(name, (item.name, tensor.shape[dim]))
+            if size != tensor.shape[dim]:
+                raise UserError(
+                    f"input {item.name!r}: its dimension {dim} ({name}) is {tensor.shape[dim]}, "
+                    f"and {size} in {first!r}; recurrent layers need them alike."
+                )
 
 
 def check_shape(item: Input, tensor: Tensor) -> None:

@@ -31,7 +31,7 @@ _OPS: dict[Any, tuple[str, int, int, int | None, int]] = {
     aten.matmul.default: ("matmul", 0, 1, None, 1),
     aten.embedding.default: ("embedding", 1, 0, None, 0),
 }
-_RECURRENT = (aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input)
+RECURRENT = (aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input)
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def _sites_of(node: fx.Node, graph: fx.GraphModule) -> Iterator[Site]:
         if name is not None and tensor_of(graph, name).dim() >= 2:
             bias_name = None if bias is None else _parameter(node, bias)
             yield Site(node, kind, name, bias_name, axis)
-    elif node.target in _RECURRENT:
+    elif node.target in RECURRENT:
         weights: Any = node.args[2]
         for weight in weights:
             name = _parameter_of(weight)
