@@ -273,3 +273,19 @@ def test_weights_that_are_not_numbers(tmp_path):
     )
     model = paredown.capture(path)
     assert model(x=torch.zeros(2, 4)).tolist() == [[1.0, 0.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0]]
+
+
+def test_states_of_another_batch_are_told(tmp_path):
+    """PyTorch's op would read beyond them, and end the process."""
+    rng = np.random.default_rng(0)
+    known = {"W": rng.normal(size=(1, 16, 3)), "R": rng.normal(size=(1, 16, 4))}
+    known = {name: array.astype(np.float32) for name, array in known.items()}
+    states = [value(name, FLOAT, [1, "N", 4]) for name in ("h", "c")]
+    layer = node("LSTM", ["x", "W", "R", "", "", "h", "c"], ["y"], name="rnn", hidden_size=4)
+    inputs = [value("x", FLOAT, ["T", "B", 3]), *states]
+    path = saved(tmp_path / "states.onnx", [layer], known, inputs)
+    given = {"x": torch.randn(5, 2, 3), "h": torch.zeros(1, 9, 4), "c": torch.zeros(1, 9, 4)}
+    with pytest.raises(UserError, match=r"rnn.*expected a tensor of \(1, 2, 4\), got \(1, 9, 4\)"):
+        paredown.capture(path, given)
+    given |= {"h": torch.zeros(1, 2, 4), "c": torch.zeros(1, 2, 4)}
+    assert [each.name for each in paredown.capture(path, given).inputs] == ["x", "h", "c"]
