@@ -21,6 +21,7 @@ from typing import Any
 import int8
 import numpy as np
 import onnxruntime as ort
+import peers
 import shapes
 import tables
 import torch
@@ -161,31 +162,8 @@ def _ours(bare: Bare, calibration: Arrays, folder: Path) -> Path:
 
 
 def _static(bare: Bare, calibration: Arrays, folder: Path) -> Path:
-    """As ONNX Runtime's documentation recommends for x86 with VNNI."""
-    from onnxruntime import quantization
-    from onnxruntime.quantization.shape_inference import quant_pre_process
-
-    class Reader(quantization.CalibrationDataReader):  # type: ignore[misc]
-        def __init__(self) -> None:
-            self.feeds = iter(
-                {k: v[n : n + 1] for k, v in calibration.items()} for n in range(CALIBRATION)
-            )
-
-        def get_next(self) -> Arrays | None:
-            return next(self.feeds, None)
-
-    prepared, path = folder / "prepared.onnx", folder / "static.onnx"
-    quant_pre_process(str(bare.path), str(prepared))
-    quantization.quantize_static(
-        prepared,
-        path,
-        Reader(),
-        quant_format=quantization.QuantFormat.QDQ,
-        activation_type=quantization.QuantType.QUInt8,
-        weight_type=quantization.QuantType.QInt8,
-        per_channel=True,
-    )
-    return path
+    feeds = ({k: v[n : n + 1] for k, v in calibration.items()} for n in range(CALIBRATION))
+    return peers.quantized_static(bare.path, feeds, folder / "static.onnx")
 
 
 def _dynamic(bare: Bare, calibration: Arrays, folder: Path) -> Path:

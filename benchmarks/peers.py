@@ -80,33 +80,35 @@ def onnxruntime_int8(
     module: nn.Module, examples: Dataset, path: Path, transformer: bool = False
 ) -> Path:
     """As its documentation recommends for x86 with VNNI: QDQ, uint8 x int8, per channel, MinMax."""
+    float_file = export_float(module, examples, path.with_suffix(".float.onnx"))
+    with quiet():
+        quantized_static(float_file, _feeds(float_file, examples), path)
+    float_file.unlink()
+    return path
+
+
+def quantized_static(float_file: Path, feeds: Iterator[dict[str, np.ndarray]], path: Path) -> Path:
+    """The same of any ONNX file, calibrated on what it is fed."""
     from onnxruntime import quantization
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    float_file = export_float(module, examples, path.with_suffix(".float.onnx"))
-
     class Reader(quantization.CalibrationDataReader):
-        def __init__(self) -> None:
-            self.batches = _feeds(float_file, examples)
-
         def get_next(self) -> dict[str, np.ndarray] | None:
-            return next(self.batches, None)
+            return next(feeds, None)
 
     prepared = path.with_suffix(".prepared.onnx")
-    with quiet():
-        quant_pre_process(str(float_file), str(prepared))
-        quantization.quantize_static(
-            prepared,
-            path,
-            Reader(),
-            quant_format=quantization.QuantFormat.QDQ,
-            activation_type=quantization.QuantType.QUInt8,
-            weight_type=quantization.QuantType.QInt8,
-            per_channel=True,
-            calibrate_method=quantization.CalibrationMethod.MinMax,
-        )
+    quant_pre_process(str(float_file), str(prepared))
+    quantization.quantize_static(
+        prepared,
+        path,
+        Reader(),
+        quant_format=quantization.QuantFormat.QDQ,
+        activation_type=quantization.QuantType.QUInt8,
+        weight_type=quantization.QuantType.QInt8,
+        per_channel=True,
+        calibrate_method=quantization.CalibrationMethod.MinMax,
+    )
     prepared.unlink()
-    float_file.unlink()
     return path
 
 
