@@ -155,7 +155,7 @@ def _confirm_on(
     errors = [UNIT_ERROR * unit for unit in between_0_and_1(model.graph)]
     ranked = _ranked(expected, got, predictor.output_names, errors)
     agrees = ranked[0][0] >= least_db
-    if not (agrees and trial.edge) and pairs and quantized:
+    if not (agrees and (trial.edge or trial.resized)) and pairs and quantized:
         agrees |= _saturates(model, path, trial, pairs, expected, got if not agrees else None)
     if agrees:
         return
