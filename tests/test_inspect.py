@@ -206,12 +206,13 @@ def test_a_model_without_groups_says_so(user, paredown_cli):
         ("nowhere.py", r"nowhere\.py: no such file"),
         ("nowhere.safetensors", r"nowhere\.safetensors: no such file"),
         ("net.onnx", r"net\.onnx: is no ONNX file, or a damaged one: an empty file"),
-        ("net.tflite", r"expected a Python file with model\(\) and task\(\)"),
+        ("net.bin", r"expected a Python file with model\(\) and task\(\)"),
     ],
 )
 def test_a_wrong_file_is_a_sentence(paredown_cli, tmp_path, monkeypatch, name, said):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "net.onnx").touch()
+    (tmp_path / "net.bin").touch()
     code, _, err = paredown_cli("inspect", name)
     assert code == 1 and re.search(said, err)
 
