@@ -24,7 +24,7 @@ soak: $(STAMP)
 	PAREDOWN_SOAK=$(SOAK) $(BIN)/python -m pytest -q -s -m "" tests/test_serve_soak.py tests/test_hostile.py
 
 demo: $(STAMP)
-	$(BIN)/paredown run examples/digits.py --max-drop 2% --size 0.1x --latency 0.35x --out runs/digits
+	$(BIN)/paredown run examples/digits.py --max-drop 2% --size 0.1x --latency 0.5x --out runs/digits
 
 demo-serve: demo
 	$(BIN)/python examples/serve_digits.py runs/digits

@@ -1,6 +1,6 @@
 """Handwritten digits with MLPerf Tiny's ResNet-8 at twice its width, 0.3 M parameters.
 
-`paredown run examples/digits.py --max-drop 2% --size 0.1x --latency 0.35x --out runs/digits`
+`paredown run examples/digits.py --max-drop 2% --size 0.1x --latency 0.5x --out runs/digits`
 """
 
 from pathlib import Path
