@@ -29,7 +29,7 @@ OTHERWISE = {
     "speech_features": "its layers began alike, and are one in the file",
     "fnet": "the transform over two axes is two over one each in the file",
     "nbeats": "the backcast that nothing reads is not in the file",
-    "bloom": "its heads are not found through the sum with the distances, which is apart there",
+    "bloom": "not traced: fewer of its groups are found from the file",
     "mamba": "its layers' A began alike, and is one in the file",
     "swin_v2": "its table of positions is computed in the file",
     "gru_bidirectional": "its two layers are two ops in the file, which are cut apart",

@@ -12,9 +12,8 @@ from torch import Tensor
 
 from paredown.core.errors import UserError
 from paredown.graph import structure
-from paredown.graph.capture import capture, with_origin
+from paredown.graph.capture import capture, capture_opened
 from paredown.graph.doors import files
-from paredown.graph.doors.module import capture_module, check_parameters
 from paredown.graph.doors.opened import Opened, Wanted
 from paredown.graph.doors.other_files import told
 from paredown.graph.model import Model
@@ -87,9 +86,7 @@ def _captured(opened: Opened, example: dict[str, Tensor]) -> Model:
     dynamic = opened.dynamic
     if isinstance(dynamic, dict):
         dynamic = {name: each for name, each in dynamic.items() if name in example} or None
-    check_parameters(opened.module)
-    model = capture_module(opened.module, example, dynamic)
-    return with_origin(model, opened)
+    return capture_opened(opened, example, dynamic)
 
 
 def _of_graph(model: Model) -> Brought:

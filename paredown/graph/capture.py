@@ -86,15 +86,18 @@ def _capture_opened(opened: Opened, path: Path, example: Example | None, dynamic
     names = [each.name for each in opened.inputs]
     if isinstance(dynamic, (tuple, list)) and len(dynamic) == len(names):
         dynamic = dict(zip(names, dynamic, strict=True))
-    check_parameters(opened.module)
     named = _named(opened, chosen, path)
-    model = capture_module(opened.module, named, opened.dynamic if dynamic is None else dynamic)
     made = () if example is not None else _made_note(opened, named)
-    return with_origin(model, opened, made)
+    return capture_opened(opened, named, opened.dynamic if dynamic is None else dynamic, made)
 
 
-def with_origin(model: Model, opened: Opened, made: tuple[str, ...] = ()) -> Model:
-    """The capture of what a door opened, with the door's notes and its name of the output."""
+def capture_opened(
+    opened: Opened, example: dict[str, Any], dynamic: Any, made: tuple[str, ...] = ()
+) -> Model:
+    """The capture of what a door opened, with the door's notes, those on how its example was made,
+    and its name of the output."""
+    check_parameters(opened.module)
+    model = capture_module(opened.module, example, dynamic)
     outputs = model.outputs
     if outputs == "*" and len(opened.outputs) == 1:
         outputs = structure.alone(opened.outputs[0])

@@ -75,7 +75,7 @@ class Model:
             )
         for item, leaf in zip(self.inputs, leaves, strict=True):
             check_shape(item, leaf)
-        if any(node.target in RECURRENT for node in self.graph.graph.nodes):
+        if len(leaves) > 1 and any(n.target in RECURRENT for n in self.graph.graph.nodes):
             check_alike(self.inputs, leaves)
         return leaves
 

@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from paredown.core.task import KINDS as KINDS  # those of an `Opened`
 from paredown.graph.doors.example import Example
 
 
@@ -44,7 +43,7 @@ class Opened:
         preprocess: from one raw example, a dict of column -> value (text as str, a picture as a
             uint8 array (H, W, C)), to the module's inputs without a batch dimension, by name.
         columns: the columns that ``preprocess`` reads.
-        kind: of ``KINDS``, where the file tells it.
+        kind: of `paredown.core.task.KINDS`, where the file tells it.
         classes: names of the classes, where the file tells them.
         files: that travel with the artifact, such as those of a tokenizer.
         card: what is known of the origin, for a model card: title -> text.
