@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import multiprocessing
 import pickle
-import signal
-import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -23,6 +22,7 @@ from paredown.data.reading import Split
 from paredown.graph import machine
 
 FORK = "fork"  # how processes start that can be given any dataset, where the system has it
+POLL = 0.5  # seconds between looks whether the processes that are waited for live
 
 
 def batches(
@@ -110,30 +110,6 @@ def _only(answers: list[Any]) -> Any:
 
 def _ahead(data: Dataset[Any], wanted: list[list[int]], seed: int, workers: int) -> Iterator[Any]:
     """The answers of the processes, in the order of what is wanted."""
-    with _handler_given_back():
-        yield from _answers(data, wanted, seed, workers)
-
-
-@contextlib.contextmanager
-def _handler_given_back() -> Iterator[None]:
-    """What happens when a child ends is afterwards what it was: PyTorch's loader leaves a handler
-    of that signal behind, and a process in which ExecuTorch has run may not survive one."""
-    before = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
-    try:
-        yield
-    finally:
-        here = threading.current_thread() is threading.main_thread()
-        if before is not None and here and not _is_loaders(before):
-            if _is_loaders(signal.getsignal(signal.SIGCHLD)):
-                signal.signal(signal.SIGCHLD, before)
-                signal_handling._SIGCHLD_handler_set = False  # the next loader is to set its own
-
-
-def _is_loaders(handler: Any) -> bool:
-    return getattr(handler, "__module__", "") == signal_handling.__name__
-
-
-def _answers(data: Dataset[Any], wanted: list[list[int]], seed: int, workers: int) -> Iterator[Any]:
     able = multiprocessing.get_all_start_methods()
     name = reading.named(data)
     loader: DataLoader[Any] = DataLoader(
@@ -145,18 +121,36 @@ def _answers(data: Dataset[Any], wanted: list[list[int]], seed: int, workers: in
         generator=torch.Generator(),
     )
     try:
-        found = iter(loader)
+        with _no_handler():
+            found = iter(loader)
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         raise UserError(
             f"{name}: its dataset cannot be given to other processes: {error}; define it and its "
             "functions at the top of a file, or leave Task(workers=) at 0."
         ) from error
+    # How often it looks whether they live, while it waits.
+    found._try_get_data = functools.partial(found._try_get_data, POLL)  # type: ignore[attr-defined]
     try:
         yield from _told(found, name)
     finally:
         # Now: where a traceback holds it until it is collected, its queues are closed before it can
         # tell the processes to end, and it waits ten seconds for them.
         found._shutdown_workers()  # type: ignore[attr-defined]
+
+
+@contextlib.contextmanager
+def _no_handler() -> Iterator[None]:
+    """PyTorch's loader sets no handler of the signal that a child has ended.
+
+    A signal's handler runs in the midst of whatever this process does, and one in which several
+    runtimes have run does not always survive it; the loader sees a process that ended without it.
+    """
+    before = signal_handling._SIGCHLD_handler_set
+    signal_handling._SIGCHLD_handler_set = True
+    try:
+        yield
+    finally:
+        signal_handling._SIGCHLD_handler_set = before
 
 
 def _told(found: Iterator[Any], name: str) -> Iterator[Any]:
