@@ -7,6 +7,7 @@ from torch import nn
 import paredown
 from paredown import zoo
 from paredown.core.errors import UserError
+from paredown.graph import layout
 from paredown.zoo.like import Shape, fitting, like
 from paredown.zoo.transformers import Transformer
 
@@ -276,6 +277,51 @@ def test_a_net_of_the_zoo_takes_a_models_place_with_its_names():
     assert torch.equal(*(m.state_dict()["net.head.bias"] for m in (again, again.copy())))
     wide = paredown.Distill(student="zoo:encoder_tiny", alpha=0)
     assert step.contents(task) != wide.contents(task), "a run knows them apart"
+
+
+MOVES = {
+    "permute": (lambda x: x.permute(0, 3, 1, 2), lambda x: x.permute(0, 2, 3, 1)),
+    "movedim": (lambda x: x.movedim(-1, 1), lambda x: x.movedim(1, -1)),
+    "transposes": (
+        lambda x: x.transpose(1, 3).transpose(2, 3),
+        lambda x: x.transpose(2, 3).transpose(1, 3),
+    ),
+    "one channel": (
+        lambda x: x.reshape(-1, 1, *x.shape[1:3]),
+        lambda x: x.reshape(-1, *x.shape[2:], 1),
+    ),
+}
+
+
+class Last(nn.Module):
+    """Pictures with their channels last, as Keras and TensorFlow have them."""
+
+    def __init__(self, moved, maps):
+        super().__init__()
+        self.there, self.back = MOVES[moved]
+        self.channels = 1 if moved == "one channel" else 3
+        self.conv = nn.Conv2d(self.channels, self.channels, 3, padding=1)
+        self.head = None if maps else nn.Linear(self.channels, 5)
+
+    def forward(self, x):
+        x = self.conv(self.there(x / 255)).relu()
+        return self.back(x).sigmoid() if self.head is None else self.head(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("moved", MOVES)
+@pytest.mark.parametrize(("student", "maps"), [("zoo:resnet_8", False), ("zoo:unet", True)])
+def test_a_student_of_channels_last_sees_them_as_channels(moved, student, maps):
+    net = Last(moved, maps)
+    image = torch.rand(1, 16, 24, net.channels)
+    task = paredown.Task(example=(image,), score=None)
+    made = paredown.Distill(student=student, width=0.25, alpha=0)._placed(
+        paredown.capture(net, (image,)), task
+    )
+    stem = next(each for each in made.state_dict().values() if each.dim() == 4)
+    assert stem.shape[1] == net.channels
+    assert made(image.expand(2, -1, -1, -1)).shape == net(image.expand(2, -1, -1, -1)).shape
+    first = paredown.capture(nn.Conv2d(24, 5, 3, padding=1), (torch.rand(1, 24, 16, 3),))
+    assert not layout.takes_channels_last(first.graph), "three columns are no three channels"
 
 
 def test_students_of_the_zoo_that_cannot_be_are_told_before_any_work():

@@ -142,8 +142,8 @@ def _ahead(data: Dataset[Any], wanted: list[list[int]], seed: int, workers: int)
 def _no_handler() -> Iterator[None]:
     """PyTorch's loader sets no handler of the signal that a child has ended.
 
-    A signal's handler runs in the midst of whatever this process does, and one in which several
-    runtimes have run does not always survive it; the loader sees a process that ended without it.
+    A signal's handler runs in the midst of whatever this process does, and processes in which
+    runtimes had run ended now and then while it was set; the loader sees without it who ended.
     """
     before = signal_handling._SIGCHLD_handler_set
     signal_handling._SIGCHLD_handler_set = True

@@ -14,6 +14,7 @@ from paredown.core.settings import check_above_zero
 from paredown.core.task import Task
 from paredown.graph import machine, structure
 from paredown.graph.capture import capture
+from paredown.graph.layout import gives_channels_last, takes_channels_last
 from paredown.graph.model import Model
 from paredown.graph.state import tensor_of
 from paredown.zoo import entry
@@ -77,23 +78,37 @@ def found(student: str, task: Task, original: Model, scale: Scale, seed: int) ->
             net = like(name, shape, scale.width, scale.depth, scale.resolution)
         except UserError as error:
             raise UserError(f"student: {error}") from error
+    last, gives_last = _channels_last(original)
     plain = original.outputs == "*" and not original.arguments["tuple"][1]["dict"]
-    placed = net if plain else _InPlace(net, original.outputs)
+    placed = net if plain and not last else _InPlace(net, original.outputs, last, gives_last)
     made = capture(placed, task.example, task.dynamic)
     pairs = zip(made.inputs, original.inputs, strict=True)
     return replace(made, inputs=tuple(replace(a, name=b.name) for a, b in pairs)).eval()
 
 
 class _InPlace(nn.Module):
-    """A net that is called as the original is, and gives its one tensor in the same nesting."""
+    """A net that is called as the original is, and gives its one tensor in the same nesting.
 
-    def __init__(self, net: nn.Module, outputs: structure.Structure) -> None:
+    Args:
+        last, gives_last: whether the original takes, and gives, pictures with their channels last.
+    """
+
+    def __init__(
+        self, net: nn.Module, outputs: structure.Structure, last: bool, gives_last: bool
+    ) -> None:
         super().__init__()
-        self.net, self.outputs = net, outputs
+        self.net, self.outputs, self.last, self.gives_last = net, outputs, last, gives_last
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         leaves, _ = structure.flatten((args, kwargs))
-        return structure.unflatten([self.net(*leaves)], self.outputs)
+        made = self.net(*[leaf.movedim(-1, 1) for leaf in leaves] if self.last else leaves)
+        return structure.unflatten([made.movedim(1, -1) if self.gives_last else made], self.outputs)
+
+
+def _channels_last(original: Model) -> tuple[bool, bool]:
+    """Whether it takes pictures with their channels last, and whether it then gives such maps."""
+    last = len(original.inputs) == 1 and takes_channels_last(original.graph)
+    return last, last and gives_channels_last(original.graph)
 
 
 def shape_of(original: Model) -> Shape:
@@ -101,6 +116,11 @@ def shape_of(original: Model) -> Shape:
     leaves = [item.example for item in original.inputs]
     with torch.no_grad():
         outputs = list(original.graph(*[leaf.clone() for leaf in leaves]))
+    last, gives_last = _channels_last(original)
+    if last:
+        leaves = [leaves[0].movedim(-1, 1)]
+    if gives_last:
+        outputs = [outputs[0].movedim(-1, 1), *outputs[1:]]
     first = original.inputs[0]
     length = first.example.shape[1] if first.example.dim() > 1 else 0
     if 1 in first.dynamic:
