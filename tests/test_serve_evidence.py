@@ -125,6 +125,28 @@ def test_a_label_counts_once():
     assert told["n"] == 1 and service.rollout.stage is Stage.SHADOW
 
 
+@pytest.mark.parametrize("stage", ["shadow", "promoted"])
+def test_a_label_that_comes_before_the_shadows_answer_scores_both(stage):
+    service = Service("tiny", paired(lambda x: -x, stage))
+    slow = service.pair.candidate if stage == "shadow" else service.pair.original
+    answer = slow.infer
+
+    async def later(arrays, background=False):
+        await asyncio.sleep(0.05)
+        return await answer(arrays)
+
+    slow.infer = later
+
+    async def run():
+        await service.pair.infer([np.array([[0.0, 1.0]], np.float32)], b"7", "7")
+        found = await service.feedback("tiny", {"id": "7", "target": 1})
+        await asyncio.sleep(0)
+        return found, service.pair._beside
+
+    found, waiting = asyncio.run(run())
+    assert found["scores"] == {"original": 1.0, "candidate": 0.0} and not waiting
+
+
 def test_a_name_that_is_used_again_is_a_new_request():
     service = Service("tiny", paired(same))
 

@@ -222,7 +222,8 @@ class Service:
         return self.look()
 
     async def feedback(self, name: str, said: dict[str, Any]) -> dict[str, Any]:
-        """Score both models' answers to a request by a label that came later.
+        """Score both models' answers to a request by a label that came later, and where it came
+        before the shadow's answer, once that is there.
 
         A request's first label counts; a second one is answered with the same scores, and says
         that it was not counted: else one label sent again and again would decide.
@@ -233,6 +234,7 @@ class Service:
         self.worker(name, "")
         if not isinstance(said.get("id"), str) or "target" not in said:
             raise Refused(400, "feedback: expected {'id': the request's, 'target': its label}.")
+        await self.pair.both(said["id"])
         found = self.pair.kept.entry(said["id"])
         if found is None:
             raise Refused(404, f"feedback: no answer to request {said['id'][:100]!r} is kept here.")
