@@ -438,3 +438,29 @@ def test_a_seed_is_one_that_all_generators_take(seed):
     task = Task(EXAMPLE, paredown.accuracy)
     with pytest.raises(UserError, match=said):
         paredown.compress(identity(), task, paredown.Goals(size="1x"), seed=seed)
+
+
+# --- what all of a split holds ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("dtype", "least", "largest"),
+    [
+        (torch.bool, 0, 1),
+        (torch.uint8, 3, 250),
+        (torch.int8, -100, 100),
+        (torch.uint16, 3, 65_000),
+        (torch.uint32, 3, 2**32 - 1),
+        (torch.uint64, 3, 2**64 - 1),
+        (torch.int64, -(2**63), 2**62),
+    ],
+)
+def test_whole_numbers_of_any_type_are_surveyed(dtype, least, largest):
+    rows = [torch.tensor([least, least + (dtype != torch.bool)], dtype=dtype) for _ in range(5)]
+    rows[3] = torch.tensor([least, largest], dtype=dtype)
+    data = [(torch.zeros(3), row) for row in rows]
+    task = Task(EXAMPLE, score=paredown.accuracy, train=data, batch_size=2)
+    assert splits.survey(task, "train").ends == {
+        ("label 0", "least"): (least, 0),
+        ("label 0", "largest"): (largest, 3),
+    }

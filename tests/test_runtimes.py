@@ -327,6 +327,30 @@ def test_layers_without_a_bias(runtime_name, tmp_path):
         agree(model, predict(x[:count].numpy()), [x[:count]])
 
 
+@pytest.mark.parametrize(
+    "dtype", [torch.bool, torch.uint8, torch.int16, torch.uint16, torch.uint64]
+)
+def test_inputs_of_any_type_agree_or_are_refused_by_name(runtime_name, dtype, tmp_path):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(6, 3)
+
+        def forward(self, x):
+            return self.layer(x.float())
+
+    x = torch.tensor([[0, 1, 1, 0, 1, 0]]).to(dtype)
+    model = paredown.capture(Net(), (x,))
+    chosen = runtime(runtime_name)
+    wide = dtype in (torch.uint16, torch.uint64) and runtime_name in ("executorch", "litert")
+    if wide:
+        with pytest.raises(UserError, match=r"its input 'x' is uint\d\d, which .* does not take"):
+            chosen.lower(model, tmp_path / f"model{chosen.SUFFIX}")
+        return
+    predict = chosen.open(chosen.lower(model, tmp_path / f"model{chosen.SUFFIX}"))
+    agree(model, predict(x.numpy()), [x])
+
+
 def test_sizes_count_all_files(lowered):
     for name in RUNTIMES:
         path = lowered(name, FLOAT, "cnn")

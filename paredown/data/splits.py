@@ -194,8 +194,9 @@ class Survey:
                 if tensor.numel() and tensor.dim() and not _floats(tensor):
                     self._ends(f"{name} {place}", tensor.reshape(len(tensor), -1), start)
 
-    def _ends(self, name: str, rows: Tensor, start: int) -> None:
-        for which, best in (("least", rows.amin(1).argmin()), ("largest", rows.amax(1).argmax())):
+    def _ends(self, name: str, tensor: Tensor, start: int) -> None:
+        rows = tensor.cpu().numpy()  # torch has no least of booleans and of wide unsigned numbers
+        for which, best in (("least", rows.min(1).argmin()), ("largest", rows.max(1).argmax())):
             row = rows[best]
             number, example = int(row.min() if which == "least" else row.max()), start + int(best)
             now = self.ends.get((name, which))

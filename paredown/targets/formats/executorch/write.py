@@ -20,6 +20,7 @@ from paredown.targets.formats.executorch.lengths import widen_convolutions
 from paredown.targets.formats.executorch.recurrent import at_one_length
 from paredown.targets.formats.executorch.shape import shape_for_xnnpack
 from paredown.targets.formats.quiet import quiet
+from paredown.targets.formats.types import refuse_wide_unsigned
 
 # Memory is planned ahead, for the most examples and the largest other dimensions there may be.
 MOST_EXAMPLES, MOST_ELSE = 64, 512
@@ -34,8 +35,10 @@ def encode(model: Model, method: str) -> bytes:
         method: the name of a method that returns names and shapes, as JSON.
 
     Raises:
-        UserError: neither XNNPACK nor ExecuTorch's own kernels have one of the ops.
+        UserError: neither XNNPACK nor ExecuTorch's own kernels have one of the ops, or an input's
+            type.
     """
+    refuse_wide_unsigned(model, "ExecuTorch")
     model = at_one_length(model)
     made = shape_for_xnnpack(model)
     widen_convolutions(made)

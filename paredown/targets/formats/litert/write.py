@@ -31,6 +31,7 @@ from paredown.graph.state import remove_state, set_buffer, tensor_of
 from paredown.graph.values import refresh_values
 from paredown.targets.formats import rowwise
 from paredown.targets.formats.litert import edit, passes
+from paredown.targets.formats.types import refuse_wide_unsigned
 
 aten = torch.ops.aten
 ADAPTIVE: dict[Any, Any] = {
@@ -45,8 +46,9 @@ def encode(model: Model) -> bytes:
     """The .tflite file's bytes; the same model gives the same bytes.
 
     Raises:
-        UserError: LiteRT's converter has no form of an op.
+        UserError: LiteRT's converter has no form of an op, or of an input's type.
     """
+    refuse_wide_unsigned(model, "LiteRT")
     half = any(p.dtype is torch.float16 for p in model.parameters())
     prepared, grouped = _prepared(model)
     made = decompose(prepared, fold_weights=False)
