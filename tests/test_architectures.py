@@ -39,7 +39,7 @@ ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "architectures.md"
 QUICK = (  # one of each kind; the rest are slow
     *("resnet8", "conv_mixer", "mobilenet_v2", "unet", "vae", "vit", "bert", "llama"),
-    *("speech_features", "lstm", "siamese", "image_and_table", "tied_language_model", "dcgan"),
+    *("lstm", "image_and_table", "tied_language_model", "dcgan"),
 )
 # What training and evaluation compute is not the same there: only evaluation is captured.
 EVALUATION_ONLY = {"vae", "spectral_critic"}
@@ -373,7 +373,9 @@ FAILS_WITH = {
 }
 
 
-@pytest.mark.parametrize("name", FAILING)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow if "_grouped" in n else ()) for n in FAILING]
+)
 def test_a_known_failure_is_told_plainly(name, tmp_path, capfd):
     module, example = make(name)
     try:

@@ -161,6 +161,7 @@ class Far(nn.Module):
         return self.d(self.c(x.mean((2, 3))))
 
 
+@pytest.mark.slow
 def test_scales_that_lie_too_far_apart_for_xnnpack_still_run(tmp_path):
     """Each op that would be refused runs in float instead, and says so."""
     torch.manual_seed(0)

@@ -150,6 +150,7 @@ MIDDLE = RangeMethod(lambda seen, _: percentile_range(seen, 60.0))
 '''
 
 
+@pytest.mark.slow
 def test_a_range_method(house):
     house.new_file("paredown/steps/quantization/middle_range.py", RANGES)
     spelled = '"middle": "paredown.steps.quantization.middle_range:MIDDLE"'
@@ -198,6 +199,7 @@ print(found["original"].measurement.latency_ms_p50 > 0)
     assert house.asked(code) == "True"
 
 
+@pytest.mark.slow
 def test_a_weight_form(house):
     """Its record is a case of every test of records; tests/test_forms.py has what reads it."""
     record = 'replace(_INT8, name="int2", made_by="Two()", word="int2", grid=range(-2, 2))'
@@ -239,6 +241,7 @@ def facts(run):
 TEMPLATE = '<section id="naming"><p>{{ letters }} letters: {{ run.name }}</p></section>\n'
 
 
+@pytest.mark.slow
 def test_a_section_of_the_report(house):
     house.new_file("paredown/report/sections/naming.py", FACTS)
     house.new_file("paredown/report/sections/naming.html", TEMPLATE)
@@ -252,6 +255,7 @@ def test_a_section_of_the_report(house):
     assert house.asked(code) == "1 0"
 
 
+@pytest.mark.slow
 def test_a_runtime(house):
     """Another runtime that writes ONNX files: its own file, by another suffix."""
     text = (ROOT / "paredown/targets/runtimes/onnxruntime.py").read_text()

@@ -18,7 +18,8 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 aten = torch.ops.aten
 # Convolutions and their norms, regions without gradients, sizes that vary, tied weights, in-place
 # ops, recurrent layers, windows that are rolled.
-SOME = ("resnet8", "mobilenet_v3", "convnext", "llama", "t5", "gpt2", "lstm", "swin", "yolo")
+SOME = ("resnet8", "mobilenet_v3", "convnext", "llama", "gpt2", "lstm")
+MORE = [pytest.param(name, marks=pytest.mark.slow) for name in ("t5", "swin", "yolo")]
 
 
 def model_of(name: str) -> tuple[Model, list[Tensor]]:
@@ -38,7 +39,7 @@ def assert_same(program, model: Model, leaves: list[Tensor]) -> None:
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", SOME)
+@pytest.mark.parametrize("name", [*SOME, *MORE])
 def test_same_values_before_and_after_decomposition(name):
     model, leaves = model_of(name)
     program = reexport(model)

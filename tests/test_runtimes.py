@@ -48,7 +48,7 @@ INTEGER = ("int8", "int8-dynamic", "int4")  # forms whose activations are intege
 MOST_OF_WEIGHTS = {"int8": 0.6, "int4": 0.6, "fp16": 0.6, "bf16": 0.6}
 QUICK = {
     "openvino": ("resnet8", "vit", "lstm", "siamese"),
-    "executorch": ("resnet8", "siamese"),
+    "executorch": ("resnet8", "lstm"),
     "litert": ("recommender",),
 }
 # The default runtime's are in test_architectures.py; PyTorch runs its own graphs.
