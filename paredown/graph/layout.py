@@ -96,6 +96,8 @@ def _moved(node: fx.Node, order: tuple[int, ...]) -> tuple[int, ...] | None:
     return order if old[1:] == new[1:] else None
 
 
-def _shape(node: fx.Node) -> Sequence[Any]:
+def _shape(node: fx.Node) -> Sequence[int | str]:
+    """The sizes, one that varies as its symbol: comparing symbols might settle them."""
     value = node.meta.get("val")
-    return list(value.shape) if isinstance(value, Tensor) else []
+    sizes = value.shape if isinstance(value, Tensor) else ()
+    return [size if isinstance(size, int) else str(size) for size in sizes]
