@@ -199,6 +199,20 @@ def test_a_process_that_ends_is_a_sentence(ends, said):
         values(task_of(Bad(lambda x, y: ends()), workers=1).train)
 
 
+@pytest.mark.parametrize("error", [ConnectionResetError(104, "reset"), EOFError()])
+def test_a_process_that_ends_while_it_hands_a_batch_over_is_a_sentence(error, monkeypatch):
+    """Its memory is asked for while its answer is taken out of the queue."""
+
+    def lost(self):
+        self._workers[0].kill()
+        raise error
+
+    kind = torch.utils.data.dataloader._MultiProcessingDataLoaderIter
+    monkeypatch.setattr(kind, "_next_data", lost)
+    with pytest.raises(UserError, match=r"^train: a process that reads it was killed \(SIGKILL\)"):
+        values(task_of(Read(), workers=1).train)
+
+
 def test_reading_handles_no_signals():
     before = signal.getsignal(signal.SIGCHLD)
     for _ in splits.batches(task_of(Read(), workers=1).train, 5):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import multiprocessing
+import multiprocessing.connection
 import pickle
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -160,7 +161,7 @@ def _told(found: Iterator[Any], name: str) -> Iterator[Any]:
             answer = next(found)
         except StopIteration:
             return
-        except RuntimeError as error:
+        except (RuntimeError, OSError, EOFError) as error:  # it may end while it hands a batch over
             raise UserError(
                 f"{name}: a process that reads it {_how_ended(found, error)}; use fewer "
                 "Task(workers=), or 0, which reads it here."
@@ -170,9 +171,11 @@ def _told(found: Iterator[Any], name: str) -> Iterator[Any]:
         yield answer
 
 
-def _how_ended(found: Iterator[Any], error: RuntimeError) -> str:
+def _how_ended(found: Iterator[Any], error: Exception) -> str:
     """What became of the processes that ended, or where none did, what the loader says."""
     workers = found._workers  # type: ignore[attr-defined]
+    if not isinstance(error, RuntimeError):
+        multiprocessing.connection.wait([each.sentinel for each in workers], timeout=1.0)
     codes = [code for each in workers if (code := each.exitcode) is not None]
     return ended(codes[0]) if codes else "failed: " + str(error).split("\n")[0].rstrip(".")
 
