@@ -175,7 +175,10 @@ def _how_ended(found: Iterator[Any], error: Exception) -> str:
     """What became of the processes that ended, or where none did, what the loader says."""
     workers = found._workers  # type: ignore[attr-defined]
     if not isinstance(error, RuntimeError):
-        multiprocessing.connection.wait([each.sentinel for each in workers], timeout=1.0)
+        ended_now = multiprocessing.connection.wait([each.sentinel for each in workers], timeout=1)
+        for each in workers:
+            if each.sentinel in ended_now:
+                each.join()  # its exit code comes a moment later
     codes = [code for each in workers if (code := each.exitcode) is not None]
     return ended(codes[0]) if codes else "failed: " + str(error).split("\n")[0].rstrip(".")
 
