@@ -141,7 +141,7 @@ def test_a_label_that_comes_before_the_shadows_answer_scores_both(stage):
         await service.pair.infer([np.array([[0.0, 1.0]], np.float32)], b"7", "7")
         found = await service.feedback("tiny", {"id": "7", "target": 1})
         await asyncio.sleep(0)
-        return found, service.pair._beside
+        return found, service.pair._shadows
 
     found, waiting = asyncio.run(run())
     assert found["scores"] == {"original": 1.0, "candidate": 0.0} and not waiting

@@ -174,13 +174,14 @@ def _told(found: Iterator[Any], name: str) -> Iterator[Any]:
 def _how_ended(found: Iterator[Any], error: Exception) -> str:
     """What became of the processes that ended, or where none did, what the loader says."""
     workers = found._workers  # type: ignore[attr-defined]
-    if not isinstance(error, RuntimeError):
-        ended_now = multiprocessing.connection.wait([each.sentinel for each in workers], timeout=1)
-        for each in workers:
-            if each.sentinel in ended_now:
-                each.join()  # its exit code comes a moment later
+    gone = multiprocessing.connection.wait([each.sentinel for each in workers], timeout=1)
+    for each in workers:
+        if each.sentinel in gone:
+            each.join()  # its exit code comes a moment later
     codes = [code for each in workers if (code := each.exitcode) is not None]
-    return ended(codes[0]) if codes else "failed: " + str(error).split("\n")[0].rstrip(".")
+    if codes:
+        return ended(codes[0])
+    return "failed: " + (str(error) or type(error).__name__).split("\n")[0].rstrip(".")
 
 
 def _received(

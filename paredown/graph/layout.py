@@ -44,17 +44,18 @@ def gives_channels_last(graph: fx.GraphModule) -> bool:
     """Whether the first output is maps (B, H, W, C), which were computed with their channels
     first."""
     [end] = [node for node in graph.graph.nodes if node.op == "output"]
-    node = next((each for each in end.all_input_nodes), None)
+    node = next(iter(end.all_input_nodes), None)
     moves: list[fx.Node] = []
     while node is not None and len(_shape(node)) == 4:
-        moves += [node] if node.target in MOVES | RESHAPES else []
-        order: tuple[int, ...] | None = (0, 1, 2, 3)
-        for move in reversed(moves):
-            order = order and _moved(move, order)
-        if order in (LAST, None):
-            return order == LAST
         before = node.all_input_nodes
-        if node not in moves:
+        if node.target in MOVES | RESHAPES:
+            moves.append(node)
+            order: tuple[int, ...] | None = (0, 1, 2, 3)
+            for move in reversed(moves):
+                order = order and _moved(move, order)
+            if order in (LAST, None):
+                return order == LAST
+        else:
             before = [each for each in before if _shape(each) == _shape(node)]
         node = before[0] if len(before) == 1 else None
     return False

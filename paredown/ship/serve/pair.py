@@ -77,7 +77,6 @@ class Pair:
         self.dropped = 0  # shadows
         self._monotonic = monotonic
         self._shadows: set[asyncio.Task[None]] = set()
-        self._beside: dict[str, asyncio.Task[None]] = {}  # those of requests with a name
         self._next_sample: dict[str, float] = {}
 
     async def infer(self, arrays: list[np.ndarray], key: bytes, name: str = "") -> Served:
@@ -208,22 +207,15 @@ class Pair:
         if served.fault:  # the original has answered in its place: nothing is left to compare
             return
         work: Coroutine[Any, Any, None] = self._compare(served, arrays, name)
-        task = asyncio.create_task(work)
+        task = asyncio.create_task(work, name=name)
         self._shadows.add(task)
         task.add_done_callback(self._shadows.discard)
-        if name:
-            self._beside[name] = task
-            task.add_done_callback(lambda done: self._ended(name, done))
-
-    def _ended(self, name: str, task: asyncio.Task[None]) -> None:
-        if self._beside.get(name) is task:  # else the name was used again
-            del self._beside[name]
 
     async def both(self, name: str) -> None:
         """Wait until both models have answered a request, where the other one is about to."""
-        task = self._beside.get(name)
-        if task is not None:
-            await asyncio.wait([task])
+        beside = [task for task in self._shadows if task.get_name() == name]
+        if beside:
+            await asyncio.wait(beside)
 
     async def _compare(self, served: Served, arrays: list[np.ndarray], name: str) -> None:
         assert self.candidate is not None
