@@ -324,6 +324,21 @@ def test_a_student_of_channels_last_sees_them_as_channels(moved, student, maps):
     assert not layout.takes_channels_last(first.graph), "three columns are no three channels"
 
 
+@pytest.mark.parametrize("own", [False, True])
+def test_a_student_keeps_the_name_of_an_output_that_a_file_gave_it(own, tmp_path):
+    x = torch.rand(1, 3, 16, 16)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3, 2), nn.Flatten(), nn.Linear(196, 5))
+    paredown.export(paredown.capture(net, (x,)), paredown.Target(), tmp_path / "net.onnx")
+    original = paredown.capture(tmp_path / "net.onnx")
+    name = original.inputs[0].name
+    task = paredown.Task(example={name: x}, score=paredown.accuracy, train=[({name: x[0]}, 0)] * 8)
+    small = nn.Sequential(nn.Conv2d(3, 2, 3, 4), nn.Flatten(), nn.Linear(32, 5))
+    how = {"student": small} if own else {"student": "zoo:resnet_8", "width": 0.25}
+    step = paredown.Distill(**how, alpha=0, epochs=1)
+    made = paredown.apply(original, [step], task)
+    assert made.outputs == original.outputs and made(**{name: x}).shape == (1, 5)
+
+
 def test_students_of_the_zoo_that_cannot_be_are_told_before_any_work():
     image = torch.zeros(1, 3, 16, 16)
     net = nn.Sequential(nn.Conv2d(3, 4, 3, 2), nn.Flatten(), nn.Linear(196, 5))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +54,12 @@ def found(student: Student, task: Task, original: Model, scale: Scale, seed: int
         UserError: it cannot be captured.
     """
     if isinstance(student, str) and zoo_students.is_name(student):
-        return zoo_students.found(student, task, original, scale, seed)
-    return captured(student, task)
+        made = zoo_students.found(student, task, original, scale, seed)
+    else:
+        made = captured(student, task)
+    if made.outputs == "*" and "alone" in original.outputs:
+        made = replace(made, outputs=original.outputs)  # a tensor to which a file gave a name
+    return made
 
 
 def captured(student: Student, task: Task) -> Model:
